@@ -1,0 +1,143 @@
+"""NVFP4Array: packed codes, block scales and a global scale, and how arrays become one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from nvfp4jax import numerics, scaling as scaling_modes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NVFP4Array:
+    """x ~ qvalue * repeat(scale, 16) * global_scale, the contraction axis K last.
+
+    packed: u8 [..., K/2], two E2M1 codes a byte, the first in the low nibble.
+    scale: float8_e4m3fn [..., K/16].
+    global_scale: f32 [] or broadcastable to x, e.g. [..., 1] for one a row, [E, 1, 1] for one an expert.
+    layer: None, or an i32 scalar: the array is entry `layer` of a stack, and packed, scale and global_scale hold the whole
+        stack in a leading axis. A kernel reads its layer in place; nothing is copied in front of it.
+    """
+
+    packed: UInt8[Array, "... K//2"]
+    scale: Float[Array, "... K//16"]
+    global_scale: Float[Array, "..."]
+    layer: Int[Array, ""] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape, [..., K]."""
+        lead = self.packed.shape[:-1] if self.layer is None else self.packed.shape[1:-1]
+        return (*lead, 2 * self.packed.shape[-1])
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def select(self) -> "NVFP4Array":
+        """The same array without a stack around it."""
+        if self.layer is None:
+            return self
+        return NVFP4Array(
+            *(lax.dynamic_index_in_dim(v, self.layer, keepdims=False) for v in (self.packed, self.scale, self.global_scale))
+        )
+
+    @property
+    def qvalue(self) -> Array:
+        """The codes as float4_e2m1fn [..., K]."""
+        return numerics.decode_e2m1(numerics.unpack(self.select().packed)).astype(jnp.float4_e2m1fn)
+
+    def dequantize(self, dtype: jnp.dtype = jnp.float32) -> Float[Array, "... K"]:
+        """(qvalue * scale) * global_scale in float32, rounded to dtype."""
+        array = self.select()
+        return (array.dequantize_blocks(jnp.float32) * _over_k(array.global_scale, array.ndim)).astype(dtype)
+
+    def dequantize_blocks(self, dtype: jnp.dtype = jnp.bfloat16) -> Float[Array, "... K"]:
+        """qvalue * scale, without the global scale: exact in bfloat16."""
+        array = self.select()
+        return numerics.dequantize(array.packed, lax.bitcast_convert_type(array.scale, jnp.uint8), dtype)
+
+
+def _over_k(global_scale: jax.Array, rank: int) -> jax.Array:
+    return global_scale.reshape((1,) * (rank - global_scale.ndim) + global_scale.shape)
+
+
+def check_k(k: int, what: str, shape: tuple[int, ...]) -> None:
+    """A ValueError that names `what` and its shape unless K is a positive multiple of 16."""
+    if k % numerics.BLOCK or not k:
+        raise ValueError(f"{what} of shape {tuple(shape)}: the contraction axis K={k} is not a multiple of 16; NVFP4 shares a scale "
+                         "among 16 elements, so pad K or leave this layer in bfloat16 (Rule(..., skip=True))")
+
+
+def check_four_over_six(kind: str | None) -> None:
+    if kind not in (None, "mae", "mse"):
+        raise ValueError(f"four_over_six={kind!r}: None, 'mae' or 'mse'")
+
+
+def quantize(
+    x: Float[Array, "... K"],
+    *,
+    scaling: str = "tensor",
+    four_over_six: str | None = None,
+    amax: Float[Array, "..."] | float | None = None,
+    valid: Bool[Array, "..."] | None = None,
+) -> NVFP4Array:
+    """Quantizes to NVFP4 with a global scale computed from the values themselves (online), in plain jnp.
+
+    x: float [..., K], K a multiple of 16.
+    scaling: "tensor" (one amax over the valid rows), "tensor_pow2" (its global scale rounded up to a power of two, so that
+        a row's codes do not depend on its neighbours), or "token" (one amax a row).
+    four_over_six: None, "mae" or "mse" (arXiv 2512.02010), with E4M3 maximum 256.
+    amax: f32 [] or [..., 1], where a producer has computed it already; a static scale is amax = input_scale * 2688.
+    valid: bool x.shape[:-1]; rows where it is False take no part in the amax.
+
+    A row that holds NaN or infinity decodes to NaN, alone. ValueError for K not a multiple of 16 or an unknown mode.
+    Contract: TransformerEngine's reference quantizer, to the bit.
+    """
+    x = jnp.asarray(x)
+    if x.ndim == 0:
+        raise ValueError("quantize needs at least one axis, got a scalar")
+    check_k(x.shape[-1], "quantize: x", x.shape)
+    check_four_over_six(four_over_six)
+    if scaling not in scaling_modes.ONLINE:
+        raise ValueError(f"scaling={scaling!r}: one of {', '.join(scaling_modes.ONLINE)}")
+    if amax is None:
+        amax = scaling_modes.activation_amax(x, scaling, valid)
+    return quantize_with_amax(x, jnp.asarray(amax, jnp.float32), pow2=scaling == "tensor_pow2", four_over_six=four_over_six)
+
+
+def quantize_with_amax(
+    x: Float[Array, "... K"], amax: Float[Array, "..."], *, pow2: bool = False, four_over_six: str | None = None
+) -> NVFP4Array:
+    """`quantize` for an amax that broadcasts to x with a last axis of 1, or is a scalar."""
+    g, global_scale, amax = numerics.global_scales(amax, pow2=pow2, four_over_six=four_over_six is not None)
+    packed, bits = numerics.quantize_blocks(x, g, amax, four_over_six=four_over_six)
+    return NVFP4Array(packed, lax.bitcast_convert_type(bits, jnp.float8_e4m3fn), global_scale)
+
+
+def quantize_static(x: Float[Array, "... K"], input_scale: Float[Array, "..."], *, four_over_six: str | None = None) -> NVFP4Array:
+    """Quantizes with a given global scale (a checkpoint's `input_scale`: it multiplies, amax / 2688 by convention).
+
+    input_scale: f32 [] or broadcastable to x with a last axis of 1. Values beyond 2688 * input_scale saturate.
+    """
+    input_scale = jnp.asarray(input_scale, jnp.float32)
+    top = numerics.E2M1_MAX * (numerics.E4M3_MAX if four_over_six is None else numerics.E4M3_MAX_FOUR_OVER_SIX)
+    g = numerics.divide(1.0, input_scale)
+    packed, bits = numerics.quantize_blocks(x, g, input_scale * jnp.float32(top), four_over_six=four_over_six)
+    return NVFP4Array(packed, lax.bitcast_convert_type(bits, jnp.float8_e4m3fn), input_scale)
+
+
+def quantize_weight(w: Float[Array, "... N K"], *, four_over_six: str | None = None) -> NVFP4Array:
+    """A weight [..., N, K] -> NVFP4 with one global scale for each [N, K] matrix: f32 [] or [..., 1, 1].
+
+    Values are rounded to bfloat16 first, so that a trainer with float32 masters and a loader of the bfloat16 export get the
+    same bits. NaN or infinity in a row gives that row NaN scales.
+    """
+    check_k(w.shape[-1], "weight", w.shape)
+    check_four_over_six(four_over_six)
+    w = w.astype(jnp.bfloat16)
+    amax = scaling_modes.magnitude(w).max((-2, -1), keepdims=w.ndim > 2)
+    return quantize_with_amax(w, amax, four_over_six=four_over_six)

@@ -1,0 +1,457 @@
+"""The operations, one public function each; `implementation=` picks who computes it.
+
+implementation=None tries what suits the device and falls back to XLA, saying once why; a name fails loudly; a sequence is
+tried in order. An implementation raises NotImplementedError for what it does not support.
+
+Every operation differentiates straight through its rounding (`jax.custom_vjp`): with y = x^ w^T on the decoded operands,
+dx = dy w^ and, where the weight is a float array quantized on the fly, dw = dy^T x^.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from nvfp4jax import array as nvfp4_array
+from nvfp4jax import scaling as scaling_modes
+from nvfp4jax.array import NVFP4Array
+
+log = logging.getLogger("nvfp4jax")
+
+MODES = (None, "static", *scaling_modes.ONLINE, "expert")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What is static about a matmul: how the activation is quantized, and who is asked to compute."""
+
+    scaling: str | None
+    four_over_six: str | None
+    weight_four_over_six: str | None
+    out_dtype: jnp.dtype
+    implementation: str | tuple[str, ...] | None
+    name: str
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """The arrays that go with a mode: a given amax, the mask of rows that count, a static input scale."""
+
+    amax: Array | None = None
+    valid: Array | None = None
+    input_scale: Array | None = None
+
+
+def quantize_activation(
+    x: Array | NVFP4Array, spec: Spec, scaling: Scaling, group_sizes: Array | None = None
+) -> tuple[Array, Array | None]:
+    """x -> (operand, row scale): the decoded qvalue * scale and the global scale (f32 [] or [..., 1]), or (x, None).
+
+    The operand is bfloat16, in which qvalue * scale is exact, so that a matmul of two operands errs only by accumulation.
+    """
+    if isinstance(x, NVFP4Array):
+        return x.dequantize_blocks(), x.global_scale
+    if spec.scaling is None:
+        return x, None
+    if spec.scaling == "static":
+        input_scale = scaling.input_scale
+        if group_sizes is not None and input_scale.ndim == 1:
+            input_scale = input_scale[scaling_modes.group_ids(group_sizes, x.shape[0])][:, None]
+        q = nvfp4_array.quantize_static(x, input_scale, four_over_six=spec.four_over_six)
+    else:
+        amax = scaling.amax
+        if amax is None and spec.scaling == "expert":
+            amax = scaling_modes.expert_amax(x, group_sizes, scaling.valid)
+        elif amax is None:
+            amax = scaling_modes.activation_amax(x, spec.scaling, scaling.valid)
+        q = nvfp4_array.quantize_with_amax(
+            x, jnp.asarray(amax, jnp.float32), pow2=spec.scaling == "tensor_pow2", four_over_six=spec.four_over_six
+        )
+    return q.dequantize_blocks(), q.global_scale
+
+
+def _dot(operand: Array, weight: Array) -> Array:
+    """[..., K] x [N, K] -> f32 [..., N], float32 accumulation; a float32 operand keeps its precision."""
+    if operand.dtype != weight.dtype:
+        operand, weight = operand.astype(jnp.float32), weight.astype(jnp.float32)
+    precision = lax.Precision.HIGHEST if operand.dtype == jnp.float32 else None
+    dims = (((operand.ndim - 1,), (1,)), ((), ()))
+    return lax.dot_general(operand, weight, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _scaled(acc: Array, *scales: Array | None) -> Array:
+    """acc times each scale in turn: their product alone may leave float32's range."""
+    for scale in scales:
+        if scale is not None:
+            acc = acc * scale.reshape((1,) * (acc.ndim - scale.ndim) + scale.shape)
+    return acc
+
+
+def _matmul_xla(x, w: NVFP4Array, bias, spec: Spec, scaling: Scaling) -> Array:
+    operand, row_scale = quantize_activation(x, spec, scaling)
+    w = w.select()
+    acc = _scaled(_dot(operand, w.dequantize_blocks()), row_scale, w.global_scale)
+    if bias is not None:
+        acc = acc + bias.astype(jnp.float32).reshape((1,) * (acc.ndim - 1) + bias.shape)
+    return acc.astype(spec.out_dtype)
+
+
+def _grouped(operand: Array, group_sizes: Array, out: int, weight_of: Callable[[Array], tuple[Array, Array | None]]) -> Array:
+    """f32 [M, out]: each row times the [out, K] weight of its group. One group's weight is decoded at a time, empty groups
+    cost nothing, and work grows with the rows: tiles of each group in turn."""
+    m = operand.shape[0]
+    tile = min(128, max(8, 1 << max(0, m - 1).bit_length()))
+    padded = jnp.pad(operand, ((0, tile), (0, 0)))
+    ends = jnp.cumsum(group_sizes).astype(jnp.int32)
+
+    def group(e, acc):
+        end = ends[e]
+        start = end - group_sizes[e].astype(jnp.int32)
+        weight, scale = weight_of(e)
+
+        def rows(carry):
+            first, acc = carry
+            y = _scaled(_dot(lax.dynamic_slice_in_dim(padded, first, tile), weight), scale)
+            inside = (first + jnp.arange(tile, dtype=jnp.int32) < end)[:, None]
+            old = lax.dynamic_slice_in_dim(acc, first, tile)
+            return first + tile, lax.dynamic_update_slice_in_dim(acc, jnp.where(inside, y, old), first, 0)
+
+        return lax.while_loop(lambda carry: carry[0] < end, rows, (start, acc))[1]
+
+    def step(e, acc):
+        return lax.cond(group_sizes[e] > 0, group, lambda e, acc: acc, e, acc)
+
+    return lax.fori_loop(0, group_sizes.shape[0], step, jnp.zeros((m + tile, out), jnp.float32))[:m]
+
+
+def _expert(w: NVFP4Array, e: Array) -> NVFP4Array:
+    """Expert e of [E, N, K] with its global scale as f32 []."""
+    if w.layer is not None:
+        stack = [lax.dynamic_slice(v, (w.layer, e) + (0,) * (v.ndim - 2), (1, 1, *v.shape[2:]))[0, 0] for v in _leaves(w)]
+    else:
+        stack = [lax.dynamic_index_in_dim(v, e, keepdims=False) for v in _leaves(w)]
+    return NVFP4Array(stack[0], stack[1], stack[2].reshape(()))
+
+
+def _leaves(w: NVFP4Array) -> tuple[Array, Array, Array]:
+    e = 1 if w.layer is not None else 0
+    lead = w.packed.shape[: e + 1]
+    return w.packed, w.scale, jnp.broadcast_to(w.global_scale.reshape(*w.global_scale.shape[: e + 1], 1), (*lead, 1))
+
+
+def _grouped_xla(x, w: NVFP4Array, group_sizes, spec: Spec, scaling: Scaling) -> Array:
+    operand, row_scale = quantize_activation(x, spec, scaling, group_sizes)
+
+    def weight_of(e):
+        expert = _expert(w, e)
+        return expert.dequantize_blocks(), expert.global_scale
+
+    return _scaled(_grouped(operand, group_sizes, w.shape[1], weight_of), row_scale).astype(spec.out_dtype)
+
+
+def _swiglu_xla(x, w: NVFP4Array, group_sizes, spec: Spec, scaling: Scaling) -> Array:
+    """w [E, 2, I, K], gate first -> silu(x gate^T) * (x up^T), in float32 until the last rounding."""
+    flat = dataclasses.replace(
+        w, packed=_merge_halves(w.packed, w.layer), scale=_merge_halves(w.scale, w.layer), global_scale=_flat_scale(w)
+    )
+    both = _grouped_xla(x, flat, group_sizes, dataclasses.replace(spec, out_dtype=jnp.dtype(jnp.float32)), scaling)
+    gate, up = jnp.split(both, 2, -1)
+    return (jax.nn.silu(gate) * up).astype(spec.out_dtype)
+
+
+def _merge_halves(v: Array, layer) -> Array:
+    lead = 1 if layer is None else 2
+    return v.reshape(*v.shape[:lead], 2 * v.shape[lead + 1], v.shape[-1])
+
+
+def _flat_scale(w: NVFP4Array) -> Array:
+    """The one global scale of an expert's gate and up: [E, 1, 1] or [L, E, 1, 1] from any number of trailing ones."""
+    lead = w.packed.shape[: 1 if w.layer is None else 2]
+    return w.global_scale.reshape(*lead, 1, 1)
+
+
+IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
+    "matmul": {"xla": _matmul_xla},
+    "grouped_matmul": {"xla": _grouped_xla},
+    "grouped_swiglu": {"xla": _swiglu_xla},
+}
+
+
+@functools.cache
+def _default_order() -> tuple[str, ...]:
+    return ("xla",)
+
+
+@functools.cache
+def _log_fallback(op: str, name: str, reason: str) -> None:
+    log.warning("%s: %s does not apply (%s); trying the next implementation", op, name, reason)
+
+
+def _dispatch(op: str, spec: Spec, *args) -> Array:
+    table = IMPLEMENTATIONS[op]
+    wanted = spec.implementation
+    order = (wanted,) if isinstance(wanted, str) else tuple(n for n in _default_order() if n in table) if wanted is None else wanted
+    for name in order:
+        if name not in table:
+            raise ValueError(f"{op}: no implementation {name!r}; there are {', '.join(table)}")
+    errors = []
+    for name in order:
+        try:
+            return table[name](*args)
+        except NotImplementedError as error:
+            if isinstance(wanted, str):
+                raise
+            errors.append(error)
+            if len(order) > 1:
+                _log_fallback(op, name, str(error))
+    raise ExceptionGroup(f"{op}: none of {', '.join(order)} supports this case", errors)
+
+
+def _no_cotangent(tree):
+    """Zero cotangents: float0 for integers, zeros for floats."""
+
+    def zero(v):
+        if jnp.issubdtype(v.dtype, jnp.floating):
+            return jnp.zeros(v.shape, v.dtype)
+        return np.zeros(v.shape, jax.dtypes.float0)
+
+    return jax.tree.map(zero, tree)
+
+
+def _quantized_weight(w: Array | NVFP4Array, spec: Spec) -> NVFP4Array:
+    return w if isinstance(w, NVFP4Array) else nvfp4_array.quantize_weight(w, four_over_six=spec.weight_four_over_six)
+
+
+def _decoded_activation(x, spec, scaling, group_sizes=None) -> Array:
+    operand, row_scale = quantize_activation(x, spec, scaling, group_sizes)
+    return _scaled(operand.astype(jnp.float32), row_scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(spec: Spec, x, w, bias, scaling: Scaling) -> Array:
+    return _dispatch("matmul", spec, x, _quantized_weight(w, spec), bias, spec, scaling)
+
+
+def _matmul_fwd(spec, x, w, bias, scaling):
+    return _matmul(spec, x, w, bias, scaling), (x, w, bias, scaling)
+
+
+def _matmul_bwd(spec, saved, dy):
+    x, w, bias, scaling = saved
+    dy = dy.astype(jnp.float32)
+    decoded = _quantized_weight(w, spec).dequantize(jnp.float32)
+    flat = dy.reshape(-1, dy.shape[-1])
+    dx = _no_cotangent(x) if isinstance(x, NVFP4Array) else _dot(dy, decoded.T).astype(x.dtype)
+    if isinstance(w, NVFP4Array):
+        dw = _no_cotangent(w)
+    else:
+        rows = _decoded_activation(x, spec, scaling).reshape(flat.shape[0], -1)
+        dw = _dot(flat.T, rows.T).astype(w.dtype)
+    dbias = None if bias is None else flat.sum(0).astype(bias.dtype)
+    return dx, dw, dbias, _no_cotangent(scaling)
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_matmul(spec: Spec, x, w, group_sizes, scaling: Scaling) -> Array:
+    return _dispatch("grouped_matmul", spec, x, _quantized_weight(w, spec), group_sizes, spec, scaling)
+
+
+def _grouped_fwd(spec, x, w, group_sizes, scaling):
+    return _grouped_matmul(spec, x, w, group_sizes, scaling), (x, w, group_sizes, scaling)
+
+
+def _grouped_bwd(spec, saved, dy):
+    x, w, group_sizes, scaling = saved
+    dy = dy.astype(jnp.float32)
+    quantized = _quantized_weight(w, spec)
+    dx = _no_cotangent(x) if isinstance(x, NVFP4Array) else _grouped_dx(dy, quantized, group_sizes).astype(x.dtype)
+    if isinstance(w, NVFP4Array):
+        dw = _no_cotangent(w)
+    else:
+        dw = _grouped_dw(dy, _decoded_activation(x, spec, scaling, group_sizes), group_sizes).astype(w.dtype)
+    return dx, dw, _no_cotangent(group_sizes), _no_cotangent(scaling)
+
+
+def _grouped_dx(dy: Array, w: NVFP4Array, group_sizes: Array) -> Array:
+    return _grouped(dy, group_sizes, w.shape[-1], lambda e: (_expert(w, e).dequantize(jnp.float32).T, None))
+
+
+def _grouped_dw(dy: Array, rows: Array, group_sizes: Array) -> Array:
+    """f32 [E, N, K]: sum over a group's rows of dy^T x."""
+    ids = scaling_modes.group_ids(group_sizes, dy.shape[0])
+    inside = jnp.arange(dy.shape[0], dtype=ids.dtype) < group_sizes.sum().astype(ids.dtype)
+
+    def group(e):
+        mine = jnp.where(((ids == e) & inside)[:, None], dy, jnp.float32(0))
+        return _dot(mine.T, rows.T)
+
+    return lax.map(group, jnp.arange(group_sizes.shape[0], dtype=ids.dtype))
+
+
+_grouped_matmul.defvjp(_grouped_fwd, _grouped_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_swiglu(spec: Spec, x, w, group_sizes, scaling: Scaling) -> Array:
+    return _dispatch("grouped_swiglu", spec, x, _quantized_swiglu_weight(w, spec), group_sizes, spec, scaling)
+
+
+def _quantized_swiglu_weight(w, spec: Spec) -> NVFP4Array:
+    """[E, 2, I, K] with one global scale an expert, shared by gate and up: [E, 1, 1, 1]."""
+    if isinstance(w, NVFP4Array):
+        return w
+    q = nvfp4_array.quantize_weight(w.reshape(w.shape[0], -1, w.shape[-1]), four_over_six=spec.weight_four_over_six)
+    split = lambda v: v.reshape(*w.shape[:-1], v.shape[-1])  # noqa: E731
+    return NVFP4Array(split(q.packed), split(q.scale), q.global_scale[..., None])
+
+
+def _swiglu_fwd(spec, x, w, group_sizes, scaling):
+    return _grouped_swiglu(spec, x, w, group_sizes, scaling), (x, w, group_sizes, scaling)
+
+
+def _swiglu_bwd(spec, saved, dy):
+    x, w, group_sizes, scaling = saved
+    quantized = _quantized_swiglu_weight(w, spec).select()
+    flat = NVFP4Array(_merge_halves(quantized.packed, None), _merge_halves(quantized.scale, None), _flat_scale(quantized))
+    wide = dataclasses.replace(spec, out_dtype=jnp.dtype(jnp.float32))
+    both = _grouped_xla(x, flat, group_sizes, wide, scaling)
+    _, silu_vjp = jax.vjp(lambda both: jax.nn.silu(both[:, : both.shape[1] // 2]) * both[:, both.shape[1] // 2 :], both)
+    (dboth,) = silu_vjp(dy.astype(jnp.float32))
+    dx = _no_cotangent(x) if isinstance(x, NVFP4Array) else _grouped_dx(dboth, flat, group_sizes).astype(x.dtype)
+    if isinstance(w, NVFP4Array):
+        dw = _no_cotangent(w)
+    else:
+        rows = _decoded_activation(x, spec, scaling, group_sizes)
+        dw = _grouped_dw(dboth, rows, group_sizes).reshape(w.shape).astype(w.dtype)
+    return dx, dw, _no_cotangent(group_sizes), _no_cotangent(scaling)
+
+
+_grouped_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+def _spec(x, scaling, four_over_six, weight_four_over_six, out_dtype, implementation, name, modes) -> Spec:
+    if scaling not in modes:
+        raise ValueError(f"{name}: scaling={scaling!r} is not one of {', '.join(map(str, modes))}")
+    nvfp4_array.check_four_over_six(four_over_six)
+    nvfp4_array.check_four_over_six(weight_four_over_six)
+    if out_dtype is None:
+        out_dtype = jnp.bfloat16 if isinstance(x, NVFP4Array) else x.dtype
+    if implementation is not None and not isinstance(implementation, str):
+        implementation = tuple(implementation)
+        if not implementation:
+            raise ValueError(f"{name}: implementation is an empty sequence")
+    if isinstance(x, NVFP4Array):
+        scaling = None
+    elif not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name}: x is {x.dtype}, not a float")
+    return Spec(scaling, four_over_six, weight_four_over_six, jnp.dtype(out_dtype), implementation, name)
+
+
+def _scaling(spec: Spec, amax, valid, input_scale) -> Scaling:
+    if spec.scaling == "static" and input_scale is None:
+        raise ValueError(f"{spec.name}: static scaling needs input_scale; a checkpoint without one can run an online mode (tensor, token)")
+    as_f32 = lambda v: None if v is None else jnp.asarray(v, jnp.float32)  # noqa: E731
+    return Scaling(as_f32(amax), valid, as_f32(input_scale) if spec.scaling == "static" else None)
+
+
+def _check_weight(x, w, rank: int, name: str) -> None:
+    if w.ndim != rank:
+        raise ValueError(f"{name}: the weight of shape {tuple(w.shape)} needs {rank} axes")
+    nvfp4_array.check_k(w.shape[-1], f"{name}: weight", w.shape)
+    if x.shape[-1] != w.shape[-1]:
+        raise ValueError(f"{name}: x of shape {tuple(x.shape)} and weight of shape {tuple(w.shape)} differ in K, their last axis")
+
+
+def matmul(
+    x: Float[Array, "... K"] | NVFP4Array,
+    w: NVFP4Array | Float[Array, "N K"],
+    *,
+    scaling: str | None = "tensor",
+    four_over_six: str | None = None,
+    weight_four_over_six: str | None = None,
+    bias: Float[Array, "N"] | None = None,
+    amax: Float[Array, "..."] | None = None,
+    valid: Bool[Array, "..."] | None = None,
+    input_scale: Float[Array, ""] | None = None,
+    out_dtype: jnp.dtype | None = None,
+    implementation: str | Sequence[str] | None = None,
+    name: str = "matmul",
+) -> Float[Array, "... N"]:
+    """x [..., K] times w [N, K] transposed, both in NVFP4, accumulated in float32.
+
+    x: float, quantized here as `scaling` says, or an NVFP4Array.
+    w: an NVFP4Array [N, K], or a float array that is quantized on the fly (bfloat16-rounded first) and gets a gradient.
+    scaling: "tensor", "tensor_pow2", "token" (see `quantize`); "static" with `input_scale`; None leaves x unquantized.
+    amax, valid: as in `quantize`. bias: [N], added in float32. out_dtype: x's by default (bfloat16 for an NVFP4Array).
+    ValueError for shapes that do not fit, NotImplementedError from a named implementation that cannot do it.
+    """
+    _check_weight(x, w, 2, name)
+    spec = _spec(x, scaling, four_over_six, weight_four_over_six, out_dtype, implementation, name, MODES[:-1])
+    return _matmul(spec, x, w, bias, _scaling(spec, amax, valid, input_scale))
+
+
+def grouped_matmul(
+    x: Float[Array, "M K"] | NVFP4Array,
+    w: NVFP4Array | Float[Array, "E N K"],
+    group_sizes: Int[Array, "E"],
+    *,
+    scaling: str | None = "tensor",
+    four_over_six: str | None = None,
+    weight_four_over_six: str | None = None,
+    amax: Float[Array, "..."] | None = None,
+    valid: Bool[Array, "M"] | None = None,
+    input_scale: Float[Array, "..."] | None = None,
+    out_dtype: jnp.dtype | None = None,
+    implementation: str | Sequence[str] | None = None,
+    name: str = "grouped_matmul",
+) -> Float[Array, "M N"]:
+    """Rows sorted by group, each times the weight of its group: out[i] = x[i] w[group(i)]^T.
+
+    group_sizes: i32 [E], rows of each group, in order; rows past their sum give zeros.
+    scaling: as in `matmul`, and "expert": one amax a group. input_scale: f32 [] or [E]. w's global scale: [E, 1, 1].
+    """
+    _check_grouped(x, w, group_sizes, 3, name)
+    spec = _spec(x, scaling, four_over_six, weight_four_over_six, out_dtype, implementation, name, MODES)
+    return _grouped_matmul(spec, x, w, group_sizes, _scaling(spec, amax, valid, input_scale))
+
+
+def grouped_swiglu(
+    x: Float[Array, "M K"] | NVFP4Array,
+    w: NVFP4Array | Float[Array, "E 2 I K"],
+    group_sizes: Int[Array, "E"],
+    *,
+    scaling: str | None = "tensor",
+    four_over_six: str | None = None,
+    weight_four_over_six: str | None = None,
+    amax: Float[Array, "..."] | None = None,
+    valid: Bool[Array, "M"] | None = None,
+    input_scale: Float[Array, "..."] | None = None,
+    out_dtype: jnp.dtype | None = None,
+    implementation: str | Sequence[str] | None = None,
+    name: str = "grouped_swiglu",
+) -> Float[Array, "M I"]:
+    """silu(x gate^T) * (x up^T) for each row's group, w holding gate then up; the gated half of a mixture of experts.
+
+    w: [E, 2, I, K], gate and up of an expert sharing one global scale, [E, 1, 1, 1]. The rest as in `grouped_matmul`.
+    """
+    _check_grouped(x, w, group_sizes, 4, name)
+    spec = _spec(x, scaling, four_over_six, weight_four_over_six, out_dtype, implementation, name, MODES)
+    return _grouped_swiglu(spec, x, w, group_sizes, _scaling(spec, amax, valid, input_scale))
+
+
+def _check_grouped(x, w, group_sizes, rank: int, name: str) -> None:
+    _check_weight(x, w, rank, name)
+    if len(x.shape) != 2:
+        raise ValueError(f"{name}: x of shape {tuple(x.shape)} needs two axes, rows sorted by group and K")
+    if group_sizes.shape != (w.shape[0],):
+        raise ValueError(f"{name}: group_sizes of shape {group_sizes.shape} needs one entry for each of the {w.shape[0]} groups")
