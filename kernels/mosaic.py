@@ -1,0 +1,367 @@
+"""What the Hopper kernels share of Pallas Mosaic GPU: the one place that touches its internals.
+
+The NVFP4 decode is here once. Weights stay in the checkpoint's layout (u8 [..., N, K/2] and e4m3 [..., N, K/16], viewed
+as i32 words of 8 codes and of 4 scales); the activations' K is permuted inside 64-chunks instead (`permute_k`), so that
+a lane of a tensor core fragment owns one whole block of 16: 8 neighbouring bytes of codes and one scale.
+
+The decode multiplies by 2**-7: a kernel's epilogue multiplies by `global_scale * DECODE_FACTOR`.
+"""
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+Layout = plgpu.Layout
+REF, SPLAT, WGMMA = plgpu.RefType(), Layout.WG_SPLAT, Layout.WGMMA
+PER_THREAD = Layout.WG_STRIDED((128,), vec_size=1)  # one i32 a thread: values computed before the data arrive
+
+WARPGROUP = 128  # threads
+SHARED_MEMORY = 227 * 1024  # bytes an SM
+DECODE_FACTOR = 2.0**7  # what the decode leaves out
+
+# One u32 of 8 codes -> 4 bf16x2 in mma and wgmma order; nibble j pairs with nibble j+4. An E2M1 code's sign goes to
+# bit 15 and its other bits to bits 8..6 of a bf16: the value times 2**-126, subnormals included. $5: scale * 2**119.
+DECODE = """{
+.reg .b32 z,a,b,c,d;
+shr.u32 z,$4,8;
+and.b32 a,$4,0x000F000F; and.b32 b,$4,0x00F000F0; and.b32 c,z,0x000F000F; and.b32 d,z,0x00F000F0;
+mul.lo.u32 a,a,4160; mul.lo.u32 b,b,260; mul.lo.u32 c,c,4160; mul.lo.u32 d,d,260;
+and.b32 a,a,0x81C081C0; and.b32 b,b,0x81C081C0; and.b32 c,c,0x81C081C0; and.b32 d,d,0x81C081C0;
+mul.rn.bf16x2 $0,a,$5; mul.rn.bf16x2 $1,b,$5; mul.rn.bf16x2 $2,c,$5; mul.rn.bf16x2 $3,d,$5;
+}"""
+# One e4m3 byte of a scale word (selector 0x4440 + byte) -> bf16x2 of scale * 2**119: exact, subnormals included.
+SCALE = """{
+.reg .b32 t,u,v;
+mov.b32 u,0x7B807B80; mov.b32 v,0x7B007B00;
+prmt.b32 t,$1,0,$2;
+mul.lo.u32 t,t,0x00100010;
+mul.rn.bf16x2 t,t,u;
+mul.rn.bf16x2 $0,t,v;
+}"""
+# The same byte of two words (selector 0x4400 + 0x1111 * byte) at once. The last moves become .H0_H0 operands: free.
+SCALE_PAIR = """{
+.reg .b32 t,u,v; .reg .b16 lo,hi;
+mov.b32 u,0x7B807B80; mov.b32 v,0x7B007B00;
+prmt.b32 t,$2,$3,$4;
+and.b32 t,t,0x007F007F;
+mul.lo.u32 t,t,16;
+mul.rn.bf16x2 t,t,u;
+mul.rn.bf16x2 t,t,v;
+mov.b32 {lo,hi},t;
+mov.b32 $0,{lo,lo};
+mov.b32 $1,{hi,hi};
+}"""
+
+
+# --- in JAX ---------------------------------------------------------------------------------------------------------
+
+def permute_k(x):
+    """[..., K] -> [..., K]: k = 64t+16c+8h+4b+s goes to 64t+16s+8h+2c+b. K must be a multiple of 64.
+
+    It is the order in which the decode hands the codes of a 64-chunk to the tensor cores.
+    """
+    if x.shape[-1] % 64:
+        raise ValueError(f"permute_k: K must be a multiple of 64, got an array of shape {x.shape}")
+    chunks = x.reshape(-1, x.shape[-1] // 64, 4, 2, 2, 4)  # rows, t, c, h, b, s
+    return chunks.transpose(0, 1, 5, 3, 2, 4).reshape(x.shape)
+
+
+def as_words(packed, scale):
+    """u8 [..., K/2], e4m3 [..., K/16] -> i32 [..., K/8], i32 [..., K/64], the kernels' view: a bitcast, no copy."""
+    k = packed.shape[-1] * 2
+    if k % 64 or scale.shape[-1] * 16 != k or scale.shape[:-1] != packed.shape[:-1]:
+        raise ValueError(f"packed codes {packed.shape} want K/2 a multiple of 32 and scales "
+                         f"{(*packed.shape[:-1], k // 16)}, got {scale.shape}")
+    return tuple(lax.bitcast_convert_type(a.reshape(*a.shape[:-1], -1, 4), jnp.int32) for a in (packed, scale))
+
+
+def decode_words(words, scales):
+    """What the decode does, in jnp: i32 [N, K/8], i32 [N, K/64] -> bf16 [N, K] times 2**-7, K permuted (`permute_k`).
+
+    The interpreter's twin of the inline PTX, and the tests' bridge between the two.
+    """
+    n, k = words.shape[0], words.shape[1] * 8
+    shifts = jnp.arange(0, 32, 4, dtype=jnp.uint32)
+    codes = (lax.bitcast_convert_type(words, jnp.uint32)[:, :, None] >> shifts) & jnp.uint32(15)
+    magnitude = jnp.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], jnp.float32)[(codes & jnp.uint32(7)).astype(jnp.int32)]
+    values = jnp.where(codes >= jnp.uint32(8), -magnitude, magnitude).reshape(n, k)
+    factors = lax.bitcast_convert_type(scales, jnp.float8_e4m3fn).astype(jnp.float32).reshape(n, k // 16, 1)
+    decoded = values.reshape(n, k // 16, 16) * (factors * jnp.float32(1 / DECODE_FACTOR))
+    return permute_k(decoded.reshape(n, k).astype(jnp.bfloat16))
+
+
+# --- budgets and layouts --------------------------------------------------------------------------------------------
+
+def swizzled(itemsize):
+    """Transforms of a shared memory array read in 128-byte rows by TMA, wgmma and the decode."""
+    return plgpu.TilingTransform((8, 128 // itemsize)), plgpu.SwizzleTransform(128)
+
+
+def register_budget(consumers, *, per_sm=1, producer=24):
+    """Registers a thread for `consumers` warpgroups and one producer warpgroup: (consumer, producer), for setmaxnreg.
+
+    A CTA owns registers-at-launch x threads for its whole life; asking for more waits for ever and hangs the GPU, so the
+    numbers are chosen here only. ptxas launches with the lesser of the consumers' number and what the SM has for a thread.
+    """
+    threads = (consumers + 1) * WARPGROUP
+    share = min(232, 65536 // (threads * per_sm) // 8 * 8)
+    pooled = min(232, (share * (consumers + 1) - producer) // consumers // 8 * 8)
+    consumer = pooled if per_sm == 1 else share  # more than the share would leave room for one CTA only
+    launched = min(share, consumer)
+    if consumer * consumers + producer > launched * (consumers + 1) or launched * threads * per_sm > 65536:
+        raise ValueError(f"no register budget for {consumers} consumers of {consumer} and a producer of {producer}: "
+                         f"{threads} threads are launched with {launched} each, {per_sm} CTAs an SM")
+    return consumer, producer
+
+
+# --- MLIR: only inside `plgpu.inline_mgpu` --------------------------------------------------------------------------
+
+def i32(value=None):
+    """The type, or a constant of it."""
+    t = ir.IntegerType.get_signless(32)
+    return t if value is None else arith.constant(t, int(value))
+
+
+def _integers(op):
+    def f(a, b):
+        return op(*(v if isinstance(v, ir.Value) else i32(v) for v in (a, b)))
+    return f
+
+
+# i32 registers or Python ints; unsigned.
+add, sub, mul, div, rem = map(_integers, (arith.addi, arith.subi, arith.muli, arith.divui, arith.remui))
+bit_and, bit_xor, shift_right, minimum = map(_integers, (arith.andi, arith.xori, arith.shrui, arith.minui))
+
+
+def less(a, b):
+    """Signed a < b."""
+    return _integers(lambda x, y: arith.cmpi(arith.CmpIPredicate.slt, x, y))(a, b)
+
+
+def asm(text, args=(), outputs="r", *, effects=True):
+    """Inline PTX. outputs: one letter a result, r (i32) or f (f32). -> a value, a list of values, or None.
+
+    effects: keeps its place and is never removed; pure computation says False, so that it can be moved and shared.
+    """
+    types = {"r": i32(), "f": ir.F32Type.get()}
+    letters = {str(i32()): "r", str(ir.IntegerType.get_signless(64)): "l", str(ir.F32Type.get()): "f"}
+    constraints = ",".join(["=" + o for o in outputs] + [letters[str(a.type)] for a in args])
+    if not outputs:
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), list(args), text, constraints, has_side_effects=effects)
+        return None
+    if len(outputs) == 1:
+        return llvm.inline_asm(types[outputs], list(args), text, constraints, has_side_effects=effects)
+    struct = llvm.StructType.get_literal([types[o] for o in outputs])
+    packed = llvm.inline_asm(struct, list(args), text, constraints, has_side_effects=effects)
+    return [llvm.extractvalue(types[o], packed, [i]) for i, o in enumerate(outputs)]
+
+
+def scalar(array):
+    """The register of a scalar argument (Layout WG_SPLAT) of `inline_mgpu`."""
+    return array.registers.item()
+
+
+def splat(value):
+    """A register as a scalar result of `inline_mgpu`."""
+    return fa.FragmentedArray.splat(value, ())
+
+
+def per_thread(value):
+    """An i32 register of each thread as a (128,) result of `inline_mgpu` in PER_THREAD."""
+    vector_type = ir.VectorType.get((1,), i32())
+    registers = np.array([vector.broadcast(vector_type, value)], dtype=object)
+    return fa.FragmentedArray(_registers=registers, _layout=PER_THREAD.to_mgpu(), _is_signed=True)
+
+
+def of_thread(array):
+    """The register of a PER_THREAD argument."""
+    return vector.extract(array.registers.flat[0], [], [0])
+
+
+def elements(register):
+    """The two elements of a pair register of a WGMMA array."""
+    return [vector.extract(register, [], [i]) for i in range(2)]
+
+
+def pair(low, high):
+    """Two f32 registers as a pair register of a WGMMA array."""
+    out = llvm.mlir_undef(ir.VectorType.get((2,), ir.F32Type.get()))
+    for i, value in enumerate((low, high)):
+        out = vector.insert(value, out, [], [i])
+    return out
+
+
+def wgmma_array(registers, shape):
+    """Registers [columns / 8, 2] -> (64, columns) in WGMMA: [j, h] holds row r + 8h, columns 8j + 2 quad + 0, 1."""
+    registers = registers.reshape(fa.WGMMA_LAYOUT.registers_shape(shape))
+    return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
+
+
+def smem_address(ref, offset=0):
+    """i32 shared memory address of a ref, plus bytes."""
+    return add(llvm.ptrtoint(i32(), utils.memref_ptr(ref)), offset)
+
+
+def gmem_address(ref, offset=None):
+    """i64 address of a ref in global memory, plus an i32 register of bytes, unsigned."""
+    i64 = ir.IntegerType.get_signless(64)
+    base = llvm.ptrtoint(i64, utils.memref_ptr(ref))
+    return base if offset is None else arith.addi(base, arith.extui(i64, offset))
+
+
+def gmem_element(ref, row, width, column, itemsize):
+    """i64 address of element (row, column) of a row-major [.., width] array in global memory: 64-bit throughout."""
+    i64 = ir.IntegerType.get_signless(64)
+    row, column = (arith.extsi(i64, v) for v in (row, column))
+    row, column = (arith.muli(v, arith.constant(i64, s)) for v, s in ((row, width * itemsize), (column, itemsize)))
+    return llvm.add(gmem_address(ref), arith.addi(row, column), overflow_flags=llvm.IntegerOverflowFlags.none)
+
+
+def load_shared(address, offset, n):
+    """n i32 words (1, 2 or 4, aligned to their size) of shared memory at an i32 address plus a constant of bytes."""
+    pointer = llvm.PointerType.get(3)
+    p = llvm.getelementptr(pointer, llvm.inttoptr(pointer, address), [], [int(offset)], ir.IntegerType.get_signless(8),
+                           llvm.GEPNoWrapFlags.none)
+    words = llvm.load(ir.VectorType.get((n,), i32()), p, alignment=4 * n)
+    return [vector.extract(words, [], [i]) for i in range(n)]
+
+
+def decode_codes(word, factor):
+    """8 codes and a bf16x2 factor (scale * 2**119) -> 4 bf16x2 times 2**-7: code j pairs with code j+4."""
+    return asm(DECODE, [word, factor], "rrrr", effects=False)
+
+
+def lanes():
+    """Of this thread: warp, place in its quad, fragment row, and which of 8 weight rows this fragment row holds.
+
+    Fragment rows 0..7 hold weight rows 0 2 4 6 1 3 5 7, so that the 4 rows of a half warp fall into different units of
+    the 128-byte swizzle and 8-byte loads have no bank conflicts. `store_tokens` undoes it.
+    """
+    tid = rem(utils.thread_idx(), WARPGROUP)
+    lane, warp = rem(tid, 32), div(tid, 32)
+    row = div(lane, 4)
+    return warp, rem(lane, 4), row, add(mul(rem(row, 4), 2), div(row, 4))
+
+
+def decode_fragment(w_ref, s_ref, wg, unit, *, chunks, first, other, scale_row):
+    """Codes and scales in shared memory -> bf16 (64, 64 chunks), A of a wgmma, times 2**-7.
+
+    w_ref: i32 [rows, 32], `swizzled(4)`: 256 codes a row, of which 64-chunks first .. first + chunks - 1 are decoded.
+    s_ref: the scales of the same rows, `scale_row` bytes a row; `swizzled(4)` where that is 128, else plain. unit: which 16
+    bytes of a row belong to these 256 codes. wg: the warpgroup (i32). other: None, or, where two operands interleave
+    (gate and up), the distance of the second's rows: fragment rows r hold 32 rows of the first, r + 8 of the second.
+    """
+    swizzled_scales = scale_row == 128
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(swizzled(4)), plgpu.RefType(swizzled(4) if swizzled_scales else ()), SPLAT, SPLAT),
+        return_type=plgpu.ShapeDtypeStruct((64, 64 * chunks), jnp.bfloat16, layout=WGMMA))
+    def f(ctx, w, s, wg, unit):
+        del ctx
+        wg, unit = scalar(wg), scalar(unit)
+        warp, quad, _, weight_row = lanes()
+        rows_wg, rows_warp, to_second = (32, 8, other) if other else (64, 16, 8)  # fragment row r + 8: `to_second` on
+        row = add(add(mul(wg, rows_wg), mul(warp, rows_warp)), weight_row)
+        unit = bit_xor(unit, weight_row) if swizzled_scales else unit
+        base = add(smem_address(s), add(mul(row, scale_row), mul(unit, 16)))
+        at = [to_second * scale_row * h + 4 * first for h in range(2)]
+        if scale_row % 16:
+            scales = [[load_shared(base, a + 4 * t, 1)[0] for t in range(chunks)] for a in at]
+        else:
+            scales = [load_shared(base, a, chunks) for a in at]
+        selector = asm("mad.lo.u32 $0,$1,0x1111,0x4400;", [quad], effects=False)  # byte `quad` of both words
+        base = add(smem_address(w), add(mul(row, 128), mul(rem(quad, 2), 8)))
+        unit = bit_xor(div(quad, 2), weight_row)
+        out = np.empty((8 * chunks, 2), dtype=object)
+        bf16_pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        for t in range(chunks):
+            factors = asm(SCALE_PAIR, [scales[0][t], scales[1][t], selector], "rr", effects=False)
+            address = add(base, mul(bit_xor(unit, 2 * (first + t)), 16))
+            for h in range(2):
+                for i, word in enumerate(load_shared(address, h * to_second * 128, 2)):
+                    for j, register in enumerate(decode_codes(word, factors[h])):
+                        out[t * 8 + 2 * j + i, h] = utils.bitcast(register, bf16_pair)
+        return wgmma_array(out, (64, 64 * chunks))
+
+    return f(w_ref, s_ref, wg, unit)
+
+
+SILU_MUL = ("{.reg .f32 e; mul.f32 e,$1,0fBFB8AA3B; ex2.approx.ftz.f32 e,e; add.f32 e,e,0f3F800000; "
+            "rcp.approx.ftz.f32 e,e; mul.f32 e,e,$1; mul.f32 $0,e,$2;}")
+PACK_TRANSPOSE = "{.reg .b32 q; cvt.rn.bf16x2.f32 q,$1,$2; movmatrix.sync.aligned.m8n8.trans.b16 $0,q;}"
+# Lanes q and q^2 swap halves, which undoes the row permutation of `lanes`.
+SWAP = ("{.reg .b32 o; .reg .pred z; shfl.sync.bfly.b32 o,$1,2,31,-1; setp.eq.u32 z,$2,0; "
+        "@z prmt.b32 $0,$1,o,0x5410; @!z prmt.b32 $0,o,$1,0x7632;}")
+ROW_SCALE = ("{{.reg .pred p; .reg .s32 t; add.s32 t,$2,{token}; setp.lt.s32 p,t,$3; mov.f32 $0,0f00000000; "
+             "@p ld.global.nc.f32 $0,[$1+{offset}];}}")
+STORE = "{{.reg .pred p; .reg .s32 t; add.s32 t,$2,{token}; setp.lt.s32 p,t,$3; @p st.global.b32 [$0+{offset}],$1;}}"
+STORE_HALVES = ("{{.reg .pred p; .reg .s32 t; .reg .b16 l,h; mov.b32 {{l,h}},$1; add.s32 t,$2,{token}; "
+                "setp.lt.s32 p,t,$3; @p st.global.b16 [$0+{offset}],l; "
+                "setp.lt.s32 p,t,$4; @p st.global.b16 [$0+{top_offset}],h;}}")
+
+
+def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, width, gated=False, masked=True):
+    """f32 (64, tokens), decoded weights x tokens -> out[row + t, channel...] of token t < count; out [M, width].
+
+    acc: the WGMMA accumulator over `decode_fragment`s (its row order is undone here). factor: f32 scalar; row_scale: None
+    or f32 [M, 1] in global memory: token t is multiplied by row_scale[row + t] * factor. out: bf16 or f32. gated: bf16
+    silu(r) * (r + 8) of 32 channels, else 64 channels. channel: the warpgroup's first. masked: channels may reach past `width`.
+    """
+    single = out.dtype == jnp.float32
+    if gated and single:
+        raise NotImplementedError("store_tokens: gated results are bf16")
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, SPLAT, REF, REF, *[SPLAT] * 3), return_type=())
+    def f(ctx, acc, factor, row_scale_ref, out, row, count, channel):
+        del ctx
+        factor, row, count, channel = map(scalar, (factor, row, count, channel))
+        warp, quad, fragment_row, weight_row = lanes()
+        channel = add(channel, mul(warp, 8 if gated else 16))
+        registers = acc.registers.reshape(tokens // 8, 2)
+        token = mul(quad, 2)  # of an accumulator's pair register
+        scales = None
+        if row_scale is not None:
+            source = gmem_element(row_scale_ref, add(row, token), 1, i32(0), 4)
+            scales = [[asm(ROW_SCALE.format(token=t, offset=4 * t), [source, token, count], "f", effects=False)
+                       for t in (8 * j, 8 * j + 1)] for j in range(tokens // 8)]
+
+        def scaled(j, h):
+            factors = [factor] * 2 if scales is None else [arith.mulf(s, factor) for s in scales[j]]
+            return [arith.mulf(v, s) for v, s in zip(elements(registers[j, h]), factors)]
+
+        if single:
+            channel = add(channel, weight_row)
+            pointer = gmem_element(out, add(row, token), width, channel, 4)
+            counts = [arith.select(less(add(channel, 8 * h), width), count, i32(0)) if masked else count
+                      for h in range(2)]
+            for j in range(tokens // 8):
+                for h in range(2):
+                    for e, value in enumerate(scaled(j, h)):
+                        text = STORE.format(token=8 * j + e, offset=4 * ((8 * j + e) * width + 8 * h))
+                        asm(text, [pointer, arith.bitcast(i32(), value), token, counts[h]], "")
+            return
+
+        high, token = div(quad, 2), fragment_row  # after the transposition a lane holds two channels of one token
+        channel = add(channel, add(mul(rem(quad, 2), 4), mul(high, 2)))
+        pointer = gmem_element(out, add(row, token), width, channel, 2)
+        counts = [[arith.select(less(add(channel, 8 * h + e), width), count, i32(0)) if masked or width % 2 else count
+                   for e in range(2)] for h in range(2)]
+        for j in range(tokens // 8):
+            halves = [scaled(j, h) for h in range(2)]
+            if gated:
+                halves = [[asm(SILU_MUL, gu, "f", effects=False) for gu in zip(*halves)]]
+            for h, (low, top) in enumerate(halves):
+                p = asm(PACK_TRANSPOSE, [top, low])
+                p = asm(SWAP, [p, high])
+                offset = 2 * (8 * j * width + 8 * h)
+                if width % 2:
+                    text = STORE_HALVES.format(token=8 * j, offset=offset, top_offset=offset + 2)
+                    asm(text, [pointer, p, token, *counts[h]], "")
+                else:
+                    asm(STORE.format(token=8 * j, offset=offset), [pointer, p, token, counts[h][0]], "")
+
+    f(acc, factor, out if row_scale is None else row_scale, out, row, count, channel)
