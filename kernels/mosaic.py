@@ -13,7 +13,7 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
 Layout = plgpu.Layout
 REF, SPLAT, WGMMA = plgpu.RefType(), Layout.WG_SPLAT, Layout.WGMMA
@@ -365,3 +365,33 @@ def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, wi
                     asm(STORE.format(token=8 * j, offset=offset), [pointer, p, token, counts[h][0]], "")
 
     f(acc, factor, out if row_scale is None else row_scale, out, row, count, channel)
+
+
+# --- MLIR: per-thread programs (loops and branches inside one `plgpu.inline_mgpu`) ----------------------------------
+
+def thread_index():
+    """i32 index of this thread in its CTA."""
+    return utils.thread_idx()
+
+
+def flag(predicate, a, b):
+    """i32 1 where `a predicate b`, else 0. predicate: "lt", "le" or "eq", unsigned."""
+    kind = {"lt": arith.CmpIPredicate.ult, "le": arith.CmpIPredicate.ule, "eq": arith.CmpIPredicate.eq}[predicate]
+    return arith.extui(i32(), _integers(lambda x, y: arith.cmpi(kind, x, y))(a, b))
+
+
+def loop(start, stop, step, carry, body):
+    """for i in range(start, stop, step): carry = body(i, *carry); i32 throughout. -> the last carry, a list."""
+    bounds = [v if isinstance(v, ir.Value) else i32(v) for v in (start, stop, step)]
+    op = scf.ForOp(*bounds, list(carry))
+    with ir.InsertionPoint(op.body):
+        scf.yield_(list(body(op.induction_variable, *op.inner_iter_args)))
+    return list(op.results)
+
+
+def branch(condition, body):
+    """body() where the i32 condition is not zero."""
+    op = scf.IfOp(_integers(lambda x, y: arith.cmpi(arith.CmpIPredicate.ne, x, y))(condition, 0))
+    with ir.InsertionPoint(op.then_block):
+        body()
+        scf.yield_([])
