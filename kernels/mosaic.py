@@ -96,16 +96,31 @@ def decode_words(words, scales):
 
 # --- budgets and layouts --------------------------------------------------------------------------------------------
 
+# 128-byte rows in shared memory, 16-byte unit u of row r at u ^ r % 8: TMA writes them so, from any row and past any
+# edge (zeros), and the decode reads them so.
+ROWS_128 = (plgpu.SwizzleTransform(128),)
+
+
 def swizzled(itemsize):
-    """Transforms of a shared memory array read in 128-byte rows by TMA, wgmma and the decode."""
+    """Transforms of a shared memory operand of wgmma, K in 128-byte rows.
+
+    An array of these and one of ROWS_128 hold the same bytes while a row is 128 bytes, but Pallas fills this one only from
+    rows at multiples of 8 of an array that has a multiple of 8: see `token_ring`.
+    """
     return plgpu.TilingTransform((8, 128 // itemsize)), plgpu.SwizzleTransform(128)
 
 
-def register_budget(consumers, *, per_sm=1, producer=24):
+def token_ring(*shape):
+    """Scratch of bf16 [..., tokens, 64]: a pair of refs to the same memory, one to fill by TMA and one for wgmma."""
+    fill, use = (plgpu.SMEM(shape, jnp.bfloat16, transforms=t) for t in (ROWS_128, swizzled(2)))
+    return plgpu.RefUnion(fill, use)
+
+
+def register_budget(consumers, *, per_sm=1, producer=32):
     """Registers a thread for `consumers` warpgroups and one producer warpgroup: (consumer, producer), for setmaxnreg.
 
-    A CTA owns registers-at-launch x threads for its whole life; asking for more waits for ever and hangs the GPU, so the
-    numbers are chosen here only. ptxas launches with the lesser of the consumers' number and what the SM has for a thread.
+    A CTA owns registers-at-launch x threads for its whole life; asking for more waits for ever and hangs the GPU, so
+    the numbers are chosen here only. ptxas launches with the lesser of the consumers' number and a thread's share of the SM.
     """
     threads = (consumers + 1) * WARPGROUP
     share = min(232, 65536 // (threads * per_sm) // 8 * 8)
@@ -247,19 +262,19 @@ def lanes():
     return warp, rem(lane, 4), row, add(mul(rem(row, 4), 2), div(row, 4))
 
 
-def decode_fragment(w_ref, s_ref, wg, unit, *, chunks, first, other, scale_row):
-    """Codes and scales in shared memory -> bf16 (64, 64 chunks), A of a wgmma, times 2**-7.
+def decode_fragments(w_ref, s_ref, wg, unit, *, chunks, first, other, scale_row):
+    """Codes and scales in shared memory -> `chunks` arrays bf16 (64, 64), each A of a wgmma, times 2**-7.
 
-    w_ref: i32 [rows, 32], `swizzled(4)`: 256 codes a row, of which 64-chunks first .. first + chunks - 1 are decoded.
-    s_ref: the scales of the same rows, `scale_row` bytes a row; `swizzled(4)` where that is 128, else plain. unit: which 16
-    bytes of a row belong to these 256 codes. wg: the warpgroup (i32). other: None, or, where two operands interleave
+    w_ref: i32 [rows, 32], ROWS_128: 256 codes a row, of which 64-chunks first .. first + chunks - 1 are decoded.
+    s_ref: the scales of the same rows, `scale_row` bytes a row; ROWS_128 where that is 128, else plain. unit: which
+    16 bytes of a row belong to these 256 codes. wg: the warpgroup (i32). other: None, or, where two operands interleave
     (gate and up), the distance of the second's rows: fragment rows r hold 32 rows of the first, r + 8 of the second.
     """
     swizzled_scales = scale_row == 128
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(swizzled(4)), plgpu.RefType(swizzled(4) if swizzled_scales else ()), SPLAT, SPLAT),
-        return_type=plgpu.ShapeDtypeStruct((64, 64 * chunks), jnp.bfloat16, layout=WGMMA))
+        arg_types=(plgpu.RefType(ROWS_128), plgpu.RefType(ROWS_128 if swizzled_scales else ()), SPLAT, SPLAT),
+        return_type=(plgpu.ShapeDtypeStruct((64, 64), jnp.bfloat16, layout=WGMMA),) * chunks)
     def f(ctx, w, s, wg, unit):
         del ctx
         wg, unit = scalar(wg), scalar(unit)
@@ -276,7 +291,7 @@ def decode_fragment(w_ref, s_ref, wg, unit, *, chunks, first, other, scale_row):
         selector = asm("mad.lo.u32 $0,$1,0x1111,0x4400;", [quad], effects=False)  # byte `quad` of both words
         base = add(smem_address(w), add(mul(row, 128), mul(rem(quad, 2), 8)))
         unit = bit_xor(div(quad, 2), weight_row)
-        out = np.empty((8 * chunks, 2), dtype=object)
+        out = np.empty((chunks, 8, 2), dtype=object)
         bf16_pair = ir.VectorType.get((2,), ir.BF16Type.get())
         for t in range(chunks):
             factors = asm(SCALE_PAIR, [scales[0][t], scales[1][t], selector], "rr", effects=False)
@@ -284,8 +299,8 @@ def decode_fragment(w_ref, s_ref, wg, unit, *, chunks, first, other, scale_row):
             for h in range(2):
                 for i, word in enumerate(load_shared(address, h * to_second * 128, 2)):
                     for j, register in enumerate(decode_codes(word, factors[h])):
-                        out[t * 8 + 2 * j + i, h] = utils.bitcast(register, bf16_pair)
-        return wgmma_array(out, (64, 64 * chunks))
+                        out[t, 2 * j + i, h] = utils.bitcast(register, bf16_pair)
+        return tuple(wgmma_array(o, (64, 64)) for o in out)
 
     return f(w_ref, s_ref, wg, unit)
 
@@ -307,9 +322,10 @@ STORE_HALVES = ("{{.reg .pred p; .reg .s32 t; .reg .b16 l,h; mov.b32 {{l,h}},$1;
 def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, width, gated=False, masked=True):
     """f32 (64, tokens), decoded weights x tokens -> out[row + t, channel...] of token t < count; out [M, width].
 
-    acc: the WGMMA accumulator over `decode_fragment`s (its row order is undone here). factor: f32 scalar; row_scale: None
+    acc: the WGMMA accumulator over `decode_fragments` (its row order is undone here). factor: f32 scalar; row_scale: None
     or f32 [M, 1] in global memory: token t is multiplied by row_scale[row + t] * factor. out: bf16 or f32. gated: bf16
-    silu(r) * (r + 8) of 32 channels, else 64 channels. channel: the warpgroup's first. masked: channels may reach past `width`.
+    silu(r) * (r + 8) of 32 channels, else 64 channels. channel: the warpgroup's first. masked: channels may
+    reach past `width`.
     """
     single = out.dtype == jnp.float32
     if gated and single:
