@@ -1,0 +1,190 @@
+"""Saving and restoring through Orbax: exact bytes, and damage that ends in a named error."""
+
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+
+from nvfp4jax.checkpoint import orbax
+from nvfp4jax.checkpoint.digest import digests, unhealthy
+from nvfp4jax.checkpoint.safetensors import CheckpointError
+
+METADATA = {"recipe": "te-exact/token", "config": {"model_type": "test"}, "rules": []}
+
+
+def example() -> dict:
+    rng = np.random.default_rng(0)
+    return {
+        "layers": {
+            str(i): {
+                "kernel": jnp.asarray(rng.integers(0, 255, (6, 8), dtype=np.uint8)),
+                "kernel_scale": jnp.asarray(rng.integers(8, 126, (6, 1), dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)),
+                "kernel_global_scale": jnp.asarray(np.float32(0.001 * (i + 1))),
+            }
+            for i in range(2)
+        },
+        "norm": {"scale": jnp.asarray(rng.normal(size=(8,)).astype(ml_dtypes.bfloat16))},
+    }
+
+
+def assert_same(a, b):
+    a, b = orbax.flatten(a), orbax.flatten(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        assert a[path].dtype == b[path].dtype and a[path].shape == b[path].shape
+        assert np.asarray(a[path]).tobytes() == np.asarray(b[path]).tobytes(), path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    orbax.save(tmp_path / "step", example(), METADATA)
+    return tmp_path / "step"
+
+
+def test_round_trip_and_metadata(folder):
+    assert_same(orbax.restore(folder, example()), example())
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), example())
+    assert_same(orbax.restore(folder, abstract), example())
+    metadata = orbax.read_metadata(folder)
+    assert metadata["format_version"] == 1 and metadata["config"] == {"model_type": "test"}
+    assert set(metadata["digests"]) == set(orbax.flatten(example()))
+
+
+def test_nnx_state_round_trip(tmp_path):
+    model = nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(0))
+    orbax.save(tmp_path / "step", nnx.state(model), METADATA)
+    other = nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(1))
+    nnx.update(other, orbax.restore(tmp_path / "step", nnx.state(other)))
+    np.testing.assert_array_equal(other.kernel[...], model.kernel[...])
+
+
+def test_partial_save_equals_save(tmp_path, folder):
+    leaves = orbax.flatten(example())
+    names = list(leaves)
+    partial = orbax.PartialSave(tmp_path / "partial")
+    for name in names[:-1]:
+        partial.add({name: np.asarray(leaves[name])})
+        assert not (tmp_path / "partial").exists()
+    partial.finish({names[-1]: np.asarray(leaves[names[-1]])}, METADATA)
+    assert sorted(os.listdir(tmp_path)) == ["partial", "step"]
+    assert orbax.read_metadata(tmp_path / "partial") == orbax.read_metadata(folder)
+    assert_same(orbax.restore(tmp_path / "partial", example()), example())
+
+
+def test_an_existing_folder_is_refused_and_kept(folder):
+    before = sorted(path.name for path in folder.rglob("*"))
+    with pytest.raises(CheckpointError, match="exists already"):
+        orbax.save(folder, example(), METADATA)
+    with pytest.raises(CheckpointError, match="exists already"):
+        orbax.PartialSave(folder)
+    assert sorted(path.name for path in folder.rglob("*")) == before
+
+
+def test_nan_is_not_saved_and_nothing_is_left(tmp_path):
+    state = example()
+    state["norm"]["scale"] = state["norm"]["scale"].at[3].set(jnp.bfloat16(float("nan")))
+    with pytest.raises(CheckpointError, match="norm/scale: a value that is NaN"):
+        orbax.save(tmp_path / "step", state, METADATA)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
+    with pytest.raises(TypeError):
+        orbax.save(tmp_path / "step", example(), METADATA | {"config": object()})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s["norm"].pop("scale"), "norm/scale is not expected"),
+    (lambda s: s["norm"].update(bias=jnp.zeros(8)), "norm/bias is missing"),
+    (lambda s: s["norm"].update(scale=jnp.zeros(9, jnp.bfloat16)), r"norm/scale has shape \(8,\), expected \(9,\)"),
+    (lambda s: s["norm"].update(scale=jnp.zeros(8, jnp.float32)), "norm/scale has dtype bfloat16, expected float32"),
+])
+def test_another_tree_is_refused(folder, change, message):
+    state = example()
+    change(state)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        orbax.restore(folder, state)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Orbax leaves its other reads unawaited when one of them fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
+def test_a_flipped_byte_or_a_lost_file_never_passes(folder, tmp_path):
+    """Every file, damaged at several places, and removed: the right weights or a named error."""
+    rng = np.random.default_rng(0)
+    refused = 0
+    for file in [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size]:
+        raw = file.read_bytes()
+        for damage in ["lost", *rng.integers(0, len(raw), 4), *(-rng.integers(1, len(raw) + 1, 2))]:
+            if damage == "lost":
+                file.unlink()
+            elif damage >= 0:
+                file.write_bytes(raw[:damage] + bytes([raw[damage] ^ 0x10]) + raw[damage + 1 :])
+            else:
+                file.write_bytes(raw[:damage])
+            try:
+                restored = orbax.restore(folder, example())
+            except CheckpointError as error:
+                assert str(folder) in str(error) and "\n" not in str(error)
+                refused += 1
+            else:
+                assert_same(restored, example())
+            file.write_bytes(raw)
+    assert refused > 10
+
+
+def test_folders_of_others(tmp_path, folder):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        orbax.read_metadata(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="empty"):
+        orbax.read_metadata(tmp_path / "empty")
+    path = folder / "_CHECKPOINT_METADATA"
+    stored = json.loads(path.read_text())
+    stored["custom_metadata"]["format_version"] = 2
+    path.write_text(json.dumps(stored))
+    with pytest.raises(CheckpointError, match="format version 2"):
+        orbax.restore(folder, example())
+    stored["custom_metadata"] = {}
+    path.write_text(json.dumps(stored))
+    with pytest.raises(CheckpointError, match="without nvfp4jax's metadata"):
+        orbax.restore(folder, example())
+    shutil.rmtree(folder / "state")
+    with pytest.raises(CheckpointError, match="step"):
+        orbax.restore(folder, example())
+
+
+def test_digest_sees_every_byte_the_order_and_the_shape():
+    x = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    variants = [x, x.reshape(8, 6), x.reshape(12, 4), np.ascontiguousarray(x.T), x[::-1], x.view(np.int8)]
+    for position in range(x.size):
+        changed = x.copy().reshape(-1)
+        changed[position] ^= 1
+        variants.append(changed.reshape(x.shape))
+    found = digests({str(i): jnp.asarray(v) for i, v in enumerate(variants)})
+    assert len(set(found.values())) == len(variants)
+    assert digests({"0": x})["0"] == found["0"]
+    for dtype in (jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn, jnp.uint8):
+        a = jnp.asarray(x, dtype)
+        assert digests({"a": a}) != digests({"a": a.at[0, 0].set(jnp.asarray(7, dtype))})
+        assert len(digests({"a": a[:0], "b": a[0, 0]})) == 2
+
+
+def test_health():
+    scale = jnp.asarray(np.array([[0x38, 0x7E]], np.uint8).view(ml_dtypes.float8_e4m3fn))
+    bad_scale = jnp.asarray(np.array([[0x38, 0xFF]], np.uint8).view(ml_dtypes.float8_e4m3fn))
+    fine = {"a/kernel": jnp.zeros((2, 2), jnp.uint8), "a/kernel_scale": scale, "a/kernel_global_scale": jnp.asarray([1.0, 1e-6], jnp.float32),
+            "a/input_scale": jnp.asarray(3.0, jnp.float32), "norm/scale": jnp.zeros(3, jnp.bfloat16)}
+    assert unhealthy(fine) == []
+    for name, value in {"a/kernel_scale": bad_scale, "a/kernel_global_scale": jnp.asarray([1.0, 0.0], jnp.float32),
+                        "a/input_scale": jnp.asarray(jnp.inf, jnp.float32), "norm/scale": jnp.asarray([jnp.nan], jnp.bfloat16)}.items():
+        assert [line.split(":")[0] for line in unhealthy(fine | {name: value})] == [name]
+    inverted = {"a/kernel_global_scale": jnp.asarray(2688 / 0.2, jnp.float32)}
+    assert "inverse" in unhealthy(inverted)[0]
