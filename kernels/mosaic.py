@@ -163,7 +163,7 @@ def asm(text, args=(), outputs="r", *, effects=True):
     effects: keeps its place and is never removed; pure computation says False, so that it can be moved and shared.
     """
     types = {"r": i32(), "f": ir.F32Type.get()}
-    letters = {str(i32()): "r", str(ir.IntegerType.get_signless(64)): "l", str(ir.F32Type.get()): "f"}
+    letters = {str(i32()): "r", "i16": "h", str(ir.IntegerType.get_signless(64)): "l", str(ir.F32Type.get()): "f"}
     constraints = ",".join(["=" + o for o in outputs] + [letters[str(a.type)] for a in args])
     if not outputs:
         llvm.inline_asm(ir.Type.parse("!llvm.void"), list(args), text, constraints, has_side_effects=effects)
@@ -250,16 +250,18 @@ def decode_codes(word, factor):
     return asm(DECODE, [word, factor], "rrrr", effects=False)
 
 
-def lanes():
-    """Of this thread: warp, place in its quad, fragment row, and which of 8 weight rows this fragment row holds.
+def lanes(interleaved):
+    """Of this thread: warp, place in its quad, fragment row, and which weight row of its warp the fragment row holds.
 
-    Fragment rows 0..7 hold weight rows 0 2 4 6 1 3 5 7, so that the 4 rows of a half warp fall into different units of
-    the 128-byte swizzle and 8-byte loads have no bank conflicts. `store_tokens` undoes it.
+    interleaved (gate and up): fragment rows 0..7 and 8..15 hold rows 0 2 4 6 1 3 5 7 of the two operands. Otherwise fragment
+    rows r and r + 8 hold 4 (r / 2) + 2 (r % 2) and the row after it. Either way the 4 rows of a half warp fall into
+    different units of the 128-byte swizzle, so that 8-byte loads have no bank conflicts; `store_tokens` undoes it.
     """
     tid = rem(utils.thread_idx(), WARPGROUP)
     lane, warp = rem(tid, 32), div(tid, 32)
     row = div(lane, 4)
-    return warp, rem(lane, 4), row, add(mul(rem(row, 4), 2), div(row, 4))
+    weight_row = add(mul(rem(row, 4), 2), div(row, 4)) if interleaved else mul(row, 2)
+    return warp, rem(lane, 4), row, weight_row
 
 
 def decode_fragments(w_ref, s_ref, wg, unit, *, chunks, first, other, scale_row):
@@ -268,7 +270,7 @@ def decode_fragments(w_ref, s_ref, wg, unit, *, chunks, first, other, scale_row)
     w_ref: i32 [rows, 32], ROWS_128: 256 codes a row, of which 64-chunks first .. first + chunks - 1 are decoded.
     s_ref: the scales of the same rows, `scale_row` bytes a row; ROWS_128 where that is 128, else plain. unit: which
     16 bytes of a row belong to these 256 codes. wg: the warpgroup (i32). other: None, or, where two operands interleave
-    (gate and up), the distance of the second's rows: fragment rows r hold 32 rows of the first, r + 8 of the second.
+    (gate and up), the distance of the second's rows: a multiple of 8.
     """
     swizzled_scales = scale_row == 128
 
@@ -278,26 +280,28 @@ def decode_fragments(w_ref, s_ref, wg, unit, *, chunks, first, other, scale_row)
     def f(ctx, w, s, wg, unit):
         del ctx
         wg, unit = scalar(wg), scalar(unit)
-        warp, quad, _, weight_row = lanes()
-        rows_wg, rows_warp, to_second = (32, 8, other) if other else (64, 16, 8)  # fragment row r + 8: `to_second` on
+        warp, quad, _, weight_row = lanes(bool(other))
+        rows_wg, rows_warp, to_second = (32, 8, other) if other else (64, 16, 1)  # from fragment row r to r + 8
         row = add(add(mul(wg, rows_wg), mul(warp, rows_warp)), weight_row)
-        unit = bit_xor(unit, weight_row) if swizzled_scales else unit
-        base = add(smem_address(s), add(mul(row, scale_row), mul(unit, 16)))
-        at = [to_second * scale_row * h + 4 * first for h in range(2)]
-        if scale_row % 16:
-            scales = [[load_shared(base, a + 4 * t, 1)[0] for t in range(chunks)] for a in at]
-        else:
-            scales = [load_shared(base, a, chunks) for a in at]
+        rows = row, add(row, to_second)
+        phases = [weight_row if other else bit_and(r, 7) for r in rows]  # of the swizzle
+
+        scales = []
+        for r, phase in zip(rows, phases):
+            at = add(smem_address(s), add(mul(r, scale_row), mul(bit_xor(unit, phase) if swizzled_scales else unit, 16)))
+            at = add(at, 4 * first)
+            scales.append([load_shared(at, 4 * t, 1)[0] for t in range(chunks)] if scale_row % 16 else
+                          load_shared(at, 0, chunks))
         selector = asm("mad.lo.u32 $0,$1,0x1111,0x4400;", [quad], effects=False)  # byte `quad` of both words
-        base = add(smem_address(w), add(mul(row, 128), mul(rem(quad, 2), 8)))
-        unit = bit_xor(div(quad, 2), weight_row)
+        base = add(smem_address(w), mul(rem(quad, 2), 8))
+        # The unit of 64-chunk c is (2 c + quad / 2) ^ phase: 2 c is xored into the whole address.
+        bases = [add(add(base, mul(r, 128)), mul(bit_xor(div(quad, 2), phase), 16)) for r, phase in zip(rows, phases)]
         out = np.empty((chunks, 8, 2), dtype=object)
         bf16_pair = ir.VectorType.get((2,), ir.BF16Type.get())
         for t in range(chunks):
             factors = asm(SCALE_PAIR, [scales[0][t], scales[1][t], selector], "rr", effects=False)
-            address = add(base, mul(bit_xor(unit, 2 * (first + t)), 16))
             for h in range(2):
-                for i, word in enumerate(load_shared(address, h * to_second * 128, 2)):
+                for i, word in enumerate(load_shared(bit_xor(bases[h], 32 * (first + t)), 0, 2)):
                     for j, register in enumerate(decode_codes(word, factors[h])):
                         out[t, 2 * j + i, h] = utils.bitcast(register, bf16_pair)
         return tuple(wgmma_array(o, (64, 64)) for o in out)
@@ -308,15 +312,13 @@ def decode_fragments(w_ref, s_ref, wg, unit, *, chunks, first, other, scale_row)
 SILU_MUL = ("{.reg .f32 e; mul.f32 e,$1,0fBFB8AA3B; ex2.approx.ftz.f32 e,e; add.f32 e,e,0f3F800000; "
             "rcp.approx.ftz.f32 e,e; mul.f32 e,e,$1; mul.f32 $0,e,$2;}")
 PACK_TRANSPOSE = "{.reg .b32 q; cvt.rn.bf16x2.f32 q,$1,$2; movmatrix.sync.aligned.m8n8.trans.b16 $0,q;}"
-# Lanes q and q^2 swap halves, which undoes the row permutation of `lanes`.
+# Lanes q and q^2 swap halves, which undoes the interleaved row order of `lanes`.
 SWAP = ("{.reg .b32 o; .reg .pred z; shfl.sync.bfly.b32 o,$1,2,31,-1; setp.eq.u32 z,$2,0; "
         "@z prmt.b32 $0,$1,o,0x5410; @!z prmt.b32 $0,o,$1,0x7632;}")
 ROW_SCALE = ("{{.reg .pred p; .reg .s32 t; add.s32 t,$2,{token}; setp.lt.s32 p,t,$3; mov.f32 $0,0f00000000; "
              "@p ld.global.nc.f32 $0,[$1+{offset}];}}")
-STORE = "{{.reg .pred p; .reg .s32 t; add.s32 t,$2,{token}; setp.lt.s32 p,t,$3; @p st.global.b32 [$0+{offset}],$1;}}"
-STORE_HALVES = ("{{.reg .pred p; .reg .s32 t; .reg .b16 l,h; mov.b32 {{l,h}},$1; add.s32 t,$2,{token}; "
-                "setp.lt.s32 p,t,$3; @p st.global.b16 [$0+{offset}],l; "
-                "setp.lt.s32 p,t,$4; @p st.global.b16 [$0+{top_offset}],h;}}")
+# Stores of a token below the count in $2; the immediates stand in the text so that they are not kept in registers.
+STORE = "{{.reg .pred p; setp.gt.s32 p,$2,{token}; @p st.global.{kind} [$0+{offset}],{value};}}"
 
 
 def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, width, gated=False, masked=True):
@@ -335,79 +337,77 @@ def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, wi
     def f(ctx, acc, factor, row_scale_ref, out, row, count, channel):
         del ctx
         factor, row, count, channel = map(scalar, (factor, row, count, channel))
-        warp, quad, fragment_row, weight_row = lanes()
+        warp, quad, fragment_row, weight_row = lanes(gated)
         channel = add(channel, mul(warp, 8 if gated else 16))
         registers = acc.registers.reshape(tokens // 8, 2)
-        token = mul(quad, 2)  # of an accumulator's pair register
+        pair_token = mul(quad, 2)  # the first token of an accumulator's pair register
         scales = None
         if row_scale is not None:
-            source = gmem_element(row_scale_ref, add(row, token), 1, i32(0), 4)
-            scales = [[asm(ROW_SCALE.format(token=t, offset=4 * t), [source, token, count], "f", effects=False)
+            source = gmem_element(row_scale_ref, add(row, pair_token), 1, i32(0), 4)
+            scales = [[asm(ROW_SCALE.format(token=t, offset=4 * t), [source, pair_token, count], "f", effects=False)
                        for t in (8 * j, 8 * j + 1)] for j in range(tokens // 8)]
 
         def scaled(j, h):
             factors = [factor] * 2 if scales is None else [arith.mulf(s, factor) for s in scales[j]]
             return [arith.mulf(v, s) for v, s in zip(elements(registers[j, h]), factors)]
 
-        if single:
+        def left(token, channel):
+            """How many tokens from `token` on this lane writes in a channel."""
+            tokens_left = sub(count, token)
+            return arith.select(less(channel, width), tokens_left, i32(0)) if masked else tokens_left
+
+        def store(pointer, token, count, offset, values):
+            """values at consecutive elements: b16, b32 or two b32."""
+            bits = 16 if str(values[0].type) == "i16" else 32
+            kind, value = (f"b{bits}", "$1") if len(values) == 1 else (f"v2.b{bits}", "{$1,$3}")
+            text = STORE.format(token=token, kind=kind, offset=offset, value=value)
+            asm(text, [pointer, values[0], count, *values[1:]], "")
+
+        def halves(register):
+            i16 = ir.IntegerType.get_signless(16)
+            return [arith.trunci(i16, v) for v in (register, shift_right(register, 16))]
+
+        if single:  # registers of fragment rows r and r + 8 are neighbouring channels of one token
             channel = add(channel, weight_row)
-            pointer = gmem_element(out, add(row, token), width, channel, 4)
-            counts = [arith.select(less(add(channel, 8 * h), width), count, i32(0)) if masked else count
-                      for h in range(2)]
+            pointer = gmem_element(out, add(row, pair_token), width, channel, 4)
+            counts = [left(pair_token, add(channel, i)) for i in range(2)]
             for j in range(tokens // 8):
-                for h in range(2):
-                    for e, value in enumerate(scaled(j, h)):
-                        text = STORE.format(token=8 * j + e, offset=4 * ((8 * j + e) * width + 8 * h))
-                        asm(text, [pointer, arith.bitcast(i32(), value), token, counts[h]], "")
+                for e, values in enumerate(zip(scaled(j, 0), scaled(j, 1))):
+                    values = [arith.bitcast(i32(), v) for v in values]
+                    offset = 4 * (8 * j + e) * width
+                    if width % 2:
+                        for i in range(2):
+                            store(pointer, 8 * j + e, counts[i], offset + 4 * i, values[i:i + 1])
+                    else:
+                        store(pointer, 8 * j + e, counts[0], offset, values)
             return
 
-        high, token = div(quad, 2), fragment_row  # after the transposition a lane holds two channels of one token
-        channel = add(channel, add(mul(rem(quad, 2), 4), mul(high, 2)))
-        pointer = gmem_element(out, add(row, token), width, channel, 2)
-        counts = [[arith.select(less(add(channel, 8 * h + e), width), count, i32(0)) if masked or width % 2 else count
-                   for e in range(2)] for h in range(2)]
+        high = div(quad, 2)  # after the transposition a lane holds 2 (gated) or 4 channels of one token
+        lane_channels = 2 if gated else 4
+        channel = add(channel, add(mul(rem(quad, 2), 4), mul(high, 2)) if gated else mul(quad, 4))
+        pointer = gmem_element(out, add(row, fragment_row), width, channel, 2)
+        counts = [left(fragment_row, add(channel, i)) for i in range(lane_channels)]
         for j in range(tokens // 8):
-            halves = [scaled(j, h) for h in range(2)]
+            rows = [scaled(j, h) for h in range(2)]
+            offset = 2 * 8 * j * width
             if gated:
-                halves = [[asm(SILU_MUL, gu, "f", effects=False) for gu in zip(*halves)]]
-            for h, (low, top) in enumerate(halves):
-                p = asm(PACK_TRANSPOSE, [top, low])
-                p = asm(SWAP, [p, high])
-                offset = 2 * (8 * j * width + 8 * h)
-                if width % 2:
-                    text = STORE_HALVES.format(token=8 * j, offset=offset, top_offset=offset + 2)
-                    asm(text, [pointer, p, token, *counts[h]], "")
-                else:
-                    asm(STORE.format(token=8 * j, offset=offset), [pointer, p, token, counts[h][0]], "")
+                low, top = (asm(SILU_MUL, gu, "f", effects=False) for gu in zip(*rows))
+                values = [asm(SWAP, [asm(PACK_TRANSPOSE, [top, low]), high])]
+            else:  # channels (0, 2) and (1, 3) -> (0, 1) and (2, 3)
+                even, odd = (asm(PACK_TRANSPOSE, [top, low]) for low, top in rows)
+                values = [asm(f"prmt.b32 $0,$1,$2,{selector};", [even, odd], effects=False) for selector in (0x5410, 0x7632)]
+            if width % lane_channels == 0:
+                store(pointer, 8 * j, counts[0], offset, values)
+            elif width % 2 == 0:
+                for i, value in enumerate(values):
+                    store(pointer, 8 * j, counts[2 * i], offset + 4 * i, [value])
+            else:
+                for i, value in enumerate(v for pair_value in values for v in halves(pair_value)):
+                    store(pointer, 8 * j, counts[i], offset + 2 * i, [value])
 
     f(acc, factor, out if row_scale is None else row_scale, out, row, count, channel)
 
 
-# --- MLIR: per-thread programs (loops and branches inside one `plgpu.inline_mgpu`) ----------------------------------
-
-def thread_index():
-    """i32 index of this thread in its CTA."""
-    return utils.thread_idx()
-
-
-def flag(predicate, a, b):
-    """i32 1 where `a predicate b`, else 0. predicate: "lt", "le" or "eq", unsigned."""
-    kind = {"lt": arith.CmpIPredicate.ult, "le": arith.CmpIPredicate.ule, "eq": arith.CmpIPredicate.eq}[predicate]
-    return arith.extui(i32(), _integers(lambda x, y: arith.cmpi(kind, x, y))(a, b))
-
-
-def loop(start, stop, step, carry, body):
-    """for i in range(start, stop, step): carry = body(i, *carry); i32 throughout. -> the last carry, a list."""
-    bounds = [v if isinstance(v, ir.Value) else i32(v) for v in (start, stop, step)]
-    op = scf.ForOp(*bounds, list(carry))
-    with ir.InsertionPoint(op.body):
-        scf.yield_(list(body(op.induction_variable, *op.inner_iter_args)))
-    return list(op.results)
-
-
-def branch(condition, body):
-    """body() where the i32 condition is not zero."""
-    op = scf.IfOp(_integers(lambda x, y: arith.cmpi(arith.CmpIPredicate.ne, x, y))(condition, 0))
-    with ir.InsertionPoint(op.then_block):
-        body()
-        scf.yield_([])
+def offset_address(address, size):
+    """An i64 address plus a constant number of bytes."""
+    return arith.addi(address, arith.constant(ir.IntegerType.get_signless(64), int(size)))
