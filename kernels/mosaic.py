@@ -104,8 +104,8 @@ ROWS_128 = (plgpu.SwizzleTransform(128),)
 def swizzled(itemsize):
     """Transforms of a shared memory operand of wgmma, K in 128-byte rows.
 
-    An array of these and one of ROWS_128 hold the same bytes while a row is 128 bytes, but Pallas fills this one only from
-    rows at multiples of 8 of an array that has a multiple of 8: see `token_ring`.
+    An array of these and one of ROWS_128 hold the same bytes while a row is 128 bytes, but Pallas fills this one only
+    from rows at multiples of 8 of an array that has a multiple of 8: see `token_ring`.
     """
     return plgpu.TilingTransform((8, 128 // itemsize)), plgpu.SwizzleTransform(128)
 
@@ -120,7 +120,7 @@ def register_budget(consumers, *, per_sm=1, producer=32):
     """Registers a thread for `consumers` warpgroups and one producer warpgroup: (consumer, producer), for setmaxnreg.
 
     A CTA owns registers-at-launch x threads for its whole life; asking for more waits for ever and hangs the GPU, so
-    the numbers are chosen here only. ptxas launches with the lesser of the consumers' number and a thread's share of the SM.
+    the numbers are chosen here only. ptxas launches with the lesser of the consumers' number and a thread's share.
     """
     threads = (consumers + 1) * WARPGROUP
     share = min(232, 65536 // (threads * per_sm) // 8 * 8)
@@ -253,9 +253,9 @@ def decode_codes(word, factor):
 def lanes(interleaved):
     """Of this thread: warp, place in its quad, fragment row, and which weight row of its warp the fragment row holds.
 
-    interleaved (gate and up): fragment rows 0..7 and 8..15 hold rows 0 2 4 6 1 3 5 7 of the two operands. Otherwise fragment
-    rows r and r + 8 hold 4 (r / 2) + 2 (r % 2) and the row after it. Either way the 4 rows of a half warp fall into
-    different units of the 128-byte swizzle, so that 8-byte loads have no bank conflicts; `store_tokens` undoes it.
+    interleaved (gate and up): fragment rows 0..7 and 8..15 hold rows 0 2 4 6 1 3 5 7 of the two operands. Otherwise
+    fragment rows r and r + 8 hold rows 2 r and 2 r + 1. Either way the 4 rows of a half warp fall into different units of
+    the 128-byte swizzle, so that 8-byte loads have no bank conflicts; `store_tokens` undoes it.
     """
     tid = rem(utils.thread_idx(), WARPGROUP)
     lane, warp = rem(tid, 32), div(tid, 32)
@@ -288,8 +288,8 @@ def decode_fragments(w_ref, s_ref, wg, unit, *, chunks, first, other, scale_row)
 
         scales = []
         for r, phase in zip(rows, phases):
-            at = add(smem_address(s), add(mul(r, scale_row), mul(bit_xor(unit, phase) if swizzled_scales else unit, 16)))
-            at = add(at, 4 * first)
+            at = add(smem_address(s), add(mul(r, scale_row), 4 * first))
+            at = add(at, mul(bit_xor(unit, phase) if swizzled_scales else unit, 16))
             scales.append([load_shared(at, 4 * t, 1)[0] for t in range(chunks)] if scale_row % 16 else
                           load_shared(at, 0, chunks))
         selector = asm("mad.lo.u32 $0,$1,0x1111,0x4400;", [quad], effects=False)  # byte `quad` of both words
@@ -324,10 +324,10 @@ STORE = "{{.reg .pred p; setp.gt.s32 p,$2,{token}; @p st.global.{kind} [$0+{offs
 def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, width, gated=False, masked=True):
     """f32 (64, tokens), decoded weights x tokens -> out[row + t, channel...] of token t < count; out [M, width].
 
-    acc: the WGMMA accumulator over `decode_fragments` (its row order is undone here). factor: f32 scalar; row_scale: None
-    or f32 [M, 1] in global memory: token t is multiplied by row_scale[row + t] * factor. out: bf16 or f32. gated: bf16
-    silu(r) * (r + 8) of 32 channels, else 64 channels. channel: the warpgroup's first. masked: channels may
-    reach past `width`.
+    acc: the WGMMA accumulator over `decode_fragments` (its row order is undone here). factor: f32 scalar; row_scale:
+    None or f32 [M, 1] in global memory: token t is multiplied by row_scale[row + t] * factor. out: bf16 or f32. gated:
+    bf16 silu(r) * (r + 8) of 32 channels, else 64 channels. channel: the warpgroup's first. masked: channels may reach
+    past `width`.
     """
     single = out.dtype == jnp.float32
     if gated and single:
@@ -395,7 +395,8 @@ def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, wi
                 values = [asm(SWAP, [asm(PACK_TRANSPOSE, [top, low]), high])]
             else:  # channels (0, 2) and (1, 3) -> (0, 1) and (2, 3)
                 even, odd = (asm(PACK_TRANSPOSE, [top, low]) for low, top in rows)
-                values = [asm(f"prmt.b32 $0,$1,$2,{selector};", [even, odd], effects=False) for selector in (0x5410, 0x7632)]
+                values = [asm(f"prmt.b32 $0,$1,$2,{selector};", [even, odd], effects=False)
+                          for selector in (0x5410, 0x7632)]
             if width % lane_channels == 0:
                 store(pointer, 8 * j, counts[0], offset, values)
             elif width % 2 == 0:
@@ -407,6 +408,35 @@ def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, wi
 
     f(acc, factor, out if row_scale is None else row_scale, out, row, count, channel)
 
+
+# --- MLIR: per-thread programs (loops and branches inside one `plgpu.inline_mgpu`) ----------------------------------
+
+def thread_index():
+    """i32 index of this thread in its CTA."""
+    return utils.thread_idx()
+
+
+def flag(predicate, a, b):
+    """i32 1 where `a predicate b`, else 0. predicate: "lt", "le" or "eq", unsigned."""
+    kind = {"lt": arith.CmpIPredicate.ult, "le": arith.CmpIPredicate.ule, "eq": arith.CmpIPredicate.eq}[predicate]
+    return arith.extui(i32(), _integers(lambda x, y: arith.cmpi(kind, x, y))(a, b))
+
+
+def loop(start, stop, step, carry, body):
+    """for i in range(start, stop, step): carry = body(i, *carry); i32 throughout. -> the last carry, a list."""
+    bounds = [v if isinstance(v, ir.Value) else i32(v) for v in (start, stop, step)]
+    op = scf.ForOp(*bounds, list(carry))
+    with ir.InsertionPoint(op.body):
+        scf.yield_(list(body(op.induction_variable, *op.inner_iter_args)))
+    return list(op.results)
+
+
+def branch(condition, body):
+    """body() where the i32 condition is not zero."""
+    op = scf.IfOp(_integers(lambda x, y: arith.cmpi(arith.CmpIPredicate.ne, x, y))(condition, 0))
+    with ir.InsertionPoint(op.then_block):
+        body()
+        scf.yield_([])
 
 def offset_address(address, size):
     """An i64 address plus a constant number of bytes."""
