@@ -1,0 +1,31 @@
+"""NVFP4 for JAX: quantization with an online activation scale, Flax layers, GPU kernels, and a jitted rollout."""
+
+from nvfp4jax.array import NVFP4Array, quantize
+from nvfp4jax.layers import (
+    Experts,
+    NVFP4Einsum,
+    NVFP4Experts,
+    NVFP4Linear,
+    NVFP4LinearGeneral,
+)
+from nvfp4jax.ops import grouped_matmul, grouped_swiglu, matmul
+from nvfp4jax.scaling import valid_rows
+from nvfp4jax.swap import Rule, quantize_model, quantize_params, register
+
+__all__ = [
+    "Experts",
+    "NVFP4Array",
+    "NVFP4Einsum",
+    "NVFP4Experts",
+    "NVFP4Linear",
+    "NVFP4LinearGeneral",
+    "Rule",
+    "grouped_matmul",
+    "grouped_swiglu",
+    "matmul",
+    "quantize",
+    "quantize_model",
+    "quantize_params",
+    "register",
+    "valid_rows",
+]

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from nvfp4jax import numerics, scaling as scaling_modes
@@ -22,8 +23,8 @@ class NVFP4Array:
         stack in a leading axis. A kernel reads its layer in place; nothing is copied in front of it.
     """
 
-    packed: UInt8[Array, "... K//2"]
-    scale: Float[Array, "... K//16"]
+    packed: UInt8[Array, "... K2"]
+    scale: Float[Array, "... K16"]
     global_scale: Float[Array, "..."]
     layer: Int[Array, ""] | None = None
 
@@ -50,12 +51,12 @@ class NVFP4Array:
         """The codes as float4_e2m1fn [..., K]."""
         return numerics.decode_e2m1(numerics.unpack(self.select().packed)).astype(jnp.float4_e2m1fn)
 
-    def dequantize(self, dtype: jnp.dtype = jnp.float32) -> Float[Array, "... K"]:
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "... K"]:
         """(qvalue * scale) * global_scale in float32, rounded to dtype."""
         array = self.select()
         return (array.dequantize_blocks(jnp.float32) * _over_k(array.global_scale, array.ndim)).astype(dtype)
 
-    def dequantize_blocks(self, dtype: jnp.dtype = jnp.bfloat16) -> Float[Array, "... K"]:
+    def dequantize_blocks(self, dtype: DTypeLike = jnp.bfloat16) -> Float[Array, "... K"]:
         """qvalue * scale, without the global scale: exact in bfloat16."""
         array = self.select()
         return numerics.dequantize(array.packed, lax.bitcast_convert_type(array.scale, jnp.uint8), dtype)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 BLOCK = 16  # elements that share one E4M3 scale
@@ -107,7 +108,7 @@ def pack(codes: UInt8[Array, "... K"]) -> UInt8[Array, "... K//2"]:
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
-def unpack(packed: UInt8[Array, "... K//2"]) -> UInt8[Array, "... K"]:
+def unpack(packed: UInt8[Array, "... K2"]) -> UInt8[Array, "... 2*K2"]:
     """The inverse of `pack`."""
     return jnp.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], packed.shape[-1] * 2)
 
@@ -199,8 +200,8 @@ def _error(x, codes, scale, amax, kind: str):
 
 
 def dequantize(
-    packed: UInt8[Array, "... K//2"], scale_bits: UInt8[Array, "... K//16"], dtype: jnp.dtype = jnp.float32
-) -> Float[Array, "... K"]:
+    packed: UInt8[Array, "... K2"], scale_bits: UInt8[Array, "... blocks"], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "... 2*K2"]:
     """qvalue * scale without the global scale: at most 6 significant bits, so exact in bfloat16 and float32."""
     codes = unpack(packed)
     values = decode_e2m1(codes).reshape(*scale_bits.shape, BLOCK) * decode_e4m3(scale_bits)[..., None]

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from nvfp4jax import array as nvfp4_array
@@ -383,7 +384,7 @@ def matmul(
     amax: Float[Array, "..."] | None = None,
     valid: Bool[Array, "..."] | None = None,
     input_scale: Float[Array, ""] | None = None,
-    out_dtype: jnp.dtype | None = None,
+    out_dtype: DTypeLike | None = None,
     implementation: str | Sequence[str] | None = None,
     name: str = "matmul",
 ) -> Float[Array, "... N"]:
@@ -411,7 +412,7 @@ def grouped_matmul(
     amax: Float[Array, "..."] | None = None,
     valid: Bool[Array, "M"] | None = None,
     input_scale: Float[Array, "..."] | None = None,
-    out_dtype: jnp.dtype | None = None,
+    out_dtype: DTypeLike | None = None,
     implementation: str | Sequence[str] | None = None,
     name: str = "grouped_matmul",
 ) -> Float[Array, "M N"]:
@@ -436,7 +437,7 @@ def grouped_swiglu(
     amax: Float[Array, "..."] | None = None,
     valid: Bool[Array, "M"] | None = None,
     input_scale: Float[Array, "..."] | None = None,
-    out_dtype: jnp.dtype | None = None,
+    out_dtype: DTypeLike | None = None,
     implementation: str | Sequence[str] | None = None,
     name: str = "grouped_swiglu",
 ) -> Float[Array, "M I"]:

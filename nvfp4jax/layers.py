@@ -1,0 +1,470 @@
+"""Flax NNX layers with NVFP4 weights, each made `from_float` of the layer it takes the place of.
+
+A layer keeps three Params a weight: packed codes, block scales, global scale; the weight is stored [N, K], contraction last,
+as checkpoints have it. The activation's scale is computed in the call (online), unless the mode says otherwise:
+
+    None          activations stay as they are (weights only)
+    "static"      the checkpoint's or a calibration's input_scale
+    "tensor"      one amax over the valid rows of this call; "tensor_pow2": its global scale rounded up to a power of two
+    "token"       one amax a row: a row's bits do not depend on its batch
+    "expert"      (experts only) one amax over the rows of an expert
+
+Shapes below are without the leading axis that a stack of layers adds; see `layer_index`.
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from nvfp4jax import array as nvfp4_array
+from nvfp4jax import ops, scaling
+from nvfp4jax.array import NVFP4Array
+
+
+class NVFP4Param(nnx.Param):
+    """A Param that holds part of an NVFP4 weight: a scan over stacked layers leaves it whole and sets `layer_index`."""
+
+
+def _is_abstract(*values) -> bool:
+    return any(isinstance(v, jax.ShapeDtypeStruct) for v in values)
+
+
+_quantize_weight = jax.jit(nvfp4_array.quantize_weight, static_argnames="four_over_six")
+
+
+def quantize_weight(w: Float[Array, "... N K"], four_over_six: str | None, name: str) -> NVFP4Array:
+    """`array.quantize_weight` compiled, shapes only for an abstract w; errors name the layer."""
+    nvfp4_array.check_k(w.shape[-1], name, w.shape)
+    if _is_abstract(w):
+        return jax.eval_shape(lambda w: nvfp4_array.quantize_weight(w, four_over_six=four_over_six), w)
+    return _quantize_weight(w, four_over_six=four_over_six)
+
+
+def _map(f, value):
+    """f(value), shapes only for an abstract value."""
+    return jax.eval_shape(f, value) if _is_abstract(value) else f(value)
+
+
+def _check_activation(activation: str | None, allowed: tuple[str | None, ...], name: str) -> None:
+    if activation not in allowed:
+        raise ValueError(f"{name}: activation={activation!r} is not one of {', '.join(map(str, allowed))}")
+
+
+def _metadata(param: nnx.Variable, axes: tuple[tuple[int, ...], ...]) -> dict:
+    """The Param's metadata, its sharding (if any) rearranged: new axis i is sharded as the first of the old axes[i]."""
+    meta = dict(param.get_metadata())
+    spec = meta.get("out_sharding")
+    if isinstance(spec, tuple | list):
+        spec = tuple(spec) + (None,) * len(param.shape)
+        meta["out_sharding"] = tuple(next((spec[a] for a in group if spec[a] is not None), None) for group in axes)
+    return meta
+
+
+def _scalar_metadata(meta: Mapping) -> dict:
+    return {k: v for k, v in meta.items() if k != "out_sharding"}
+
+
+class NVFP4Linear(nnx.Module):
+    """y = x w^T + bias with w in NVFP4; takes the place of `nnx.Linear`.
+
+    Params: kernel u8 [N, K/2], kernel_scale float8_e4m3fn [N, K/16], kernel_global_scale f32 []; bias as the float layer
+    had it, or None; input_scale f32 [] (static mode) or None. `activation`: see the module's docstring.
+    """
+
+    def __init__(
+        self,
+        kernel: nnx.Variable,
+        bias: nnx.Variable | None,
+        *,
+        name: str,
+        features: tuple[tuple[int, ...], tuple[int, ...]],
+        dtype: jnp.dtype | None,
+        activation: str | None = "token",
+        four_over_six: str | None = None,
+        weight_four_over_six: str | None = None,
+        implementation: str | tuple[str, ...] | None = None,
+        input_scale: Array | None = None,
+    ):
+        _check_activation(activation, ops.MODES[:-1], name)
+        self.name = name
+        self.contracted, self.features = features
+        self.activation = activation
+        self.four_over_six = four_over_six
+        self.weight_four_over_six = weight_four_over_six
+        self.implementation = implementation
+        self.dtype = dtype
+        self.param_dtype = jnp.dtype(kernel.dtype)
+        self.layer_index = nnx.data(None)
+        lead = len(kernel.shape) - len(self._kernel_axes()[0]) - len(self._kernel_axes()[1])
+        n_axes, k_axes = ([lead + a for a in axes] for axes in self._kernel_axes())
+        meta = _metadata(kernel, (*((a,) for a in range(lead)), tuple(n_axes), tuple(k_axes)))
+        w = quantize_weight(_map(self._matrix, kernel.get_value()), weight_four_over_six, name)
+        self.kernel = NVFP4Param(w.packed, **meta)
+        self.kernel_scale = NVFP4Param(w.scale, **meta)
+        self.kernel_global_scale = NVFP4Param(_squeeze(w.global_scale, lead), **_scalar_metadata(meta))
+        self.bias = nnx.data(None) if bias is None else bias
+        self.input_scale = nnx.data(None)
+        if activation == "static" and input_scale is not None:
+            self.input_scale = nnx.Param(jnp.asarray(input_scale, jnp.float32))
+
+    @classmethod
+    def from_float(cls, layer: nnx.Linear, *, name: str = "linear", **options) -> "NVFP4Linear":
+        """layer: nnx.Linear, kernel [in, out] (or a stack of them). options: activation and the rest of the constructor's."""
+        return cls(layer.kernel, layer.bias, name=name, features=((layer.in_features,), (layer.out_features,)), dtype=layer.dtype, **options)
+
+    @property
+    def in_features(self) -> int:
+        return math.prod(self.contracted)
+
+    @property
+    def out_features(self) -> int:
+        return math.prod(self.features)
+
+    def _kernel_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The axes of the float kernel that make N, and K, in that order."""
+        return (1,), (0,)
+
+    def _matrix(self, kernel: Array) -> Array:
+        """The float kernel [(stack), ...] -> [(stack), N, K]."""
+        n_axes, k_axes = self._kernel_axes()
+        lead = kernel.ndim - len(n_axes) - len(k_axes)
+        order = (*range(lead), *(lead + a for a in n_axes), *(lead + a for a in k_axes))
+        return kernel.transpose(order).reshape(*kernel.shape[:lead], self.out_features, self.in_features)
+
+    def float_names(self) -> tuple[tuple[str, ...], ...]:
+        """Where the float layer keeps what this one is made of."""
+        return (("kernel",),) if self.bias is None else (("kernel",), ("bias",))
+
+    def quantize_params(self, params: Mapping[tuple[str, ...], Array]) -> dict[tuple[str, ...], Array]:
+        """The float layer's arrays -> this layer's, by name. Pure."""
+        kernel = params[("kernel",)]
+        lead = kernel.ndim - len(self._kernel_axes()[0]) - len(self._kernel_axes()[1])
+        w = quantize_weight(self._matrix(kernel), self.weight_four_over_six, self.name)
+        out = {("kernel",): w.packed, ("kernel_scale",): w.scale, ("kernel_global_scale",): _squeeze(w.global_scale, lead)}
+        if self.bias is not None:
+            out[("bias",)] = params[("bias",)]
+        return out
+
+    def weight(self) -> NVFP4Array:
+        """The weight as an NVFP4Array [N, K]."""
+        return NVFP4Array(
+            self.kernel.get_value(), self.kernel_scale.get_value(), self.kernel_global_scale.get_value(), self.layer_index
+        )
+
+    def _matmul(self, x: Array, bias: Array | None) -> Array:
+        """x [..., K] -> [..., N]."""
+        dtype = self.dtype if self.dtype is not None else jnp.promote_types(x.dtype, self.param_dtype)
+        return ops.matmul(
+            x.astype(dtype),
+            self.weight(),
+            scaling=self.activation,
+            four_over_six=self.four_over_six,
+            bias=bias,
+            valid=scaling.current_valid_rows(x.shape[:-1]) if self.activation in ("tensor", "tensor_pow2") else None,
+            input_scale=None if self.input_scale is None else self.input_scale.get_value(),
+            implementation=self.implementation,
+            name=self.name,
+        )
+
+    def __call__(self, inputs: Float[Array, "... K"], out_sharding=None) -> Float[Array, "... N"]:
+        return _constrain(self._matmul(inputs, None if self.bias is None else self.bias.get_value()), out_sharding)
+
+
+def _squeeze(global_scale, lead: int):
+    """[..., 1, 1] of a stack -> [...]; a single weight's scalar stays."""
+    return _map(lambda g: g.reshape(g.shape[:lead]), global_scale)
+
+
+def _constrain(y: Array, out_sharding) -> Array:
+    return y if out_sharding is None else jax.lax.with_sharding_constraint(y, out_sharding)
+
+
+class NVFP4LinearGeneral(NVFP4Linear):
+    """Takes the place of `nnx.LinearGeneral` without batch axes: several axes contracted, several features."""
+
+    def __init__(self, *args, axis: tuple[int, ...], **kwargs):
+        self.axis = axis
+        super().__init__(*args, **kwargs)
+
+    @classmethod
+    def from_float(cls, layer: nnx.LinearGeneral, *, name: str = "linear_general", **options) -> "NVFP4LinearGeneral":
+        if layer.batch_axis:
+            raise ValueError(f"{name}: LinearGeneral with batch_axis={dict(layer.batch_axis)} has one weight a batch entry; leave it "
+                             "in bfloat16 (Rule(..., skip=True)) or use nvfp4jax.Experts")
+        return cls(
+            layer.kernel, layer.bias, name=name, features=(layer.in_features, layer.out_features), axis=layer.axis, dtype=layer.dtype, **options
+        )
+
+    def _kernel_axes(self):
+        n_in = len(self.contracted)
+        return tuple(range(n_in, n_in + len(self.features))), tuple(range(n_in))
+
+    def __call__(self, inputs: Float[Array, "..."], out_sharding=None) -> Float[Array, "..."]:
+        axis = tuple(a % inputs.ndim for a in self.axis)
+        if tuple(inputs.shape[a] for a in axis) != self.contracted:
+            raise ValueError(f"{self.name}: inputs of shape {inputs.shape} at axes {self.axis} need sizes {self.contracted}")
+        free = tuple(a for a in range(inputs.ndim) if a not in axis)
+        lead = tuple(inputs.shape[a] for a in free)
+        bias = None if self.bias is None else self.bias.get_value().reshape(-1)
+        y = self._matmul(inputs.transpose(*free, *axis).reshape(*lead, self.in_features), bias)
+        return _constrain(y.reshape(*lead, *self.features), out_sharding)
+
+
+class NVFP4Einsum(NVFP4Linear):
+    """Takes the place of `nnx.Einsum` whose string contracts input and kernel without a shared batch axis."""
+
+    def __init__(self, *args, einsum_str: str, **kwargs):
+        self.einsum_str = einsum_str
+        super().__init__(*args, **kwargs)
+
+    @classmethod
+    def from_float(cls, layer: nnx.Einsum, *, name: str = "einsum", **options) -> "NVFP4Einsum":
+        if layer.einsum_str is None:
+            raise ValueError(f"{name}: this Einsum takes its string at each call; give it one at construction to quantize it")
+        n_letters, k_letters = _einsum_letters(layer.einsum_str, name)
+        sizes = dict(zip(_operands(layer.einsum_str)[1], layer.kernel_shape, strict=True))
+        features = tuple(sizes[c] for c in k_letters), tuple(sizes[c] for c in n_letters)
+        return cls(layer.kernel, layer.bias, name=name, features=features, einsum_str=layer.einsum_str, dtype=layer.dtype, **options)
+
+    def _kernel_axes(self):
+        letters = _operands(self.einsum_str)[1]
+        return tuple(tuple(letters.index(c) for c in group) for group in _einsum_letters(self.einsum_str, self.name))
+
+    def __call__(self, inputs: Float[Array, "..."], einsum_str: str | None = None, out_sharding=None) -> Float[Array, "..."]:
+        if einsum_str is not None:
+            raise ValueError(f"{self.name}: quantized for {self.einsum_str!r}; it takes no einsum_str at the call")
+        lhs, kernel, out = _operands(self.einsum_str)
+        n_letters, k_letters = _einsum_letters(self.einsum_str, self.name)
+        if "..." in lhs:
+            unused = [c for c in map(chr, range(ord("A"), ord("Z") + 1)) if c not in lhs + kernel + out]
+            dots = "".join(unused[: inputs.ndim - len(lhs) + 3])
+            lhs, out = lhs.replace("...", dots), out.replace("...", dots)
+        if len(lhs) != inputs.ndim:
+            raise ValueError(f"{self.name}: inputs of shape {inputs.shape} do not fit {self.einsum_str!r}")
+        free = [c for c in lhs if c not in k_letters]
+        sizes = dict(zip(lhs, inputs.shape, strict=True))
+        lead = tuple(sizes[c] for c in free)
+        x = inputs.transpose([lhs.index(c) for c in [*free, *k_letters]]).reshape(*lead, self.in_features)
+        bias = None
+        if self.bias is not None:  # kept as the float layer had it: the features in the order of the result
+            order = [c for c in out if c in n_letters]
+            shape = dict(zip(n_letters, self.features, strict=True))
+            bias = self.bias.get_value().reshape([shape[c] for c in order]).transpose([order.index(c) for c in n_letters]).reshape(-1)
+        y = self._matmul(x, bias).reshape(*lead, *self.features)
+        letters = [*free, *n_letters]
+        return _constrain(y.transpose([letters.index(c) for c in out]), out_sharding)
+
+
+def _operands(einsum_str: str) -> tuple[str, str, str]:
+    inputs, out = einsum_str.replace(" ", "").split("->")
+    lhs, kernel = inputs.split(",")
+    return lhs, kernel, out
+
+
+def _einsum_letters(einsum_str: str, name: str) -> tuple[str, str]:
+    """The kernel's letters that are features, and those that are contracted, each in the kernel's order."""
+    lhs, kernel, out = _operands(einsum_str)
+    features = "".join(c for c in kernel if c in out and c not in lhs)
+    contracted = "".join(c for c in kernel if c in lhs and c not in out)
+    plain = len(set(kernel)) == len(kernel) == len(features) + len(contracted) and "." not in kernel
+    if not plain or not features or not contracted or any(c not in out and c not in contracted for c in lhs.replace("...", "")):
+        raise ValueError(f"{name}: einsum {einsum_str!r} is no plain matmul (a batch axis in the kernel, or an axis summed on its own); "
+                         "leave it in bfloat16 (Rule(..., skip=True)) or use nvfp4jax.Experts")
+    return features, contracted
+
+
+class Experts(nnx.Module):
+    """The experts of a gated mixture, in floating point: silu(x gate) * (x up), times down, weighted and summed.
+
+    Params gate_proj, up_proj [E, K, N] = [E, hidden, intermediate] and down_proj [E, intermediate, hidden], raw, as trainers
+    keep them. Call: x [T, hidden], expert_ids i32 [T, k], weights f32 [T, k] -> [T, hidden].
+    """
+
+    def __init__(self, num_experts: int, hidden: int, intermediate: int, *, dtype=None, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        self.num_experts, self.hidden, self.intermediate = num_experts, hidden, intermediate
+        self.dtype = dtype
+
+        def init(inputs, outputs):
+            scale = jnp.asarray(inputs**-0.5, param_dtype)
+            return nnx.Param(jax.random.normal(rngs.params(), (num_experts, inputs, outputs), param_dtype) * scale)
+
+        self.gate_proj, self.up_proj = init(hidden, intermediate), init(hidden, intermediate)
+        self.down_proj = init(intermediate, hidden)
+
+    def __call__(self, x: Float[Array, "T H"], expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]) -> Float[Array, "T H"]:
+        dtype = self.dtype if self.dtype is not None else jnp.promote_types(x.dtype, self.gate_proj.dtype)
+        order, group_sizes = sort_by_expert(expert_ids, self.num_experts)
+        rows = x.astype(dtype)[order // expert_ids.shape[1]]
+
+        def product(rows, w):
+            precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+            return jax.lax.ragged_dot(rows, w.get_value().astype(dtype), group_sizes, precision=precision)
+
+        h = jax.nn.silu(product(rows, self.gate_proj)) * product(rows, self.up_proj)
+        return combine(product(h, self.down_proj), order, weights).astype(dtype)
+
+
+def sort_by_expert(expert_ids: Int[Array, "T k"], num_experts: int) -> tuple[Int[Array, "T*k"], Int[Array, "E"]]:
+    """The (token, slot) pairs sorted by expert, stably: their flat indices, and the rows of each expert."""
+    flat = expert_ids.reshape(-1)
+    return jnp.argsort(flat, stable=True).astype(jnp.int32), jnp.bincount(flat, length=num_experts).astype(jnp.int32)
+
+
+def combine(rows: Float[Array, "T*k H"], order: Int[Array, "T*k"], weights: Float[Array, "T k"]) -> Float[Array, "T H"]:
+    """Back to tokens: the weighted sum over a token's k rows, in slot order, in float32."""
+    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype))
+    slots = rows[inverse].reshape(*weights.shape, rows.shape[-1]).astype(jnp.float32) * weights.astype(jnp.float32)[..., None]
+    total = slots[:, 0]
+    for i in range(1, weights.shape[1]):
+        total = total + slots[:, i]
+    return total
+
+
+class NVFP4Experts(nnx.Module):
+    """`Experts` with NVFP4 weights; both matmuls take an online scale, the second on the SwiGLU output.
+
+    Params: gate_up u8 [E, 2, I, H/2] (gate first), gate_up_scale [E, 2, I, H/16], gate_up_global_scale f32 [E], shared by gate
+    and up; down u8 [E, H, I/2], down_scale, down_global_scale; gate_up_input_scale and down_input_scale f32 [E] (static mode)
+    or None. `activation` as in the module's docstring.
+    """
+
+    def __init__(
+        self,
+        gate_proj: nnx.Variable,
+        up_proj: nnx.Variable,
+        down_proj: nnx.Variable,
+        *,
+        name: str,
+        dtype: jnp.dtype | None,
+        activation: str | None = "token",
+        four_over_six: str | None = None,
+        weight_four_over_six: str | None = None,
+        implementation: str | tuple[str, ...] | None = None,
+        input_scales: tuple[Array, Array] | None = None,
+    ):
+        _check_activation(activation, ops.MODES, name)
+        self.name = name
+        self.num_experts, self.hidden, self.intermediate = gate_proj.shape[-3:]
+        self.activation = activation
+        self.four_over_six = four_over_six
+        self.weight_four_over_six = weight_four_over_six
+        self.implementation = implementation
+        self.dtype = dtype
+        self.param_dtype = jnp.dtype(gate_proj.dtype)
+        self.layer_index = nnx.data(None)
+        values = {(n,): p.get_value() for n, p in (("gate_proj", gate_proj), ("up_proj", up_proj), ("down_proj", down_proj))}
+        abstract = _is_abstract(*values.values())
+        made = self._quantize_abstract(values) if abstract else self.quantize_params(values)
+        lead = tuple((a,) for a in range(len(gate_proj.shape) - 2))
+        n = len(lead)
+        for weight, param, axes in (("gate_up", gate_proj, (*lead, (), (n + 1,), (n,))), ("down", down_proj, (*lead, (n + 1,), (n,)))):
+            meta = _metadata(param, axes)
+            setattr(self, weight, NVFP4Param(made[(weight,)], **meta))
+            setattr(self, f"{weight}_scale", NVFP4Param(made[(f"{weight}_scale",)], **meta))
+            setattr(self, f"{weight}_global_scale", NVFP4Param(made[(f"{weight}_global_scale",)], **_metadata(param, lead)))
+        self.gate_up_input_scale, self.down_input_scale = nnx.data(None), nnx.data(None)
+        if activation == "static" and input_scales is not None:
+            self.gate_up_input_scale, self.down_input_scale = (nnx.Param(jnp.asarray(s, jnp.float32)) for s in input_scales)
+
+    @classmethod
+    def from_float(cls, layer: nnx.Module, *, name: str = "experts", **options) -> "NVFP4Experts":
+        """layer: `Experts`, or any module with Params gate_proj, up_proj [E, hidden, I] and down_proj [E, I, hidden] (or stacks)."""
+        return cls(layer.gate_proj, layer.up_proj, layer.down_proj, name=name, dtype=getattr(layer, "dtype", None), **options)
+
+    def float_names(self) -> tuple[tuple[str, ...], ...]:
+        return (("gate_proj",), ("up_proj",), ("down_proj",))
+
+    def _quantize_abstract(self, params):
+        nvfp4_array.check_k(self.hidden, f"{self.name}: gate_proj", params[("gate_proj",)].shape)
+        nvfp4_array.check_k(self.intermediate, f"{self.name}: down_proj", params[("down_proj",)].shape)
+        return jax.eval_shape(self.quantize_params, params)
+
+    def quantize_params(self, params: Mapping[tuple[str, ...], Array]) -> dict[tuple[str, ...], Array]:
+        """The float layer's arrays [E, K, N] -> this layer's, by name. Pure."""
+        gate, up, down = (jnp.swapaxes(params[n], -1, -2) for n in self.float_names())
+        both = quantize_weight(jnp.concatenate([gate, up], -2), self.weight_four_over_six, f"{self.name}: gate_up")
+        down = quantize_weight(down, self.weight_four_over_six, f"{self.name}: down")
+        halves = lambda v: v.reshape(*v.shape[:-2], 2, v.shape[-2] // 2, v.shape[-1])  # noqa: E731
+        return {
+            ("gate_up",): halves(both.packed),
+            ("gate_up_scale",): halves(both.scale),
+            ("gate_up_global_scale",): both.global_scale[..., 0, 0],
+            ("down",): down.packed,
+            ("down_scale",): down.scale,
+            ("down_global_scale",): down.global_scale[..., 0, 0],
+        }
+
+    def weights(self) -> tuple[NVFP4Array, NVFP4Array]:
+        """gate_up [E, 2, I, H] and down [E, H, I] as NVFP4Arrays."""
+        gate, down = self.gate_up_global_scale.get_value(), self.down_global_scale.get_value()
+        return (
+            NVFP4Array(self.gate_up.get_value(), self.gate_up_scale.get_value(), gate[..., None, None, None], self.layer_index),
+            NVFP4Array(self.down.get_value(), self.down_scale.get_value(), down[..., None, None], self.layer_index),
+        )
+
+    def __call__(self, x: Float[Array, "T H"], expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]) -> Float[Array, "T H"]:
+        dtype = self.dtype if self.dtype is not None else jnp.promote_types(x.dtype, self.param_dtype)
+        order, group_sizes = sort_by_expert(expert_ids, self.num_experts)
+        token = order // expert_ids.shape[1]
+        valid = scaling.current_valid_rows(x.shape[:1])
+        gate_up, down = self.weights()
+        common = dict(
+            scaling=self.activation,
+            four_over_six=self.four_over_six,
+            valid=None if valid is None else valid[token],
+            implementation=self.implementation,
+        )
+        input_scale = lambda p: None if p is None else p.get_value()  # noqa: E731
+        rows = x.astype(dtype)[token]
+        h = ops.grouped_swiglu(
+            rows, gate_up, group_sizes, input_scale=input_scale(self.gate_up_input_scale), name=f"{self.name}: gate_up", **common
+        )
+        y = ops.grouped_matmul(h, down, group_sizes, input_scale=input_scale(self.down_input_scale), name=f"{self.name}: down", **common)
+        return combine(y, order, weights).astype(dtype)
+
+
+class NVFP4Weight(nnx.Module):
+    """A raw Param [..., K, N] held in NVFP4, weights only: `w[...]`, `w.get_value()` or jnp functions see it decoded.
+
+    Takes the place of the Param itself in a module that nobody registered, e.g. expert weights [E, K, N] used in an einsum.
+    The decoded copy is the user's: prefer `NVFP4Experts`, which keeps none.
+    """
+
+    def __init__(self, param: nnx.Variable, *, name: str, weight_four_over_six: str | None = None):
+        self.name = name
+        self.weight_four_over_six = weight_four_over_six
+        self.shape, self.dtype = tuple(param.shape), jnp.dtype(param.dtype)
+        lead = tuple((a,) for a in range(len(param.shape) - 2))
+        n = len(lead)
+        meta = _metadata(param, (*lead, (n + 1,), (n,)))
+        value = param.get_value()
+        made = jax.eval_shape(self.quantize_params, {(): value}) if _is_abstract(value) else self.quantize_params({(): value})
+        self.kernel = NVFP4Param(made[("kernel",)], **meta)
+        self.kernel_scale = NVFP4Param(made[("kernel_scale",)], **meta)
+        self.kernel_global_scale = NVFP4Param(made[("kernel_global_scale",)], **_metadata(param, lead))
+
+    def float_names(self) -> tuple[tuple[str, ...], ...]:
+        return ((),)
+
+    def quantize_params(self, params: Mapping[tuple[str, ...], Array]) -> dict[tuple[str, ...], Array]:
+        w = quantize_weight(jnp.swapaxes(params[()], -1, -2), self.weight_four_over_six, self.name)
+        return {("kernel",): w.packed, ("kernel_scale",): w.scale, ("kernel_global_scale",): w.global_scale[..., 0, 0]}
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def get_value(self) -> Float[Array, "... K N"]:
+        global_scale = self.kernel_global_scale.get_value()[..., None, None]
+        w = NVFP4Array(self.kernel.get_value(), self.kernel_scale.get_value(), global_scale)
+        return jnp.swapaxes(w.dequantize(self.dtype), -1, -2)
+
+    def __jax_array__(self) -> Array:
+        return self.get_value()
+
+    def __getitem__(self, index) -> Array:
+        return self.get_value()[index]
