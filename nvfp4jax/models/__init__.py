@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from nvfp4jax.models.attention import KVCache
 from nvfp4jax.models.qwen3 import Qwen3, Qwen3Config
@@ -19,7 +20,7 @@ ARCHITECTURES = {"Qwen3ForCausalLM": (Qwen3, Qwen3Config), "Qwen3MoeForCausalLM"
 
 
 def build(
-    config: Mapping[str, Any], dtype: jnp.dtype = jnp.bfloat16, *, param_dtype: jnp.dtype | None = None, rngs: nnx.Rngs | None = None
+    config: Mapping[str, Any], dtype: DTypeLike = jnp.bfloat16, *, param_dtype: DTypeLike | None = None, rngs: nnx.Rngs | None = None
 ) -> nnx.Module:
     """The model that a Hugging Face config.json describes, with random weights, or abstract where `rngs` is None.
 

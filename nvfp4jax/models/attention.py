@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -29,7 +30,7 @@ class KVCache:
         return self.keys[0].shape[-2]
 
 
-def init_cache(depths: tuple[int | None, ...], batch: int, heads: int, length: int, head_dim: int, dtype: jnp.dtype) -> KVCache:
+def init_cache(depths: tuple[int | None, ...], batch: int, heads: int, length: int, head_dim: int, dtype: DTypeLike) -> KVCache:
     """An empty cache; `depths` holds, for each entry of `model.layers`, None or the number of layers stacked in it."""
     shape = (batch, heads, length, head_dim)
     zeros = lambda: tuple(jnp.zeros(shape if d is None else (d, *shape), dtype) for d in depths)  # noqa: E731
@@ -84,8 +85,8 @@ class StepInputs(NamedTuple):
 
 
 def rope(
-    positions: Int[Array, "B T"], head_dim: int, theta: float, frequency_dtype: jnp.dtype = jnp.float32
-) -> tuple[Float[Array, "B T D//2"], Float[Array, "B T D//2"]]:
+    positions: Int[Array, "B T"], head_dim: int, theta: float, frequency_dtype: DTypeLike = jnp.float32
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """cos and sin of the default rotary embedding, float32; frequency_dtype: what the frequencies are rounded to."""
     frequencies = (1.0 / theta ** (np.arange(0, head_dim, 2) / head_dim)).astype(np.float32).astype(frequency_dtype)
     angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies.astype(np.float32))[None, None]
@@ -100,7 +101,7 @@ def rotate(x: Float[Array, "B T H D"], cos: Float[Array, "B T D//2"], sin: Float
 
 
 def step_masks(
-    attention_mask: Array | None, batch: int, steps: int, slots: int, index: Int[Array, ""]
+    attention_mask: ArrayLike | None, batch: int, steps: int, slots: int, index: Int[Array, ""]
 ) -> tuple[Bool[Array, "B T S"], Bool[Array, "B T"] | None]:
     """(which slot each query sees, which queries are real) from a mask over key slots [B, S] or over pairs [B, T, S].
 
@@ -141,7 +142,7 @@ def attend(
 class RMSNorm(nnx.Module):
     """x * rsqrt(mean(x**2) + eps) * scale over the last axis, in float32, given back in float32."""
 
-    def __init__(self, features: int, eps: float, *, param_dtype: jnp.dtype):
+    def __init__(self, features: int, eps: float, *, param_dtype: DTypeLike):
         self.scale = nnx.Param(jnp.ones((features,), param_dtype))
         self.eps = eps
 

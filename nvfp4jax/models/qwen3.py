@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from nvfp4jax import layers, scaling
@@ -124,7 +126,7 @@ class _Dtypes:
         return lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
 
     def linear(
-        self, inputs: int, outputs: int, *, bias: bool = False, dtype: jnp.dtype | None = None, out_dtype: jnp.dtype | None = None,
+        self, inputs: int, outputs: int, *, bias: bool = False, dtype: DTypeLike | None = None, out_dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ) -> nnx.Linear:
         dtype = dtype or self.dtype
@@ -175,7 +177,7 @@ class MoE(nnx.Module):
     """Top-k experts, routed by a softmax over all of them, in float32."""
 
     def __init__(self, config: Qwen3Config, dtypes: _Dtypes, *, rngs: nnx.Rngs):
-        self.gate = dtypes.linear(config.hidden_size, config.num_experts, dtype=jnp.dtype(jnp.float32), rngs=rngs)
+        self.gate = dtypes.linear(config.hidden_size, config.num_experts, dtype=jnp.float32, rngs=rngs)
         self.experts = layers.Experts(
             config.num_experts, config.hidden_size, config.moe_intermediate_size,
             dtype=dtypes.dtype, param_dtype=dtypes.param_dtype, rngs=rngs,
@@ -219,7 +221,7 @@ class Qwen3(nnx.Module):
         the highest precision. param_dtype: of the weights, dtype where it is None.
     """
 
-    def __init__(self, config: Qwen3Config, *, dtype: jnp.dtype = jnp.bfloat16, param_dtype: jnp.dtype | None = None, rngs: nnx.Rngs):
+    def __init__(self, config: Qwen3Config, *, dtype: DTypeLike = jnp.bfloat16, param_dtype: DTypeLike | None = None, rngs: nnx.Rngs):
         dtypes = _Dtypes(jnp.dtype(dtype), jnp.dtype(param_dtype or dtype))
         self.embed_tokens = nnx.Embed(
             config.vocab_size, config.hidden_size, dtype=dtypes.dtype, param_dtype=dtypes.param_dtype, rngs=rngs
@@ -231,17 +233,17 @@ class Qwen3(nnx.Module):
         self.config = config
         self.dtypes = dtypes
 
-    def init_cache(self, batch: int, length: int, dtype: jnp.dtype | None = None) -> KVCache:
+    def init_cache(self, batch: int, length: int, dtype: DTypeLike | None = None) -> KVCache:
         """An empty cache of `length` slots; dtype: the activations' where it is None."""
         c = self.config
         return attention.init_cache(stacking.depths(self), batch, c.num_kv_heads, length, c.head_dim, dtype or self.dtypes.dtype)
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
+        tokens: Int[Array | np.ndarray, "B T"],
+        positions: Int[Array | np.ndarray, "B T"],
         cache: KVCache | None = None,
-        attention_mask: Array | None = None,
+        attention_mask: ArrayLike | None = None,
         *,
         decode_only_last_token: bool = False,
         return_experts: bool = False,
@@ -255,6 +257,7 @@ class Qwen3(nnx.Module):
             is. Padding it marks takes no part in any NVFP4 amax. None: no padding.
         decode_only_last_token: logits [B, 1, V], of the last token alone.
         """
+        tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
         batch, steps = tokens.shape
         slots = steps if cache is None else cache.length
         if steps > slots:
@@ -284,7 +287,7 @@ class Qwen3(nnx.Module):
             raise ValueError("return_experts: this model has no mixture-of-experts layer")
         return logits, cache, jnp.concatenate(experts)
 
-    def _rope(self, positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T D//2"], Float[Array, "B T D//2"]]:
+    def _rope(self, positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
         c = self.config
         return attention.rope(positions, c.head_dim, c.rope_theta, jnp.dtype(c.rope_frequency_dtype))
 

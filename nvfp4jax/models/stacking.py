@@ -6,7 +6,7 @@ every other Param is sliced.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -79,8 +79,8 @@ def unstack_layers(model: nnx.Module) -> nnx.Module:
     return nnx.merge(nnx.graphdef(skeleton), unstack_state(nnx.state(model), lengths))
 
 
-def stack_state(state: nnx.State, lengths: Sequence[int]) -> nnx.State:
-    """The state of an unrolled model -> that of the stacked model with `lengths` layers in its entries. Pure, jittable."""
+def stack_state(state: Mapping, lengths: Sequence[int]) -> Mapping:
+    """The nnx.State of an unrolled model -> that of the stacked model with `lengths` layers in its entries. Pure, jittable."""
     flat = dict(nnx.to_flat_state(state))
     place = [(group, i) for group, length in enumerate(lengths) for i in range(length)]
     members: dict[tuple, list] = {}
@@ -100,7 +100,7 @@ def stack_state(state: nnx.State, lengths: Sequence[int]) -> nnx.State:
     return nnx.from_flat_state(out)
 
 
-def unstack_state(state: nnx.State, lengths: Sequence[int]) -> nnx.State:
+def unstack_state(state: Mapping, lengths: Sequence[int]) -> Mapping:
     """The inverse of `stack_state`."""
     out = {}
     for path, value in nnx.to_flat_state(state):
