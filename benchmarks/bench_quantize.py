@@ -1,0 +1,118 @@
+"""How near do the quantizers come to the copy bandwidth, and how far ahead of XLA are they? On a Hopper GPU:
+
+    python benchmarks/bench_quantize.py [--only TEXT] [--no-xla]
+
+Kernel time by CUPTI (all kernels of a call), medians. Bytes are those that have to move: inputs once, outputs once; two
+launches over a large tensor read it twice, which counts against them. The floor is bytes over the bandwidth of an XLA
+elementwise pass over 512 MiB in the same run. Tensors under 25 MiB stay in the L2 between runs, as behind their producer.
+"""
+import argparse
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic.gpu import profiler
+
+from nvfp4jax import array
+from nvfp4jax.kernels import mosaic, quantize_hopper as q
+
+BF16 = jnp.bfloat16
+
+
+def microseconds(f, *arguments, iterations=30):
+    """Median over calls of the sum of a call's kernel times, and the number of kernels of a call."""
+    f = jax.jit(f)
+    jax.block_until_ready(f(*arguments))
+    _, runs = profiler.measure(f, iterations=iterations, aggregate=False)(*arguments)
+    runs = runs[len(runs) // 4:]
+    return float(np.median([sum(ms for _, ms in run) for run in runs])) * 1e3, len(runs[0])
+
+
+def xla_operand(x, **kw):
+    a = array.quantize(x, **kw)
+    return mosaic.permute_k(a.dequantize_blocks(BF16)), a.global_scale
+
+
+def xla_quantize(x, **kw):
+    a = array.quantize(x, **kw)
+    return a.packed, a.scale, a.global_scale
+
+
+def rmsnorm(x, w, eps=1e-6):
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + jnp.float32(eps))
+    return normed.astype(x.dtype) * w[None]
+
+
+def silu_mul(gate, up):
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+def cases():
+    """(name, kernel, XLA version, input shapes, bytes a row element or block: read, written)."""
+    packed, operand = 2 + 0.5625, 2 + 2
+    for m, k in ((16384, 2048), (65536, 2048), (16384, 7168)):
+        for scaling in ("token", "tensor", "tensor_pow2"):
+            if scaling == "tensor_pow2" and m > 16384:
+                continue
+            kw = dict(scaling=scaling)
+            yield f"quantize {scaling} {m}x{k}", (lambda x, kw=kw: q.quantize(x, **kw)), (lambda x, kw=kw: xla_quantize(x, **kw)), [(m, k)], packed
+            yield f"operand {scaling} {m}x{k}", (lambda x, kw=kw: q.operand(x, **kw)), (lambda x, kw=kw: xla_operand(x, **kw)), [(m, k)], operand
+    m, k = 16384, 2048
+    amax = jnp.float32(4)
+    yield f"quantize given amax {m}x{k}", lambda x: q.quantize(x, amax=amax), lambda x: xla_quantize(x, amax=amax), [(m, k)], packed
+    for kind in ("mae", "mse"):
+        kw = dict(scaling="token", four_over_six=kind)
+        yield f"quantize token 4/6 {kind} {m}x{k}", (lambda x, kw=kw: q.quantize(x, **kw)), (lambda x, kw=kw: xla_quantize(x, **kw)), [(m, k)], packed
+    for m, k in ((256, 2048), (1, 2048), (16, 2048), (64, 2048), (1024, 2048), (8192, 2048), (16384, 2048)):
+        for scaling in ("token", "tensor"):
+            kw = dict(scaling=scaling)
+            yield (f"RMSNorm + operand {scaling} {m}x{k}", (lambda x, w, kw=kw: q.rmsnorm_operand(x, w, eps=1e-6, **kw)[1:]),
+                   (lambda x, w, kw=kw: xla_operand(rmsnorm(x, w), **kw)), [(m, k), (k,)], operand)
+    for m, k in ((8, 768), (512, 768), (2048, 768), (65536, 768)):
+        for scaling in ("token", "tensor"):
+            kw = dict(scaling=scaling)
+            yield (f"SiLU * up + operand {scaling} {m}x{k}", (lambda g, u, kw=kw: q.silu_mul_operand(g, u, **kw)[1:]),
+                   (lambda g, u, kw=kw: xla_operand(silu_mul(g, u), **kw)), [(m, k), (m, k)], 6)
+    for m, k in ((1, 2048), (64, 2048), (256, 2048), (512, 2048), (1024, 2048)):
+        for scaling in ("token", "tensor"):
+            kw = dict(scaling=scaling)
+            yield f"operand {scaling} {m}x{k}", (lambda x, kw=kw: q.operand(x, **kw)), (lambda x, kw=kw: xla_operand(x, **kw)), [(m, k)], operand
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="run the cases whose name holds this text")
+    parser.add_argument("--no-xla", action="store_true", help="leave the XLA version out")
+    options = parser.parse_args()
+    device = jax.devices()[0].device_kind
+    big = jax.random.normal(jax.random.key(0), (1 << 28,), BF16)
+    us, _ = microseconds(lambda x: -x, big, iterations=10)
+    bandwidth = 2 * big.nbytes / us  # bytes a microsecond
+    del big
+    print(f"{device}, jax {jax.__version__}: copy {bandwidth / 1e6:.2f} TB/s")
+    print(f"{'case':38} {'MB':>7} {'us':>8} {'launches':>8} {'floor':>7} {'of floor':>8} {'XLA us':>8} {'kernels':>7} {'ratio':>6}")
+    for name, kernel, xla, shapes, element_bytes in cases():
+        if options.only not in name:
+            continue
+        arguments = [jax.random.normal(jax.random.key(i), shape, BF16) for i, shape in enumerate(shapes)]
+        size = shapes[0][0] * shapes[0][1] * element_bytes
+        try:
+            us, launches = microseconds(kernel, *arguments)
+            row = dict(case=name, device=device, jax=jax.__version__, mb=size / 1e6, us=us, launches=launches, floor_us=size / bandwidth)
+            text = f"{name:38} {size / 1e6:7.1f} {us:8.2f} {launches:8} {size / bandwidth:7.2f} {size / bandwidth / us:8.2f}"
+            if not options.no_xla:
+                row["xla_us"], row["xla_kernels"] = microseconds(xla, *arguments, iterations=10)
+                text += f" {row['xla_us']:8.2f} {row['xla_kernels']:7} {row['xla_us'] / us:6.2f}"
+            print(text, flush=True)
+        except Exception as error:  # a case that fails must not hide the others; it is printed and fails the run below
+            failed = f"{name}: {type(error).__name__}: {str(error)[-300:]}"
+            print("FAILED", failed, flush=True)
+            row = dict(case=name, error=failed)
+        print(json.dumps(row), file=open("bench_quantize.jsonl", "a"))
+        del arguments
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,695 @@
+"""NVFP4 quantizers for Hopper in Pallas Mosaic GPU: bit for bit what `numerics` does, alone or fused with the producer.
+
+A thread owns whole blocks of 16 neighbouring elements, `warps_per_row` warps own a row, so that a row's amax, and whether
+it holds NaN or infinity, is a maximum over registers, then lanes, then those warps. Every reduction but the sum of squares
+is a maximum, and that sum runs over one fixed tree of K alone: a row's bits depend on nothing but the row and its amax.
+
+Three ways to an amax:
+- one a row ("token"), or a given one: a single launch, each row on its own;
+- one a tensor, few elements: a single launch of clusters. Each cluster reads all rows and shares its maxima through
+  distributed shared memory, then each CTA quantizes its own part: redundant reads from the L2 instead of a second launch;
+- one a tensor, many elements: a launch that leaves one maximum a CTA, and one that reduces those and quantizes, from the
+  last row to the first, because the last rows are still in the L2.
+
+E2M1 rounding runs on the FMA pipe: |y| splits into three saturated segments [0, 2], [2, 4], [4, 6] in which the codes are
+4, 2 and 1 equal steps; adding the segments to 2**23 one after another rounds each to the even code and clamps at 6.
+"""
+import dataclasses
+import struct
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from nvfp4jax import numerics
+from nvfp4jax.kernels import mosaic as mg
+
+SMS = 132  # of an H100 or H200: a grid of this many CTAs fills one wave
+WARP = 32
+CLUSTER = 16  # CTAs of a cluster: the largest that Hopper has
+CLUSTER_ELEMENTS = 1 << 20  # up to here one launch of clusters beats two launches
+MAX_K = 16 * WARP * 16 * 8
+BLOCK_BYTES = 8  # packed codes of one block
+TRANSPOSE_WORDS = 36 * 8  # of a warp: 8 rows (64-chunks of K) of 32 words, padded against bank conflicts
+
+
+def _f32(value: float) -> str:
+    """A PTX float32 literal."""
+    return "0f%08X" % struct.unpack("<I", struct.pack("<f", value))
+
+
+def _list(first: int, count: int) -> str:
+    return ",".join(f"${i}" for i in range(first, first + count))
+
+
+# --- inline PTX: every register is an untyped i32 --------------------------------------------------------------------
+
+def _load_text(words):
+    """`words` i32 from address $words, zeros unless $words+1."""
+    zeros = "".join(f"mov.b32 ${i},0;" for i in range(words))
+    loads = "".join(f"@p ld.global.nc.v4.b32 {{{_list(i, 4)}}},[${words}+{4 * i}];" for i in range(0, words, 4))
+    return f"{{.reg .pred p; setp.ne.u32 p,${words + 1},0; {zeros} {loads}}}"
+
+
+# A pair of bf16 with -0 made +0: adding +0 does, where a product with 1 would not.
+CANONICAL = "{.reg .b32 o,z; mov.b32 o,0x3F803F80; mov.b32 z,0; fma.rn.bf16x2 $0,$1,o,z;}"
+# silu(gate) * up of two elements in float32, rounded once.
+SILU = ("{.reg .b32 g0,g1,u0,u1,e0,e1; shl.b32 g0,$1,16; and.b32 g1,$1,0xFFFF0000; shl.b32 u0,$2,16; and.b32 u1,$2,0xFFFF0000;" +
+        "".join(f"mul.f32 e{i},g{i},{_f32(-1.4426950408889634)}; ex2.approx.ftz.f32 e{i},e{i}; add.f32 e{i},e{i},{_f32(1)};"
+                f"rcp.approx.ftz.f32 e{i},e{i}; mul.f32 e{i},e{i},g{i}; mul.f32 e{i},e{i},u{i};" for i in range(2)) +
+        "cvt.rn.bf16x2.f32 $0,e1,e0;}")
+# Two elements x, rsqrt, two weights: bf16(bf16(x * rsqrt) * weight).
+NORM = ("{.reg .b32 l,h; shl.b32 l,$1,16; and.b32 h,$1,0xFFFF0000; mul.rn.f32 l,l,$2; mul.rn.f32 h,h,$2;"
+        "cvt.rn.bf16x2.f32 l,h,l; mul.rn.bf16x2 $0,l,$3;}")
+# The sum of squares of a block: low and high halves in order, then the two sums.
+SQUARES = ("{.reg .b32 l,h,a,b; mov.b32 a,0; mov.b32 b,0;" +
+           "".join(f"shl.b32 l,${i},16; and.b32 h,${i},0xFFFF0000; fma.rn.f32 a,l,l,a; fma.rn.f32 b,h,h,b;" for i in range(1, 9)) +
+           "add.rn.f32 $0,a,b;}")
+ADD = "add.rn.f32 $0,$1,$2;"
+BUTTERFLY_ADD = "{{.reg .b32 o; shfl.sync.bfly.b32 o,$1,{step},31,-1; add.rn.f32 $0,$1,o;}}"
+
+
+def _unpack_text():
+    """8 words of two bf16 -> 16 float32."""
+    return "".join(f"shl.b32 ${2 * i},${16 + i},16; and.b32 ${2 * i + 1},${16 + i},0xFFFF0000;" for i in range(8))
+
+
+def _block_max_text(single):
+    """A block -> the float32 bits of its largest magnitude ($0), and of its largest finite one ($1). Bits of magnitudes
+    order like integers, NaN and infinity above all; the finite maximum needs a second look only where $0 is neither."""
+    if single:  # 16 float32
+        ops = ["{.reg .pred p; .reg .b32 t; and.b32 $0,$2,0x7FFFFFFF;"]
+        ops += [f"and.b32 t,${i},0x7FFFFFFF; max.u32 $0,$0,t;" for i in range(3, 18)]
+        ops += ["mov.b32 $1,$0; setp.lt.u32 p,$0,0x7F800000; @p bra DONE; mov.b32 $1,0;"]
+        ops += [f"and.b32 t,${i},0x7FFFFFFF; setp.lt.u32 p,t,0x7F800000; @p max.u32 $1,$1,t;" for i in range(2, 18)]
+        return "".join(ops) + "DONE: }"
+    ops = ["{.reg .pred p; .reg .b32 m,t,u; and.b32 m,$2,0x7FFF7FFF;"]
+    ops += [f"and.b32 t,${i},0x7FFF7FFF; max.u16x2 m,m,t;" for i in range(3, 10)]
+    ops += ["shl.b32 t,m,16; max.u32 $0,m,t; and.b32 $0,$0,0xFFFF0000; mov.b32 $1,$0; setp.lt.u32 p,$0,0x7F800000; @p bra DONE;"
+            "mov.b32 $1,0;"]
+    for i in range(2, 10):
+        ops += [f"and.b32 t,${i},0x7FFF7FFF; shl.b32 u,t,16; setp.lt.u32 p,u,0x7F800000; @p max.u32 $1,$1,u;"
+                "and.b32 t,t,0xFFFF0000; setp.lt.u32 p,t,0x7F800000; @p max.u32 $1,$1,t;"]
+    return "".join(ops) + "DONE: }"
+
+
+MAX = "max.u32 $0,$1,$2;"
+WARP_MAX = "redux.sync.max.u32 $0,$1,-1;"
+
+
+def _global_text(top, pow2, static):
+    """amax (or, static, the global scale) $5 -> global scale, g/6, 2**-e, m (1/g = m 2**e), amax that they stand for.
+
+    As `numerics.global_scales`, with the correctly rounded division that the contract asks for."""
+    text = "{.reg .pred z; .reg .b32 a,g,d;"
+    if static:
+        text += f"setp.ne.u32 z,0,0; mov.b32 $0,$5; rcp.rn.f32 g,$0; mul.rn.f32 a,$0,{_f32(top)};"
+    else:
+        text += f"setp.lt.f32 z,$5,{_f32(numerics.AMAX_MIN)}; selp.b32 a,{_f32(top)},$5,z; div.rn.f32 $0,a,{_f32(top)};"
+        if pow2:
+            text += f"add.u32 $0,$0,0x7FFFFF; and.b32 $0,$0,0xFF800000; mul.rn.f32 a,$0,{_f32(top)}; min.f32 a,a,0f7F7FFFFF;"
+            text += "rcp.rn.f32 g,$0;"
+        else:
+            text += f"div.rn.f32 g,{_f32(top)},a; min.f32 g,g,0f7F7FFFFF;"
+    text += f"rcp.rn.f32 d,g; mov.b32 $1,g; shr.u32 $2,d,23; sub.u32 $2,254,$2; shl.b32 $2,$2,23;"
+    return text + f"and.b32 $3,d,0x7FFFFF; or.b32 $3,$3,0x3F800000; selp.b32 $4,0,a,z;}}"
+
+
+# What a block's scale should be -> its E4M3 bits, its value, and the multiplier 1 / (scale / g) of its elements. The product
+# scale * m lies in [2**-9, 2**10), so the reciprocal needs none of rcp.rn's special cases: these are its three steps.
+SCALE = ("{.reg .pred z; .reg .b16 h,l,u; .reg .b32 f,b,r,e; cvt.rn.satfinite.e4m3x2.f32 h,0f00000000,$3; cvt.u32.u16 $0,h;"
+         "cvt.rn.f16x2.e4m3x2 f,h; mov.b32 {l,u},f; cvt.f32.f16 $1,l; mul.rn.f32 b,$1,$5; rcp.approx.f32 r,b; neg.f32 b,b;"
+         f"fma.rn.f32 e,b,r,{_f32(1)}; fma.rn.f32 r,e,r,r; mul.rn.f32 r,r,$4; min.f32 r,r,0f7F7FFFFF;"
+         "setp.eq.f32 z,$1,0f00000000; selp.b32 $2,0f7F7FFFFF,r,z;}")
+WANTED = "mul.rn.f32 $0,$1,$2;"
+# Four-over-six: amax_block / 6 (a quotient below 2**-126 is 0) times g.
+WANTED_SIX = ("{.reg .pred z; .reg .b32 q; div.rn.f32 q,$1,0f40C00000; setp.lt.f32 z,q,0f00800000; selp.b32 q,0,q,z;"
+              "mul.rn.f32 $0,q,$2; min.f32 $0,$0,0f7F7FFFFF;}")
+TIMES_1_5 = f"mul.rn.f32 $0,$1,{_f32(1.5)};"
+
+
+def _round(y, t, s):
+    """|y| -> 2**23 + its E2M1 code, in t. Every step is exact but the three additions, which round to the even code."""
+    return (f"mul.rn.sat.f32 {s},{y},{_f32(.5)}; fma.rn.f32 {t},{s},{_f32(4)},{_f32(2**23)};"
+            f"fma.rn.sat.f32 {s},{y},{_f32(.5)},{_f32(-1)}; fma.rn.f32 {t},{s},{_f32(2)},{t};"
+            f"fma.rn.sat.f32 {s},{y},{_f32(.5)},{_f32(-2)}; add.rn.f32 {t},{t},{s};")
+
+
+_MAGIC_SUM = (-0x4B000000 * sum(16**i for i in range(8))) % 2**32  # cancels the exponents of 2**23 in the packed word
+
+
+def _codes_text():
+    """4 canonical words of two bf16, multiplier $5 -> 8 packed codes."""
+    text = f"{{.reg .b32 x,s,t,a; mov.b32 $0,{_MAGIC_SUM};"
+    for i in range(4):
+        for half, take in enumerate(("shl.b32 x,a,16;", "and.b32 x,a,0xFFFF0000;")):
+            text += f"and.b32 a,${1 + i},0x7FFF7FFF;" if half == 0 else ""
+            text += take + "mul.rn.f32 x,x,$5;" + _round("x", "t", "s") + f"mad.lo.u32 $0,t,{16**(2 * i + half)},$0;"
+    # The sign bits of elements 0 2 4 6, then of 1 3 5 7, as the top bits of four bytes.
+    text += "prmt.b32 x,$1,$2,0x7531; prmt.b32 s,$3,$4,0x7531; prmt.b32 t,x,s,0x6420; prmt.b32 x,x,s,0x7531;"
+    return text + "shr.u32 t,t,4; and.b32 t,t,0x08080808; and.b32 x,x,0x80808080; or.b32 $0,$0,t; or.b32 $0,$0,x;}"
+
+
+# The sign of a product that underflows to zero is dropped, as the contract's "code 8 where x * multiplier < 0". Only a
+# multiplier below 2**-17 can do that to a bf16. 8 words, multiplier $16.
+def _underflow_text():
+    text = "{.reg .pred p; .reg .b32 x;" + "".join(f"mov.b32 ${i},${8 + i};" for i in range(8))
+    text += f"setp.ge.f32 p,$16,{_f32(2.0**-16)}; @p bra DONE;"
+    for i in range(8):
+        text += f"shl.b32 x,${8 + i},16; mul.rn.f32 x,x,$16; setp.eq.f32 p,x,0f00000000; @p and.b32 ${i},${i},0xFFFF0000;"
+        text += f"and.b32 x,${8 + i},0xFFFF0000; mul.rn.f32 x,x,$16; setp.eq.f32 p,x,0f00000000; @p and.b32 ${i},${i},0x0000FFFF;"
+    return text + "DONE: }"
+
+
+def _codes_single_text():
+    """8 float32, multiplier $9 -> 8 packed codes. Adding +0 makes the sign that of a product below zero."""
+    text = f"{{.reg .b32 x,s,t; mov.b32 $0,{_MAGIC_SUM};"
+    for i in range(8):
+        text += f"mul.rn.f32 x,${1 + i},$9; add.rn.f32 x,x,0f00000000; shr.u32 s,x,31; mad.lo.u32 $0,s,{8 * 16**i},$0;"
+        text += "abs.f32 x,x;" + _round("x", "t", "s") + f"mad.lo.u32 $0,t,{16**i},$0;"
+    return text + "}"
+
+
+def _error_text(kind):
+    """16 float32 (from $1), multiplier $17, scale $18, amax as mantissa $19 and power of two $20 -> the candidate's error.
+
+    The division by 1536 is corrected by its residual, which is exact for the mantissas met here; the power of two comes
+    last: a product below 2**-126 becomes 0 (ftz), one whose undivided value is no float32 becomes infinity."""
+    text = "{.reg .pred p; .reg .b32 x,s,t,q; mov.b32 $0,0;"
+    for i in range(16):
+        text += f"abs.f32 x,${1 + i}; mul.rn.f32 x,x,$17;" + _round("x", "t", "s")
+        text += f"shl.b32 t,t,22; mul.rn.f32 t,t,{_f32(2.0**126)}; mul.rn.f32 t,t,$18; mul.rn.f32 t,t,$19;"
+        text += f"mul.rn.f32 q,t,{_f32(1 / 1536)}; fma.rn.f32 s,q,{_f32(-1536)},t; fma.rn.f32 q,s,{_f32(1 / 1536)},q;"
+        text += "mul.rn.f32 t,t,$20; setp.eq.f32 p,t,0f7F800000; mul.rn.ftz.f32 q,q,$20; selp.b32 q,t,q,p;"
+        text += f"abs.f32 x,${1 + i}; sub.rn.f32 q,q,x;"
+        text += "abs.f32 q,q;" if kind == "mae" else "mul.rn.f32 q,q,q; min.f32 q,q,0f7F7FFFFF;"
+        text += "add.rn.f32 $0,$0,q;" if i else "mov.b32 $0,q;"
+    return text + "}"
+
+
+SPLIT = "and.b32 $0,$2,0x7FFFFF; or.b32 $0,$0,0x3F800000; and.b32 $1,$2,0x7F800000;"
+CHOOSE = "{.reg .pred p; setp.lt.f32 p,$1,$2; selp.b32 $0,$3,$4,p;}"  # $3 where $1 < $2, else $4
+SELECT = "{.reg .pred p; setp.ne.u32 p,$1,0; selp.b32 $0,$2,$3,p;}"
+STORE_SHARED = "st.shared.b32 [$0],$1;"
+LOAD_SHARED = "ld.shared.b32 $0,[$1];"
+LOAD_GLOBAL = "{.reg .pred p; setp.ne.u32 p,$2,0; mov.b32 $0,0; @p ld.global.nc.b32 $0,[$1];}"
+LOAD_BYTE = "{.reg .pred p; setp.ne.u32 p,$2,0; mov.b32 $0,0; @p ld.global.nc.u8 $0,[$1];}"
+
+
+def _store_text(form, values):
+    """Stores `values` registers from $1 at address $0 where the last argument is not zero."""
+    registers = f"{{{_list(1, values)}}}" if values > 1 else "$1"
+    return f"{{.reg .pred p; setp.ne.u32 p,${values + 1},0; @p st.global.{form} [$0],{registers};}}"
+
+
+# --- how rows lie over threads ---------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """CTAs of `warps` warps; `warps_per_row` of them share a row, a lane owning `blocks` blocks of it, 32 * warps_per_row
+    blocks apart. clusters > 0: that many clusters of CLUSTER CTAs, else `grid` CTAs."""
+
+    warps: int
+    warps_per_row: int
+    blocks: int
+    grid: int
+    clusters: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows a CTA works on at a time: a group."""
+        return self.warps // self.warps_per_row
+
+
+def _power_of_two_at_least(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _plan(m: int, k: int, words: int, *, cluster: bool = False) -> _Plan:
+    """words: 32-bit registers that a block takes: 8, or 16 where it is float32 or has two inputs.
+
+    Few rows: one block a lane, for latency. Many: up to 4 (2) blocks a lane and few warps a row, which saves reductions and
+    the row's scalars, and CTAs that stay and fetch the next rows while they work on these."""
+    units = -(-k // (16 * WARP))  # warps that one block a lane would take
+    if cluster:
+        per_row = min(16, _power_of_two_at_least(units))
+        warps = 32 if words == 8 and units <= per_row and per_row != 2 else 16  # per_row 2: at most 15 named barriers
+        groups = -(-m // (warps // per_row))
+        clusters = max(1, min(4, groups // CLUSTER))
+        return _Plan(warps, per_row, -(-units // per_row), clusters * CLUSTER, clusters)
+    if m * units <= 16 * SMS:
+        per_row = min(16, _power_of_two_at_least(units))
+        warps = max(4, per_row)
+        return _Plan(warps, per_row, -(-units // per_row), -(-m // (warps // per_row)))
+    per_row = min(16, _power_of_two_at_least(-(-units // (32 // words))))
+    blocks = -(-units // per_row)
+    warps = max(4, per_row)
+    groups = -(-m // (warps // per_row))
+    resident = (16 if blocks * words <= 32 else 8) // (warps // 4) or 1
+    return _Plan(warps, per_row, blocks, min(groups, SMS * resident))
+
+
+# --- the kernel ------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """What a kernel does. source: "x", "rmsnorm" or "silu". amax: where it comes from: "row", "scalar" or "rows" (given),
+    "static" (a given global scale), "partials" (of an earlier launch) or "cluster". emit: "amax", "packed", "operand"."""
+
+    m: int
+    k: int
+    source: str
+    single: bool  # float32 input
+    amax: str
+    emit: str
+    pow2: bool = False
+    four_over_six: str | None = None
+    eps: float = 0.0
+    masked: bool = False
+    values: bool = False  # also the bfloat16 values that are quantized, in natural order
+    partials: int = 0
+
+    @property
+    def words(self) -> int:
+        """i32 registers of a block's inputs."""
+        return 16 if self.single or self.source == "silu" else 8
+
+
+def _program(refs, spec: _Spec, plan: _Plan):
+    """One thread's program; refs: name -> ref."""
+    asm, add, mul, div, rem = mg.asm, mg.add, mg.mul, mg.div, mg.rem
+    m, k, blocks_of_row = spec.m, spec.k, spec.k // 16
+    warps, per_row, blocks, rows = plan.warps, plan.warps_per_row, plan.blocks, plan.rows
+    groups = -(-m // rows)
+    tid = mg.thread_index()
+    lane, warp = rem(tid, WARP), div(tid, WARP)
+    row_of_group, part = div(warp, per_row), rem(warp, per_row)
+    full = blocks_of_row == 32 * per_row * blocks  # every lane has a block
+    pure = dict(effects=False)
+    index = [add(mul(add(part, j * per_row), WARP), lane) for j in range(blocks)]  # of the block in the row
+    inside = [mg.i32(1) if full else mg.flag("lt", i, blocks_of_row) for i in index]
+
+    shared = mg.smem_address(refs["shared"])
+    max_slots, square_slots, transpose, cluster_slots = (add(shared, 4 * o) for o in _offsets(spec, plan)[:4])
+    squares_of_row = per_row * blocks
+
+    def synchronize_row():
+        if plan.rows == 1:
+            asm("bar.sync 0;", outputs="")
+        else:
+            asm(f"bar.sync $0,{WARP * per_row};", [add(row_of_group, 1)], "")
+
+    def fetch(group):
+        """The raw registers of this thread's blocks of a group of rows."""
+        row = add(mul(group, rows), row_of_group)
+        ok = mg.flag("lt", row, m)
+        out = []
+        for name in ("x", "up") if spec.source == "silu" else ("x",):
+            itemsize = 4 if spec.single else 2
+            first = mg.gmem_element(refs[name], row, k, mul(add(mul(part, WARP), lane), 16), itemsize)
+            n = 16 if spec.single else 8
+            for j in range(blocks):
+                address = mg.offset_address(first, j * per_row * WARP * 16 * itemsize)
+                out += asm(_load_text(n), [address, ok if full else mg.bit_and(ok, inside[j])], "r" * n)
+        return out
+
+    def produce(raw, parity):
+        """Raw registers -> what is quantized: for each block 8 words of two bf16 without -0, or 16 float32."""
+        n = 16 if spec.single else 8
+        raw = [raw[i:i + n] for i in range(0, len(raw), n)]
+        if spec.single:
+            return raw
+        if spec.source == "silu":
+            raw = [[asm(SILU, pair, **pure) for pair in zip(*gate_up)] for gate_up in zip(raw[:blocks], raw[blocks:])]
+        elif spec.source == "rmsnorm":
+            rsqrt = row_rsqrt(raw, parity)
+            first = mg.gmem_element(refs["weight"], mg.i32(0), 0, mul(add(mul(part, WARP), lane), 16), 2)
+            for j in range(blocks):
+                weight = asm(_load_text(8), [mg.offset_address(first, j * per_row * WARP * 32), inside[j]], "r" * 8)
+                raw[j] = [asm(NORM, [word, rsqrt, w], **pure) for word, w in zip(raw[j], weight)]
+        return [[asm(CANONICAL, [word], **pure) for word in block] for block in raw]
+
+    def row_rsqrt(raw, parity):
+        """rsqrt(mean(x**2) + eps): blocks in order, lanes by a butterfly, then the 512-element units in order."""
+        sums = []
+        for block in raw:
+            total = asm(SQUARES, block, **pure)
+            for step in (1, 2, 4, 8, 16):
+                total = asm(BUTTERFLY_ADD.format(step=step), [total])
+            sums.append(total)
+        if per_row > 1:
+            slot = add(square_slots, mul(add(mul(parity, rows), row_of_group), 4 * squares_of_row))
+            def publish():
+                for j, total in enumerate(sums):
+                    asm(STORE_SHARED, [add(slot, mul(add(part, j * per_row), 4)), total], "")
+            mg.branch(mg.flag("eq", lane, 0), publish)
+            synchronize_row()
+            sums = [asm(LOAD_SHARED, [add(slot, 4 * i)]) for i in range(squares_of_row)]
+        total = sums[0]
+        for other in sums[1:-(-blocks_of_row // WARP)]:
+            total = asm(ADD, [total, other], **pure)
+        return asm(f"{{.reg .b32 t; fma.rn.f32 t,$1,{_f32(1 / k)},{_f32(spec.eps)}; rsqrt.approx.f32 $0,t;}}", [total], **pure)
+
+    def block_maxima(block):
+        return asm(_block_max_text(spec.single), block, "rr", **pure)
+
+    def maximum(values):
+        out = values[0]
+        for v in values[1:]:
+            out = asm(MAX, [out, v], **pure)
+        return out
+
+    def row_maxima(maxima, parity):
+        """(raw, finite) of the row from those of this thread's blocks."""
+        out = [asm(WARP_MAX, [maximum(v)]) for v in zip(*maxima)]
+        if per_row == 1:
+            return out
+        slot = add(max_slots, mul(add(mul(parity, warps), mul(row_of_group, per_row)), 8))
+        def publish():
+            asm("st.shared.v2.b32 [$0],{$1,$2};", [add(slot, mul(part, 8)), *out], "")
+        mg.branch(mg.flag("eq", lane, 0), publish)
+        synchronize_row()
+        pairs = [asm("ld.shared.v2.b32 {$0,$1},[$2];", [add(slot, 8 * i)], "rr") for i in range(per_row)]
+        return [maximum(v) for v in zip(*pairs)]
+
+    def cta_maximum(value):
+        """The maximum over all threads of the CTA, in all of them."""
+        value = asm(WARP_MAX, [value])
+        mg.branch(mg.flag("eq", lane, 0), lambda: asm(STORE_SHARED, [add(max_slots, mul(warp, 4)), value], ""))
+        asm("bar.sync 0;", outputs="")
+        mine = asm(LOAD_SHARED, [add(max_slots, mul(mg.minimum(lane, warps - 1), 4))])
+        value = asm(WARP_MAX, [mine])
+        asm("bar.sync 0;", outputs="")  # the slots are free again
+        return value
+
+    def cluster_maximum(value, rank):
+        """The maximum over the cluster: lane i of warp 0 writes it into CTA i's slot of this rank."""
+        value = cta_maximum(value)
+        asm("barrier.cluster.wait.aligned;", outputs="")  # all CTAs of the cluster have started
+        send = mg.bit_and(mg.flag("eq", warp, 0), mg.flag("lt", lane, CLUSTER))
+        mg.branch(send, lambda: asm(
+            "{.reg .b32 a; mapa.shared::cluster.u32 a,$0,$1; st.shared::cluster.b32 [a],$2;}",
+            [add(cluster_slots, mul(rank, 4)), lane, value], ""))
+        asm("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", outputs="")
+        mine = asm(LOAD_SHARED, [add(cluster_slots, mul(rem(lane, CLUSTER), 4))])
+        return asm(WARP_MAX, [mine])
+
+    def scan(first, step):
+        """The largest finite magnitude that this thread meets in groups first, first + step, ..."""
+        def body(group, best, parity, *raw):
+            following = fetch(add(group, step))
+            found = maximum([fin for _, fin in map(block_maxima, produce(raw, parity))])
+            if spec.masked:
+                row = add(mul(group, rows), row_of_group)
+                address = mg.gmem_element(refs["valid"], row, 1, mg.i32(0), 1)
+                valid = asm(LOAD_BYTE, [address, mg.flag("lt", row, m)])
+                found = asm(SELECT, [valid, found, mg.i32(0)], **pure)
+            return (asm(MAX, [best, found], **pure), mg.bit_xor(parity, 1), *following)
+
+        best, *_ = mg.loop(first, groups, step, [mg.i32(0), mg.i32(0), *fetch(first)], body)
+        return best
+
+    def scales(amax):
+        """-> the global scale, (its g, 2**-e, m), and the amax that they stand for, of one amax."""
+        top = numerics.E2M1_MAX * (numerics.E4M3_MAX if spec.four_over_six is None else numerics.E4M3_MAX_FOUR_OVER_SIX)
+        return asm(_global_text(top, spec.pow2, spec.amax == "static"), [amax], "rrrrr", **pure)
+
+    def candidate(wanted, power, mantissa):
+        return asm(SCALE, [wanted, power, mantissa], "rrr", **pure)  # bits, value, multiplier
+
+    def quantize_block(block, finite, scaled):
+        """-> E4M3 bits and two words of codes."""
+        _, g, power, mantissa, amax = scaled
+        if spec.four_over_six is None:
+            sixth = asm(f"mul.rn.f32 $0,$1,{_f32(1 / 6)};", [g], **pure)
+            bits, _, multiplier = candidate(asm(WANTED, [finite, sixth], **pure), power, mantissa)
+        else:
+            if not spec.single:
+                block = asm(_unpack_text(), block, "r" * 16, **pure)
+            base = asm(WANTED_SIX, [finite, g], **pure)
+            parts = asm(SPLIT, [amax], "rr", **pure)
+            parts[0] = asm(SELECT, [amax, parts[0], mg.i32(0)], **pure)
+            tried = []
+            for wanted in (base, asm(TIMES_1_5, [base], **pure)):
+                bits, value, multiplier = candidate(wanted, power, mantissa)
+                error = asm(_error_text(spec.four_over_six), [*block, multiplier, value, *parts], **pure)
+                tried.append((error, bits, multiplier))
+            six, four = tried
+            bits, multiplier = (asm(CHOOSE, [four[0], six[0], four[i], six[i]], **pure) for i in (1, 2))
+        if spec.single or spec.four_over_six:
+            return bits, [asm(_codes_single_text(), [*block[i:i + 8], multiplier], **pure) for i in (0, 8)]
+        block = asm(_underflow_text(), [*block, multiplier], "r" * 8, **pure)
+        return bits, [asm(_codes_text(), [*block[i:i + 4], multiplier], **pure) for i in (0, 4)]
+
+    def write_operand(row, ok, j, words, bits, poisoned):
+        """Decodes and stores a warp's 32 blocks: a quad's 4 blocks are a 64-chunk, which the permutation mixes."""
+        factor = asm(mg.SCALE, [bits, mg.i32(0x4440)], **pure)
+        factor = asm(SELECT, [poisoned, mg.i32(0x7FC07FC0), factor], **pure)
+        base = add(transpose, mul(warp, 4 * TRANSPOSE_WORDS))
+        at = add(base, add(mul(div(lane, 4), 144), mul(rem(lane, 4), 4)))
+        for h, word in enumerate(words):
+            for s, pair in enumerate(mg.decode_codes(word, factor)):
+                pair = asm("{.reg .b32 f; mov.b32 f,0x43004300; mul.rn.bf16x2 $0,$1,f;}", [pair], **pure)  # the decode's 2**7
+                asm(f"st.shared.b32 [$0+{32 * s + 16 * h}],$1;", [at, pair], "")
+        asm("bar.warp.sync -1;", outputs="")
+        chunk = add(mul(part, WARP), j * per_row * WARP)  # the warp's first block
+        start = mg.gmem_element(refs["operand"], row, k, add(mul(chunk, 16), mul(lane, 8)), 2)
+        source = add(base, add(mul(div(lane, 8), 144), mul(rem(lane, 8), 16)))
+        for i in range(2):
+            values = asm(f"ld.shared.v4.b32 {{$0,$1,$2,$3}},[$4+{i * 4 * 144}];", [source], "rrrr")
+            here = ok if full else mg.bit_and(ok, mg.flag("lt", add(chunk, add(mul(div(lane, 8), 4), 16 * i)), blocks_of_row))
+            asm(_store_text("v4.b32", 4), [mg.offset_address(start, 512 * i), *values, here], "")
+        asm("bar.warp.sync -1;", outputs="")
+
+    def quantize_group(group, raw, parity, scaled):
+        row = add(mul(group, rows), row_of_group)
+        ok = mg.flag("lt", row, m)
+        produced = produce(raw, parity)
+        maxima = [block_maxima(block) for block in produced]
+        raw_max, finite_max = row_maxima(maxima, parity)
+        poisoned = mg.flag("le", 0x7F800000, raw_max)
+        if spec.amax == "row":
+            scaled = scales(finite_max)
+        elif spec.amax == "rows":
+            scaled = scales(asm(LOAD_GLOBAL, [mg.gmem_element(refs["amax"], row, 1, mg.i32(0), 4), ok]))
+        if spec.amax in ("row", "rows"):
+            first = mg.bit_and(ok, mg.flag("eq", add(part, lane), 0))
+            asm(_store_text("b32", 1), [mg.gmem_element(refs["global_scale"], row, 1, mg.i32(0), 4), scaled[0], first], "")
+        for j, (block, (_, finite)) in enumerate(zip(produced, maxima)):
+            here = ok if full else mg.bit_and(ok, inside[j])
+            if spec.values:
+                address = mg.gmem_element(refs["values"], row, k, mul(index[j], 16), 2)
+                for i in range(2):
+                    asm(_store_text("v4.b32", 4), [mg.offset_address(address, 16 * i), *block[4 * i:4 * i + 4], here], "")
+            bits, words = quantize_block(block, finite, scaled)
+            if spec.emit == "operand":
+                write_operand(row, ok, j, words, bits, poisoned)
+                continue
+            words = [asm(SELECT, [poisoned, mg.i32(0), word], **pure) for word in words]
+            bits = asm(SELECT, [poisoned, mg.i32(numerics.E4M3_NAN), bits], **pure)
+            address = mg.gmem_element(refs["packed"], row, k // 2, mul(index[j], BLOCK_BYTES), 1)
+            asm(_store_text("v2.b32", 2), [address, *words, here], "")
+            asm(_store_text("u8", 1), [mg.gmem_element(refs["scale"], row, k // 16, index[j], 1), bits, here], "")
+
+    def quantize_groups(first, step, scaled, reverse=False):
+        order = (lambda group: mg.sub(groups - 1, group)) if reverse else (lambda group: group)
+        raw = fetch(order(first))
+        if callable(scaled):
+            scaled = scaled()  # after the first loads are on their way
+        if not isinstance(step, int) or step < groups:
+            def body(group, parity, *raw):
+                following = fetch(order(add(group, step)))  # past the end: a row >= m (in reverse: unsigned wrap), all zeros
+                quantize_group(order(group), list(raw), parity, scaled)
+                return (mg.bit_xor(parity, 1), *following)
+            mg.loop(first, groups, step, [mg.i32(0), *raw], body)
+        else:
+            quantize_group(order(first), raw, mg.i32(0), scaled)
+
+    def scalar_scales(amax, cta):
+        """The scales of one amax for all rows; one thread leaves the global scale."""
+        scaled = scales(amax)
+        if spec.emit != "amax":
+            first = mg.flag("eq", add(cta, tid), 0)
+            asm(_store_text("b32", 1), [mg.gmem_address(refs["global_scale"]), scaled[0], first], "")
+        return scaled
+
+    if spec.amax == "cluster":
+        rank, cluster = asm("mov.u32 $0,%cluster_ctarank;"), asm("mov.u32 $0,%clusterid.x;")
+        asm("barrier.cluster.arrive.relaxed.aligned;", outputs="")
+        best = scan(rank, CLUSTER)
+        quantize_groups(add(rank, mul(cluster, CLUSTER)), CLUSTER * plan.clusters,
+                        lambda: scalar_scales(cluster_maximum(best, rank), add(rank, cluster)))
+        return
+    cta = asm("mov.u32 $0,%ctaid.x;")
+    if spec.emit == "amax":
+        best = cta_maximum(scan(cta, plan.grid))
+        asm(_store_text("b32", 1), [mg.gmem_element(refs["partials"], cta, 1, mg.i32(0), 4), best, mg.flag("eq", tid, 0)], "")
+    elif spec.amax == "partials":
+        def reduced():
+            loads = [asm(LOAD_GLOBAL, [mg.gmem_element(refs["amax"], add(lane, WARP * i), 1, mg.i32(0), 4),
+                                       mg.flag("lt", add(lane, WARP * i), spec.partials)]) for i in range(-(-spec.partials // WARP))]
+            return scalar_scales(asm(WARP_MAX, [maximum(loads)]), cta)
+        quantize_groups(cta, plan.grid, reduced, reverse=True)
+    elif spec.amax in ("scalar", "static"):
+        quantize_groups(cta, plan.grid, lambda: scalar_scales(asm(LOAD_GLOBAL, [mg.gmem_address(refs["amax"]), mg.i32(1)]), cta))
+    else:
+        quantize_groups(cta, plan.grid, None)
+
+
+def _offsets(spec: _Spec, plan: _Plan):
+    """Word offsets in shared memory of: maxima, sums of squares, transposition, cluster slots; and the total."""
+    sizes = (2 * 2 * plan.warps, 2 * plan.warps * plan.blocks if spec.source == "rmsnorm" else 0,
+             plan.warps * TRANSPOSE_WORDS if spec.emit == "operand" else 0, CLUSTER if plan.clusters else 0)
+    offsets = [0]
+    for size in sizes:
+        offsets.append(offsets[-1] + size)
+    return offsets
+
+
+def _kernel(spec: _Spec, plan: _Plan):
+    """-> a function of the inputs that the spec names: x, weight or up, amax, valid; returns the outputs as a dict."""
+    inputs = ["x", *{"x": [], "rmsnorm": ["weight"], "silu": ["up"]}[spec.source]]
+    inputs += ["amax"] if spec.amax in ("scalar", "rows", "static", "partials") and spec.emit != "amax" else []
+    inputs += ["valid"] if spec.masked else []
+    outputs = {}
+    if spec.emit == "amax":
+        outputs["partials"] = jax.ShapeDtypeStruct((plan.grid,), jnp.float32)
+    else:
+        if spec.emit == "packed":
+            outputs["packed"] = jax.ShapeDtypeStruct((spec.m, spec.k // 2), jnp.uint8)
+            outputs["scale"] = jax.ShapeDtypeStruct((spec.m, spec.k // 16), jnp.float8_e4m3fn)
+        else:
+            outputs["operand"] = jax.ShapeDtypeStruct((spec.m, spec.k), jnp.bfloat16)
+        count = spec.m if spec.amax in ("row", "rows") else 1
+        outputs["global_scale"] = jax.ShapeDtypeStruct((count,), jnp.float32)
+        if spec.values:
+            outputs["values"] = jax.ShapeDtypeStruct((spec.m, spec.k), jnp.bfloat16)
+    names = [*inputs, *outputs, "shared"]
+
+    def body(*refs):
+        @plgpu.inline_mgpu(arg_types=(mg.REF,) * len(refs))
+        def program(ctx, *refs):
+            del ctx
+            _program(dict(zip(names, refs)), spec, plan)
+
+        program(*refs)
+
+    grid = dict(grid=(plan.clusters,), grid_names=("cluster",), cluster=(CLUSTER,), cluster_names=("rank",)) if plan.clusters else dict(
+        grid=(plan.grid,), grid_names=("cta",))
+    call = plgpu.kernel(
+        body, out_type=tuple(outputs.values()),
+        scratch_types=(plgpu.SMEM((_offsets(spec, plan)[-1],), jnp.int32),), num_threads=plan.warps // 4, thread_name="wg",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True), **grid)
+    return lambda arguments: dict(zip(outputs, call(*(arguments[name] for name in inputs))))
+
+
+# --- the functions ---------------------------------------------------------------------------------------------------
+
+def _run(what, source, arrays, emit, *, scaling, four_over_six, amax, static, valid, eps=0.0, values=False):
+    """Checks the arguments, picks the plan and runs one launch, or two."""
+    x = arrays["x"]
+    if x.ndim != 2:
+        raise NotImplementedError(f"{what}: wants x [M, K], got {x.shape}; reshape the leading axes into one")
+    m, k = x.shape
+    unit = 64 if emit == "operand" else 16
+    if k % unit or not 0 < k <= MAX_K:
+        raise NotImplementedError(f"{what}: K={k} of x {x.shape} must be a multiple of {unit} and at most {MAX_K}")
+    if x.dtype not in ((jnp.bfloat16, jnp.float32) if source == "x" else (jnp.bfloat16,)):
+        raise NotImplementedError(f"{what}: x is {x.dtype}; cast it to bfloat16" + (" or float32" if source == "x" else ""))
+    for name, array in arrays.items():
+        wanted = {"weight": (k,)}.get(name, (m, k))
+        if array.shape != wanted or array.dtype != x.dtype:
+            raise ValueError(f"{what}: {name} is {array.dtype}{array.shape}; x {x.dtype}{x.shape} wants {x.dtype}{wanted}")
+    if scaling not in ("tensor", "tensor_pow2", "token"):
+        raise ValueError(f"{what}: scaling={scaling!r}: one of tensor, tensor_pow2, token")
+    if four_over_six not in (None, "mae", "mse"):
+        raise ValueError(f"{what}: four_over_six={four_over_six!r}: None, 'mae' or 'mse'")
+    if valid is not None and valid.shape != (m,):
+        raise ValueError(f"{what}: valid has shape {valid.shape}; x of shape {x.shape} wants ({m},)")
+    if amax is not None and static is not None:
+        raise ValueError(f"{what}: give amax or global_scale, not both")
+    given = amax if amax is not None else static
+    if given is not None and given.shape not in ((), (m, 1)):
+        raise ValueError(f"{what}: the given amax or global scale has shape {given.shape}; x of shape {x.shape} wants () or ({m}, 1)")
+    if static is not None and static.shape:
+        raise NotImplementedError(f"{what}: a static global_scale of shape {static.shape}; it must be a scalar")
+    row_scales = scaling == "token" if given is None else given.shape != ()
+    if m == 0:
+        out = dict(packed=jnp.zeros((0, k // 2), jnp.uint8), scale=jnp.zeros((0, k // 16), jnp.float8_e4m3fn),
+                   operand=jnp.zeros((0, k), jnp.bfloat16), values=jnp.zeros((0, k), jnp.bfloat16))
+        one = jnp.ones((0, 1) if row_scales else (), jnp.float32)  # an amax over nothing counts as zero
+        return out | dict(global_scale=one if given is None or row_scales else _scalar_global_scale(given, scaling, static, four_over_six))
+    spec = _Spec(m, k, source, x.dtype == jnp.float32, "row", emit, scaling == "tensor_pow2", four_over_six, eps, values=values)
+    arrays = dict(arrays)
+    if given is not None:
+        arrays["amax"] = given.astype(jnp.float32).reshape(-1)
+        spec = dataclasses.replace(spec, amax="static" if static is not None else "rows" if given.shape else "scalar")
+    elif scaling != "token":
+        if valid is not None:
+            arrays["valid"] = valid
+        spec = dataclasses.replace(spec, amax="cluster", masked=valid is not None)
+        if m * k > CLUSTER_ELEMENTS:
+            first = dataclasses.replace(spec, emit="amax", amax="row", values=False)
+            plan = _plan(m, k, spec.words)
+            arrays["amax"] = _kernel(first, plan)(arrays)["partials"]
+            spec = dataclasses.replace(spec, amax="partials", partials=plan.grid, masked=False)
+    out = _kernel(spec, _plan(m, k, spec.words, cluster=spec.amax == "cluster"))(arrays)
+    out["global_scale"] = out["global_scale"].reshape((m, 1) if spec.amax in ("row", "rows") else ())
+    return out
+
+
+def _scalar_global_scale(given, scaling, static, four_over_six):
+    if static is not None:
+        return given.astype(jnp.float32)
+    return numerics.global_scales(given, pow2=scaling == "tensor_pow2", four_over_six=four_over_six is not None)[1]
+
+
+def quantize(x, *, scaling="tensor", four_over_six=None, amax=None, global_scale=None, valid=None):
+    """Quantizes activations or weights to NVFP4, bit for bit as `numerics` on a CPU.
+
+    x: bfloat16 or float32 [M, K], K a multiple of 16.
+    scaling: "tensor" (one amax over the valid rows), "tensor_pow2" (its global scale rounded up to a power of two) or
+        "token" (one amax a row).
+    four_over_six: None, "mae" or "mse".
+    amax: f32 [] or [M, 1], where a producer knows it already. global_scale: f32 [], a static scale (it multiplies).
+    valid: bool [M]; rows where it is False take no part in a tensor's amax.
+    -> packed u8 [M, K/2], scale float8_e4m3fn [M, K/16], global_scale f32 [] or [M, 1].
+    A row with NaN or infinity gets NaN scales and zero codes, alone. NotImplementedError for shapes that do not fit.
+    """
+    out = _run("quantize", "x", dict(x=x), "packed", scaling=scaling, four_over_six=four_over_six, amax=amax,
+               static=global_scale, valid=valid)
+    return out["packed"], out["scale"], out["global_scale"]
+
+
+def operand(x, *, scaling="tensor", four_over_six=None, amax=None, global_scale=None, valid=None):
+    """Quantizes as `quantize` does, and decodes at once: what the Hopper matmuls read.
+
+    K must be a multiple of 64. -> bfloat16 [M, K] of code * scale, exact, K permuted by `mosaic.permute_k`; global_scale
+    f32 [] or [M, 1]. A row with NaN or infinity is NaN throughout.
+    """
+    out = _run("operand", "x", dict(x=x), "operand", scaling=scaling, four_over_six=four_over_six, amax=amax,
+               static=global_scale, valid=valid)
+    return out["operand"], out["global_scale"]
+
+
+def rmsnorm_operand(x, weight, *, eps, scaling="tensor", four_over_six=None, amax=None, global_scale=None, valid=None, normed=False):
+    """RMSNorm, then `operand` of its bfloat16 result, in one launch where `operand` takes one.
+
+    x: bfloat16 [M, K]; weight: bfloat16 [K]. As Qwen3's: bf16(bf16(x * rsqrt(mean(x**2) + eps)) * weight), the mean in
+    float32. normed: also return that result, K in natural order, for whoever else reads it (a router).
+    -> (bfloat16 [M, K] or None, operand bfloat16 [M, K], global_scale f32 [] or [M, 1]).
+    """
+    out = _run("rmsnorm_operand", "rmsnorm", dict(x=x, weight=weight), "operand", scaling=scaling, four_over_six=four_over_six,
+               amax=amax, static=global_scale, valid=valid, eps=float(eps), values=normed)
+    return out["values"] if normed else None, out["operand"], out["global_scale"]
+
+
+def silu_mul_operand(gate, up, *, scaling="tensor", four_over_six=None, amax=None, global_scale=None, valid=None, product=False):
+    """silu(gate) * up in float32, rounded once to bfloat16, then `operand` of it. gate, up: bfloat16 [M, K].
+
+    product: also return the rounded product. -> (bfloat16 [M, K] or None, operand bfloat16 [M, K], global_scale).
+    """
+    out = _run("silu_mul_operand", "silu", dict(x=gate, up=up), "operand", scaling=scaling, four_over_six=four_over_six,
+               amax=amax, static=global_scale, valid=valid, values=product)
+    return out["values"] if product else None, out["operand"], out["global_scale"]

@@ -1,0 +1,329 @@
+"""The Hopper quantizers against the golden vectors and against `nvfp4jax.array.quantize` on the CPU, bit for bit."""
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax import lax
+
+from nvfp4jax import array, numerics
+from nvfp4jax.kernels import aot, mosaic, quantize_hopper
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "nvfp4_te_reference.npz"
+BF16, F32 = jnp.bfloat16, jnp.float32
+gpu = pytest.mark.gpu
+needs_aot = pytest.mark.skipif(not aot.available(), reason="needs jax-cuda13-plugin and -pjrt")
+
+
+@functools.cache
+def golden():
+    return dict(np.load(GOLDEN))
+
+
+def cpu(f, *args, **kw):
+    """f on the CPU, eager, with numpy in and out."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        return jax.tree.map(np.asarray, f(*(jnp.asarray(a) for a in args), **kw))
+
+
+def oracle(x, **kw):
+    """-> codes u8, scale bits u8, global scale, by the plain-jnp contract on the CPU."""
+    kw = {name: None if v is None else jnp.asarray(v) if name in ("amax", "valid") else v for name, v in kw.items()}
+    def f(x):
+        q = array.quantize(x, **kw)
+        return q.packed, lax.bitcast_convert_type(q.scale, jnp.uint8), q.global_scale
+    return cpu(f, x)
+
+
+@functools.cache
+def jitted(f, **kw):
+    return jax.jit(functools.partial(f, **kw))
+
+
+def poisoned(f, *args, **kw):
+    """jit(f) after the allocator's free memory has been filled with NaN, so that unwritten outputs show."""
+    filler = jax.block_until_ready([jnp.full((1 << 20,), jnp.nan, F32) for _ in range(8)])
+    del filler
+    return jax.tree.map(np.asarray, jitted(f, **kw)(*args))
+
+
+def assert_same_bits(got, want, what):
+    packed, scale, global_scale = got
+    for name, a, b in (("codes", packed, want[0]), ("scales", scale.view(np.uint8), want[1])):
+        assert a.shape == b.shape, (what, name, a.shape, b.shape)
+        assert (a == b).all(), (what, name, int((a != b).sum()), a.size, np.argwhere(a != b)[:4].tolist())
+    np.testing.assert_array_equal(global_scale, want[2], err_msg=f"{what} global scale")
+    assert global_scale.shape == want[2].shape, what
+
+
+def random_rows(rng, m, k, dtype, kind="normal"):
+    x = rng.normal(size=(m, k)) * np.exp2(rng.integers(-6, 6, (m, 1)).astype(np.float64))
+    if kind == "heavy":  # blocks of very different size, many E4M3 subnormals and zeros
+        x *= np.exp2(rng.integers(-24, 12, (m, k // 16, 1)).astype(np.float64)).repeat(16, 2).reshape(m, k)
+    if kind == "ties":  # products land on rounding ties
+        x = rng.choice(np.array([.25, .75, 1.25, 1.75, 2.5, 3.5, 5, 6, 0, -0., -.25, -5, -6]), (m, k))
+        x[:, ::16] = 6
+    if kind == "edges":
+        x[0] = 0
+        x[1 % m, k // 2] = np.nan
+        x[2 % m, 3] = -np.inf
+        x[3 % m] = -0.0
+        x[4 % m, :16] = 0
+        x[5 % m] *= 1e-30
+        x[6 % m, 5] = 3e4
+    return x.astype(np.float32).astype(np.dtype(dtype))
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+def golden_cases():
+    """(x, granularity, four_over_six, expected) of every golden set that a row-wise quantizer covers."""
+    z = golden()
+    for key in z:
+        if key.endswith("/x_f32"):
+            name = key.removesuffix("/x_f32")
+            x = z[key].astype(ml_dtypes.bfloat16 if name.endswith("bf16") else np.float32)
+            for granularity in ("tensor", "row"):
+                for kind in (None, "mae", "mse"):
+                    base = f"{name}/{granularity}" + ("" if kind is None else f"/4over6-{kind}-256")
+                    yield base, x, granularity, kind, z[f"{base}/codes"], z[f"{base}/block_scale"], z[f"{name}/{granularity}/amax"]
+
+
+@gpu
+def test_golden_vectors_in_the_kernel():
+    count = 0
+    for base, x, granularity, kind, codes, scale, amax in golden_cases():
+        scaling = "tensor" if granularity == "tensor" else "token"
+        got = poisoned(quantize_hopper.quantize, x, scaling=scaling, four_over_six=kind)
+        assert (got[0] == codes).all() and (got[1].view(np.uint8) == scale).all(), base
+        top = np.float32(2688 if kind is None else 1536)
+        want = np.where(amax == 0, np.float32(1), amax.astype(np.float32) / top).reshape(got[2].shape)
+        np.testing.assert_array_equal(got[2], want, err_msg=base)
+        count += 1
+    assert count == 540
+
+
+@gpu
+def test_golden_vectors_in_plain_jnp_under_jit():
+    groups = {}  # a stack of inputs of one shape compiles once; float32 holds the bfloat16 inputs exactly
+    for base, x, granularity, kind, codes, scale, _ in golden_cases():
+        groups.setdefault((x.shape, granularity, kind), []).append((base, x.astype(np.float32), codes, scale))
+    for (_, granularity, kind), sets in groups.items():
+        def f(x):
+            q = array.quantize(x, scaling="tensor" if granularity == "tensor" else "token", four_over_six=kind)
+            return q.packed, lax.bitcast_convert_type(q.scale, jnp.uint8)
+        got = jax.tree.map(np.asarray, jax.jit(jax.vmap(f))(np.stack([x for _, x, _, _ in sets])))
+        for i, (base, _, codes, scale) in enumerate(sets):
+            assert (got[0][i] == codes).all() and (got[1][i] == scale).all(), base
+
+
+SHAPES = ((1, 16), (3, 48), (17, 80), (5, 64), (256, 2048), (37, 768), (9, 7168), (2, 12288), (600, 512), (1500, 1024), (2500, 5120))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", (BF16, F32), ids=str)
+@pytest.mark.parametrize("scaling", ("tensor", "tensor_pow2", "token"))
+def test_fresh_inputs(scaling, dtype):
+    rng = np.random.default_rng()
+    for m, k in SHAPES:
+        for kind in ("normal", "heavy", "ties", "edges") if m < 300 else ("heavy",):
+            x = random_rows(rng, m, k, dtype, kind)
+            assert_same_bits(poisoned(quantize_hopper.quantize, x, scaling=scaling), oracle(x, scaling=scaling), (scaling, m, k, kind))
+
+
+@gpu
+@pytest.mark.parametrize("kind", ("mae", "mse"))
+@pytest.mark.parametrize("dtype", (BF16, F32), ids=str)
+def test_four_over_six(kind, dtype):
+    rng = np.random.default_rng()
+    for scaling, m, k in (("tensor", 65, 256), ("tensor_pow2", 64, 2048), ("token", 130, 768), ("token", 3, 16)):
+        for data in ("normal", "heavy", "edges"):
+            x = random_rows(rng, m, k, dtype, data)
+            kw = dict(scaling=scaling, four_over_six=kind)
+            assert_same_bits(poisoned(quantize_hopper.quantize, x, **kw), oracle(x, **kw), (kw, m, k, data))
+
+
+@gpu
+def test_masks_and_given_amax():
+    rng = np.random.default_rng()
+    for m, k in ((6, 64), (300, 768), (2000, 1024)):
+        x = random_rows(rng, m, k, BF16, "edges")
+        valid = rng.random(m) < 0.5
+        for scaling in ("tensor", "tensor_pow2", "token"):
+            for mask in (valid, np.zeros(m, bool)):
+                got = poisoned(lambda x, valid: quantize_hopper.quantize(x, scaling=scaling, valid=valid), x, mask)
+                assert_same_bits(got, oracle(x, scaling=scaling, valid=mask), (scaling, m, k, "mask"))
+        for amax in (np.float32(3.7), np.float32(0), rng.uniform(.1, 9, (m, 1)).astype(np.float32)):
+            for scaling in ("tensor", "tensor_pow2"):
+                got = poisoned(lambda x, amax: quantize_hopper.quantize(x, scaling=scaling, amax=amax), x, amax)
+                assert_same_bits(got, oracle(x, scaling=scaling, amax=amax), (scaling, m, k, "amax", amax.shape))
+        static = np.float32(0.0123)
+        def f(x):
+            q = array.quantize_static(x, static)
+            return q.packed, lax.bitcast_convert_type(q.scale, jnp.uint8), q.global_scale
+        got = poisoned(lambda x, s: quantize_hopper.quantize(x, global_scale=s), x, static)
+        assert_same_bits(got, cpu(f, x), (m, k, "static"))
+
+
+@gpu
+def test_extreme_magnitudes():
+    """The ends of float32: tensors that count as zero, products that underflow, multipliers that saturate."""
+    rng = np.random.default_rng()
+    for dtype in (BF16, F32):
+        for exponent in (-149, -130, -118, -114, -60, 60, 110, 126):
+            x = (rng.normal(size=(8, 128)).clip(-1.9, 1.9) * 2.0**exponent).astype(np.float32).astype(np.dtype(dtype))
+            x[3, :8] *= np.dtype(dtype).type(2.0**-100)
+            x[4] *= np.dtype(dtype).type(2.0**-40)
+            for scaling in ("tensor", "token"):
+                assert_same_bits(poisoned(quantize_hopper.quantize, x, scaling=scaling), oracle(x, scaling=scaling), (dtype, exponent, scaling))
+
+
+def decoded(packed, bits):
+    """numpy: codes and scale bits -> code * scale, float32."""
+    values = np.array([0, .5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    codes = np.stack([packed & 15, packed >> 4], -1).reshape(packed.shape[0], -1)
+    v = np.where(codes >= 8, -1, 1) * values[codes & 7]
+    return (v * np.repeat(bits.view(ml_dtypes.float8_e4m3fn).astype(np.float32), 16, 1)).astype(np.float32)
+
+
+def permuted(x):
+    """numpy, index by index: k = 64t+16c+8h+4b+s goes to 64t+16s+8h+2c+b."""
+    k = np.arange(x.shape[1])
+    t, c, h, b, s = k // 64, k // 16 % 4, k // 8 % 2, k // 4 % 2, k % 4
+    out = np.empty_like(x)
+    out[:, 64 * t + 16 * s + 8 * h + 2 * c + b] = x
+    return out
+
+
+@gpu
+@pytest.mark.parametrize("scaling", ("tensor", "tensor_pow2", "token"))
+def test_operand_is_the_decoded_quantization(scaling):
+    rng = np.random.default_rng()
+    for m, k in ((1, 64), (7, 192), (256, 2048), (300, 768), (1100, 1024), (2050, 3584)):
+        for dtype in (BF16, F32):
+            x = random_rows(rng, m, k, dtype, "edges" if m < 300 else "heavy")
+            packed, bits, global_scale = oracle(x, scaling=scaling)
+            got, scale = poisoned(quantize_hopper.operand, x, scaling=scaling)
+            np.testing.assert_array_equal(got.astype(np.float32), permuted(decoded(packed, bits)), err_msg=str((scaling, m, k, dtype)))
+            np.testing.assert_array_equal(scale, global_scale)
+
+
+def ulps(a, b):
+    """Largest distance of two bfloat16 arrays in units of the last place."""
+    order = [np.where(v < 0, -32768 - v, v) for v in (np.asarray(x).view(np.int16).astype(np.int32) for x in (a, b))]
+    return int(np.abs(order[0] - order[1]).max())
+
+
+@gpu
+@pytest.mark.parametrize("scaling", ("tensor", "token"))
+def test_rmsnorm_and_silu_quantize_what_they_return(scaling):
+    rng = np.random.default_rng()
+    for m, k in ((1, 64), (256, 2048), (33, 768), (5, 7168), (1100, 1024), (700, 2048)):
+        x, y = (random_rows(rng, m, k, BF16) for _ in range(2))
+        w = rng.normal(size=k).astype(ml_dtypes.bfloat16)
+        x[m // 2] = 0
+        normed, operand, scale = poisoned(
+            lambda x, w: quantize_hopper.rmsnorm_operand(x, w, eps=1e-6, scaling=scaling, normed=True), x, w)
+        wide = x.astype(np.float64)
+        n = (wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-6)).astype(ml_dtypes.bfloat16)
+        assert ulps(normed, (n.astype(np.float32) * w.astype(np.float32)).astype(ml_dtypes.bfloat16)) <= 2
+        product, operand2, scale2 = poisoned(
+            lambda x, y: quantize_hopper.silu_mul_operand(x, y, scaling=scaling, product=True), x, y)
+        assert ulps(product, (wide / (1 + np.exp(-wide)) * y.astype(np.float64)).astype(ml_dtypes.bfloat16)) <= 1
+        for values, op, s in ((normed, operand, scale), (product, operand2, scale2)):
+            packed, bits, global_scale = oracle(values, scaling=scaling)
+            np.testing.assert_array_equal(op.astype(np.float32), permuted(decoded(packed, bits)), err_msg=str((scaling, m, k)))
+            np.testing.assert_array_equal(s, global_scale)
+
+
+@gpu
+def test_a_row_keeps_its_bits_in_any_batch():
+    rng = np.random.default_rng()
+    for k in (768, 2048, 5120):
+        x = random_rows(rng, 4096, k, BF16)
+        w = rng.normal(size=k).astype(ml_dtypes.bfloat16)
+        f = jax.jit(lambda x, w: quantize_hopper.rmsnorm_operand(x, w, eps=1e-6, scaling="token", normed=True))
+        want = [np.asarray(v) for v in f(x, w)]
+        for m in (1, 7, 256, 2048):
+            rows = rng.permutation(4096)[:m]
+            for got, whole in zip(f(x[rows], w), want):
+                assert (np.asarray(got).view(np.uint8) == whole[rows].view(np.uint8)).all(), (k, m)
+
+
+@gpu
+def test_powers_of_two_move_only_the_global_scale():
+    rng = np.random.default_rng()
+    x = random_rows(rng, 64, 768, BF16)
+    for scaling in ("tensor", "tensor_pow2", "token"):
+        base = poisoned(quantize_hopper.quantize, x, scaling=scaling)
+        for e in (-20, 7):
+            got = poisoned(quantize_hopper.quantize, x * ml_dtypes.bfloat16(2.0**e), scaling=scaling)
+            assert (got[0] == base[0]).all() and (got[1].view(np.uint8) == base[1].view(np.uint8)).all()
+            np.testing.assert_array_equal(got[2], base[2] * np.float32(2.0**e))
+
+
+# --- without one -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.aot
+@needs_aot
+def test_no_spills_and_few_instructions():
+    """Each kernel by itself: registers leave room for the CTAs that its plan counts on, nothing spills."""
+    q = quantize_hopper
+    cases = {
+        "token": (lambda x: q.quantize(x, scaling="token"), ((16384, 2048), BF16)),
+        "token f32": (lambda x: q.quantize(x, scaling="token"), ((16384, 2048), F32)),
+        "token operand": (lambda x: q.operand(x, scaling="token"), ((16384, 2048), BF16)),
+        "tensor, two launches": (lambda x: q.quantize(x), ((16384, 2048), BF16)),
+        "tensor, one launch": (lambda x: q.quantize(x), ((256, 2048), BF16)),
+        "odd K": (lambda x: q.operand(x, scaling="token"), ((4096, 7168), BF16)),
+        "small": (lambda x: q.quantize(x, scaling="tensor_pow2"), ((3, 48), BF16)),
+        "rmsnorm, one launch": (lambda x, w: q.rmsnorm_operand(x, w, eps=1e-6)[1:], ((256, 2048), BF16), ((2048,), BF16)),
+        "rmsnorm token": (lambda x, w: q.rmsnorm_operand(x, w, eps=1e-6, scaling="token", normed=True), ((256, 2048), BF16), ((2048,), BF16)),
+        "silu": (lambda x, y: q.silu_mul_operand(x, y)[1:], ((8192, 768), BF16), ((8192, 768), BF16)),
+        "four over six": (lambda x: q.quantize(x, four_over_six="mse"), ((4096, 2048), BF16)),
+    }
+    for name, (f, *args) in cases.items():
+        for kernel in aot.compile(f, *args):
+            assert kernel.spills == 0 and kernel.stack == 0 and not kernel.warnings, (name, kernel.spills, kernel.stack, kernel.warnings)
+            assert kernel.registers <= 168, (name, kernel.registers)
+
+
+def test_arguments_are_checked():
+    q, x = quantize_hopper, jnp.zeros((4, 64), BF16)
+    for error, match, f in (
+        (NotImplementedError, "multiple of 16", lambda: q.quantize(jnp.zeros((4, 24), BF16))),
+        (NotImplementedError, "multiple of 64", lambda: q.operand(jnp.zeros((4, 48), BF16))),
+        (NotImplementedError, r"\[M, K\]", lambda: q.quantize(jnp.zeros((2, 4, 64), BF16))),
+        (NotImplementedError, "float16", lambda: q.quantize(x.astype(jnp.float16))),
+        (NotImplementedError, "float32", lambda: q.rmsnorm_operand(x.astype(F32), jnp.zeros(64, F32), eps=1e-6)),
+        (ValueError, "weight", lambda: q.rmsnorm_operand(x, jnp.zeros(32, BF16), eps=1e-6)),
+        (ValueError, "scaling", lambda: q.quantize(x, scaling="expert")),
+        (ValueError, "four_over_six", lambda: q.quantize(x, four_over_six="max")),
+        (ValueError, "valid", lambda: q.quantize(x, valid=jnp.zeros(3, bool))),
+        (ValueError, r"\(4, 1\)", lambda: q.quantize(x, amax=jnp.zeros(4, F32))),
+    ):
+        with pytest.raises(error, match=match):
+            f()
+
+
+def test_an_empty_batch_launches_nothing():
+    packed, scale, global_scale = quantize_hopper.quantize(jnp.zeros((0, 64), BF16))
+    assert packed.shape == (0, 32) and scale.shape == (0, 4) and global_scale.shape == () and float(global_scale) == 1
+    assert quantize_hopper.operand(jnp.zeros((0, 64), BF16), scaling="token")[1].shape == (0, 1)
+
+
+def test_every_block_belongs_to_one_thread():
+    for m in (1, 2, 7, 132, 256, 1000, 5000):
+        for k in (16, 64, 80, 512, 768, 1024, 2048, 3584, 5120, 7168, 12288, 25600, quantize_hopper.MAX_K):
+            for words in (8, 16):
+                for cluster in (False, True):
+                    p = quantize_hopper._plan(m, k, words, cluster=cluster)
+                    assert p.warps % 4 == 0 and p.warps <= 32 and p.warps % p.warps_per_row == 0
+                    assert p.warps_per_row == 1 or p.rows <= 15  # named barriers 1..15
+                    units = sorted(part + j * p.warps_per_row for part in range(p.warps_per_row) for j in range(p.blocks))
+                    assert units == list(range(len(units))) and len(units) * 512 >= k, (m, k, p)
+                    ctas = p.clusters * quantize_hopper.CLUSTER if cluster else p.grid
+                    assert ctas >= 1
