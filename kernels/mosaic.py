@@ -85,10 +85,11 @@ def decode_words(words, scales):
     The interpreter's twin of the inline PTX, and the tests' bridge between the two.
     """
     n, k = words.shape[0], words.shape[1] * 8
-    shifts = jnp.arange(0, 32, 4, dtype=jnp.uint32)
-    codes = (lax.bitcast_convert_type(words, jnp.uint32)[:, :, None] >> shifts) & jnp.uint32(15)
-    magnitude = jnp.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], jnp.float32)[(codes & jnp.uint32(7)).astype(jnp.int32)]
-    values = jnp.where(codes >= jnp.uint32(8), -magnitude, magnitude).reshape(n, k)
+    shifts = 4 * lax.broadcasted_iota(jnp.int32, (1, 1, 8), 2)
+    codes = (words[:, :, None] >> shifts) & 15
+    low = codes & 7
+    doubled = jnp.where(low < 4, low, jnp.where(low < 6, 2 * low - 4, 4 * low - 16))  # 0 1 2 3 4 6 8 12; no table: a kernel
+    values = (jnp.where(codes < 8, 0.5, -0.5) * doubled.astype(jnp.float32)).reshape(n, k)  # may not capture one
     factors = lax.bitcast_convert_type(scales, jnp.float8_e4m3fn).astype(jnp.float32).reshape(n, k // 16, 1)
     decoded = values.reshape(n, k // 16, 16) * (factors * jnp.float32(1 / DECODE_FACTOR))
     return permute_k(decoded.reshape(n, k).astype(jnp.bfloat16))
@@ -264,13 +265,13 @@ def lanes(interleaved):
     return warp, rem(lane, 4), row, weight_row
 
 
-def decode_fragments(w_ref, s_ref, wg, unit, *, chunks, first, other, scale_row):
+def decode_fragments(w_ref, s_ref, wg, unit, *, chunks, first, scale_row, other=None):
     """Codes and scales in shared memory -> `chunks` arrays bf16 (64, 64), each A of a wgmma, times 2**-7.
 
     w_ref: i32 [rows, 32], ROWS_128: 256 codes a row, of which 64-chunks first .. first + chunks - 1 are decoded.
     s_ref: the scales of the same rows, `scale_row` bytes a row; ROWS_128 where that is 128, else plain. unit: which
     16 bytes of a row belong to these 256 codes. wg: the warpgroup (i32). other: None, or, where two operands interleave
-    (gate and up), the distance of the second's rows: a multiple of 8.
+    (gate and up), how far on the second one lies: rows of w_ref (a multiple of 8), bytes of s_ref (of 1024 if swizzled).
     """
     swizzled_scales = scale_row == 128
 
@@ -281,14 +282,15 @@ def decode_fragments(w_ref, s_ref, wg, unit, *, chunks, first, other, scale_row)
         del ctx
         wg, unit = scalar(wg), scalar(unit)
         warp, quad, _, weight_row = lanes(bool(other))
-        rows_wg, rows_warp, to_second = (32, 8, other) if other else (64, 16, 1)  # from fragment row r to r + 8
+        rows_wg, rows_warp = (32, 8) if other else (64, 16)
         row = add(add(mul(wg, rows_wg), mul(warp, rows_warp)), weight_row)
-        rows = row, add(row, to_second)
-        phases = [weight_row if other else bit_and(r, 7) for r in rows]  # of the swizzle
+        rows = [row, add(row, 0 if other else 1)]  # of fragment rows r and r + 8
+        further_rows, further_scales = other or (0, 0)
+        phases = [bit_and(r, 7) for r in rows]  # of the swizzle
 
         scales = []
-        for r, phase in zip(rows, phases):
-            at = add(smem_address(s), add(mul(r, scale_row), 4 * first))
+        for h, (r, phase) in enumerate(zip(rows, phases)):
+            at = add(smem_address(s), add(mul(r, scale_row), 4 * first + h * further_scales))
             at = add(at, mul(bit_xor(unit, phase) if swizzled_scales else unit, 16))
             scales.append([load_shared(at, 4 * t, 1)[0] for t in range(chunks)] if scale_row % 16 else
                           load_shared(at, 0, chunks))
@@ -296,12 +298,13 @@ def decode_fragments(w_ref, s_ref, wg, unit, *, chunks, first, other, scale_row)
         base = add(smem_address(w), mul(rem(quad, 2), 8))
         # The unit of 64-chunk c is (2 c + quad / 2) ^ phase: 2 c is xored into the whole address.
         bases = [add(add(base, mul(r, 128)), mul(bit_xor(div(quad, 2), phase), 16)) for r, phase in zip(rows, phases)]
+        offsets = [0, 128 * further_rows]
         out = np.empty((chunks, 8, 2), dtype=object)
         bf16_pair = ir.VectorType.get((2,), ir.BF16Type.get())
         for t in range(chunks):
             factors = asm(SCALE_PAIR, [scales[0][t], scales[1][t], selector], "rr", effects=False)
             for h in range(2):
-                for i, word in enumerate(load_shared(bit_xor(bases[h], 32 * (first + t)), 0, 2)):
+                for i, word in enumerate(load_shared(bit_xor(bases[h], 32 * (first + t)), offsets[h], 2)):
                     for j, register in enumerate(decode_codes(word, factors[h])):
                         out[t, 2 * j + i, h] = utils.bitcast(register, bf16_pair)
         return tuple(wgmma_array(o, (64, 64)) for o in out)
