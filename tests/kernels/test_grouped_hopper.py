@@ -1,0 +1,299 @@
+"""Grouped matmuls: the schedule under the interpreter, the compile without a GPU, and the results on one."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from nvfp4jax.kernels import aot, mosaic
+from nvfp4jax.kernels import grouped_hopper as grouped
+
+VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+# (experts, output channels of gate, hidden) of a model's expert layer; down is the transpose.
+QWEN3_30B, QWEN3_235B, DEEPSEEK_V3, MIXTRAL = (768, 2048), (1536, 4096), (2048, 7168), (14336, 4096)
+
+
+@pytest.fixture
+def rng():
+    seed = np.random.SeedSequence().entropy
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+def make(rng, sizes, n, k, *, gated, token_scale=True, spare=3):
+    """Random weights over every code and every finite scale, random rows, and `spare` rows past the last expert's."""
+    experts, m = len(sizes), sum(sizes) + spare
+    lead = (experts, 2, n) if gated else (experts, n)
+    codes = rng.integers(0, 16, (*lead, k), dtype=np.uint8)
+    scale = rng.integers(0, 127, (*lead, k // 16), dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    x = rng.normal(size=(m, k)).astype(ml_dtypes.bfloat16)
+    row_scale = rng.uniform(0.5, 2, (m, 1) if token_scale else ()).astype(np.float32)
+    global_scale = rng.uniform(0.5, 2, experts).astype(np.float32) * np.float32(2e-3 / k**0.5)
+    return x, np.asarray(row_scale), codes, scale, global_scale, np.asarray(sizes, np.int32)
+
+
+def arguments(x, row_scale, codes, scale, global_scale, sizes):
+    packed = codes[..., ::2] | codes[..., 1::2] << 4
+    return tuple(map(jnp.asarray, (mosaic.permute_k(jnp.asarray(x)), row_scale, packed, scale, global_scale, sizes)))
+
+
+def oracle(x, row_scale, codes, scale, global_scale, sizes, *, gated):
+    """float64 results and how far a float32 accumulation may be from them, rows of the groups only."""
+    k, bound_of_sum = x.shape[1], lambda terms: (x.shape[1] + 16) * 2.0**-23 * terms
+    results, bounds, row = [], [], 0
+    row_scale = np.broadcast_to(row_scale.astype(np.float64), (x.shape[0], 1))
+    for expert, size in enumerate(sizes):
+        if not size:
+            continue
+        rows = slice(row, row + size)
+        row += size
+        factor = row_scale[rows] * float(global_scale[expert])
+        w = VALUES[codes[expert]] * np.repeat(scale[expert].astype(np.float64), 16, -1)
+        xs = x[rows].astype(np.float64)
+        if gated:
+            (gate, up), (gate_terms, up_terms) = ([f(xs) @ f(w[i]).T * factor for i in range(2)] for f in (np.array, np.abs))
+            gate_bound, up_bound = bound_of_sum(gate_terms), bound_of_sum(up_terms)
+            silu = gate / (1 + np.exp(-gate))
+            results.append(silu * up)
+            # |silu'| < 1.1; the approximate exp2 and reciprocal are good to a few units of 2**-22.
+            bounds.append((1.1 * gate_bound + np.abs(silu) * 2.0**-19) * (np.abs(up) + up_bound) + np.abs(silu) * up_bound)
+        else:
+            results.append(xs @ w.T * factor)
+            bounds.append(bound_of_sum(np.abs(xs) @ np.abs(w).T * factor))
+    assert k % 64 == 0
+    return np.concatenate(results), np.concatenate(bounds)
+
+
+def check(out, reference, bound):
+    rounding = 2.0**-8 if out.dtype == ml_dtypes.bfloat16 else 2.0**-23
+    out = out.astype(np.float64)[:len(reference)]
+    assert np.isfinite(out).all()
+    error = np.abs(out - reference)
+    allowed = bound + rounding * np.abs(reference) + 1e-30
+    assert (error <= allowed).all(), f"{(error > allowed).mean():.1%} of the results are off, by up to {(error / allowed).max()} bounds"
+
+
+def run(case, *, gated, **options):
+    f = grouped.gate_up if gated else grouped.matmul
+    return np.asarray(jax.jit(lambda *a: f(*a, **options))(*arguments(*case)))
+
+
+# --- the plan -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("tiles", [(8,), (8, 16, 24, 32), (48, 64, 80, 96)])
+def test_plan_covers_every_row_once(rng, tiles):
+    experts, m = 7, 500
+    f = jax.jit(lambda sizes: grouped.plan(sizes, m, tiles))
+    cases = [rng.multinomial(rng.integers(0, m + 1), rng.dirichlet(np.full(experts, 0.3))) for _ in range(20)]
+    cases += [np.eye(experts, dtype=int)[i] * s for i, s in ((0, m), (6, m), (3, 1), (2, 0), (4, 97), (5, 193))]
+    for sizes in cases:
+        blocks, count = map(np.asarray, f(jnp.asarray(sizes, jnp.int32)))
+        assert count[0] <= len(blocks)
+        expected = [(e, row) for e, row in zip(np.repeat(np.arange(experts), sizes), np.arange(sum(sizes)))]
+        got = []
+        for expert, start, rows, tile in blocks[:count[0]]:
+            assert 0 < rows <= tiles[tile] and (tile == 0 or rows > tiles[tile - 1])
+            got += [(expert, start + i) for i in range(rows)]
+        assert got == expected, sizes
+        assert count[0] == sum(-(-s // tiles[-1]) for s in sizes)
+
+
+@pytest.mark.parametrize("m", [1, 8, 31, 64, 128, 500, 512, 2048, 8192, 65536])
+@pytest.mark.parametrize("n, k", [QWEN3_30B, QWEN3_235B, DEEPSEEK_V3, MIXTRAL, (64, 64), (72, 192), (704, 1408)])
+@pytest.mark.parametrize("experts", [1, 8, 128, 256])
+def test_every_configuration_fits(m, n, k, experts):
+    for gated in (True, False):
+        shape = (n, k) if gated else (k, n)
+        c = grouped.config(m, experts, *shape, gated=gated)
+        layout = grouped._layout(c, shape[1], 2 if gated else 1)
+        consumer, producer = mosaic.register_budget(c.warpgroups, per_sm=c.per_sm)
+        threads = (c.warpgroups + 1) * 128
+        assert (consumer * c.warpgroups + producer) * 128 * c.per_sm <= 65536 and threads <= 1024
+        assert layout.x_stages >= 2 and layout.w_stages >= 2
+        assert all(t % 8 == 0 for t in c.tiles) and max(c.computes) == max(c.tiles) <= 256
+
+
+# --- the schedule, interpreted --------------------------------------------------------------------------------------
+
+SMALL = dict(warpgroups=2, sms=2)
+SCHEDULES = {
+    "decode": ((3, 0, 9, 1), 72, 512, True, grouped.Config((8,), (8,), **SMALL)),
+    "K off the step": ((3, 0, 19), 100, 320, False, grouped.Config((8, 16), (8, 16), **SMALL)),
+    "tiny": ((0, 5), 72, 64, True, grouped.Config((8,), (8,), warpgroups=1, per_sm=2, sms=1, overlap=True)),
+    "scales in blocks": ((20, 1), 64, 2304, False, grouped.Config((8, 16, 24), (24,), overlap=True, **SMALL)),
+    "tokens in chunks": ((17, 2, 0), 130, 768, False, grouped.Config((8, 24), (24,), overlap=True, x_chunks=1, **SMALL)),
+    "gated chunks": ((40, 2), 64, 512, True, grouped.Config((16, 32), (16, 32), x_chunks=2, **SMALL)),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_under_the_interpreter(rng, name):
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    sizes, n, k, gated, use = SCHEDULES[name]
+    case = make(rng, sizes, n, k, gated=gated, token_scale=name != "tiny")
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        out = run(case, gated=gated, use=use, interpret=True)
+        races = gpu_callbacks.get_races().races_found
+    assert not races
+    check(out, *oracle(*case, gated=gated))
+
+
+def test_stacked_layers_under_the_interpreter(rng):
+    x, row_scale, codes, scale, global_scale, sizes = make(rng, (4, 2), 64, 256, gated=False)
+    layers = [make(rng, (4, 2), 64, 256, gated=False)[2:5] for _ in range(2)] + [(codes, scale, global_scale)]
+    stacked = [np.stack(v) for v in zip(*layers)]
+    args = arguments(x, row_scale, *stacked, sizes)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        f = jax.jit(lambda layer, *a: grouped.matmul(*a, layer=layer, use=grouped.Config((8,), (8,), **SMALL), interpret=True))
+        out = np.asarray(f(jnp.int32(2), *args))
+    check(out, *oracle(x, row_scale, codes, scale, global_scale, sizes, gated=False))
+
+
+def test_errors_name_the_shape(rng):
+    x, row_scale, packed, scale, global_scale, sizes = arguments(*make(rng, (2, 1), 64, 128, gated=False))
+    with pytest.raises(ValueError, match=r"operand must be bf16 \[M, 128\]"):
+        grouped.matmul(x[:, :64], row_scale, packed, scale, global_scale, sizes)
+    with pytest.raises(ValueError, match="row_scale"):
+        grouped.matmul(x, row_scale[:1], packed, scale, global_scale, sizes)
+    with pytest.raises(ValueError, match="group_sizes"):
+        grouped.matmul(x, row_scale, packed, scale, global_scale, sizes[:1])
+    with pytest.raises(ValueError, match="scales"):
+        grouped.matmul(x, row_scale, packed, scale[..., :4], global_scale, sizes)
+    with pytest.raises(ValueError, match="gate_up: packed"):
+        grouped.gate_up(x, row_scale, packed, scale, global_scale, sizes)
+    with pytest.raises(NotImplementedError, match="bf16 or f32"):
+        grouped.matmul(x, row_scale, packed, scale, global_scale, sizes, out_dtype=jnp.float16)
+
+
+# --- the compile ----------------------------------------------------------------------------------------------------
+
+def structs(m, experts, n, k, *, gated, token_scale=True):
+    lead = (experts, 2, n) if gated else (experts, n)
+    return (((m, k), jnp.bfloat16), ((m, 1) if token_scale else (), jnp.float32), ((*lead, k // 2), jnp.uint8),
+            ((*lead, k // 16), jnp.float8_e4m3fn), ((experts,), jnp.float32), ((experts,), jnp.int32))
+
+
+COMPILED = [(gated, m, 128, *(QWEN3_30B if gated else QWEN3_30B[::-1]))
+            for gated in (True, False) for m in (8, 128, 512, 2048, 8192, 65536)]
+COMPILED += [(True, 64, 256, *DEEPSEEK_V3), (False, 64, 8, *MIXTRAL[::-1]), (True, 16, 60, 1408, 2048), (False, 2000, 60, 2048, 1408)]
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(not aot.available(), reason="needs jax-cuda13-plugin and jax-cuda13-pjrt")
+@pytest.mark.parametrize("gated, m, experts, n, k", COMPILED)
+def test_compiles_without_spills(gated, m, experts, n, k):
+    f = grouped.gate_up if gated else grouped.matmul
+    kernel, = aot.compile(f, *structs(m, experts, n, k, gated=gated))
+    assert kernel.spills == 0 and not kernel.warnings
+    c = grouped.config(m, experts, n, k, gated=gated)
+    consumer, producer = mosaic.register_budget(c.warpgroups, per_sm=c.per_sm)
+    # The pool of a CTA is what it is launched with: setmaxnreg that asks for more hangs the GPU.
+    assert consumer * c.warpgroups + producer <= kernel.registers * (c.warpgroups + 1)
+    assert kernel.registers * (c.warpgroups + 1) * 128 * c.per_sm <= 65536
+    assert f"setmaxnreg.inc.sync.aligned.u32 {consumer};" in kernel.ptx
+    assert f"setmaxnreg.dec.sync.aligned.u32 {producer};" in kernel.ptx
+    if kernel.sass:
+        loop = kernel.loop("HGMMA")
+        elements = 64 * loop["HGMMA"] / 4 * 64 / 128  # 4 HGMMA a 64-chunk of 64 rows, by 128 threads
+        assert sum(loop.values()) / elements < 3.5
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------
+
+GPU_CASES = {
+    "uneven": ((0, 1, 0, 7, 30, 0, 90, 2), *QWEN3_30B),
+    "one token": ((0, 0, 1), *QWEN3_30B),
+    "all on one": ((0, 300, 0), *QWEN3_30B),
+    "decode": ((1, 2, 1, 0, 3) * 12, 256, 512),
+    "16 an expert": ((16, 20, 9, 31, 14) * 6, 256, 512),
+    "64 an expert": ((64, 80, 49, 31, 114) * 3, 256, 512),
+    "512 an expert": ((512, 530, 0, 477), 256, 1024),
+    "235B": ((3, 0, 17), *QWEN3_235B),
+    "DeepSeek": ((4, 13), *DEEPSEEK_V3),
+    "Mixtral": ((2, 9), *MIXTRAL),
+    "K 64": ((3, 9, 1), 64, 64),
+    "K 192, N 100": ((3, 40, 1), 100, 192),
+    "K 1408, N 70": ((70, 0, 1), 70, 1408),
+    "K 320, N 67": ((1, 12, 5), 67, 320),
+}
+
+
+def poisoned(f, args):
+    """f(*args) in memory that last held NaN."""
+    shape = jax.eval_shape(f, *args)
+    f(*args).block_until_ready()
+    jax.block_until_ready([jnp.full(shape.shape, jnp.nan, shape.dtype) for _ in range(4)])
+    return np.asarray(f(*args))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_gpu_against_float64(rng, name):
+    sizes, n, k = GPU_CASES[name]
+    for gated, shape, dtype in ((True, (n, k), jnp.bfloat16), (False, (k, n) if n % 64 == 0 else (n, k), jnp.bfloat16),
+                                (False, (n, k), jnp.float32)):
+        case = make(rng, sizes, *shape, gated=gated, token_scale=dtype == jnp.bfloat16)
+        f = jax.jit(grouped.gate_up if gated else lambda *a: grouped.matmul(*a, out_dtype=dtype))
+        args = arguments(*case)
+        out = poisoned(f, args)
+        check(out, *oracle(*case, gated=gated))
+        np.testing.assert_array_equal(out[:sum(sizes)], np.asarray(f(*args))[:sum(sizes)])  # the same bits again
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [64, 256])
+def test_gpu_every_code_with_every_scale(rng, k):
+    blocks = np.arange(128 * 16)[:127 * 16] // 16  # scale of a block; 16 rows of each, so that every code meets every place
+    n = -(-len(blocks) // (k // 16))
+    scale = np.resize(blocks, (1, n, k // 16)).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
+    codes = (np.arange(16)[None, :] + (np.arange(n * k // 16) // 127)[:, None]) % 16
+    codes = codes.reshape(1, n, k).astype(np.uint8)
+    seen = set(zip(codes.ravel().tolist(), np.repeat(scale.view(np.uint8).ravel(), 16).tolist()))
+    assert len(seen) == 16 * 127
+    x = np.eye(k).astype(ml_dtypes.bfloat16)
+    case = x, np.float32(1), codes, scale, np.ones(1, np.float32), np.array([k], np.int32)
+    out = run(case, gated=False, out_dtype=jnp.float32)
+    np.testing.assert_array_equal(out, (VALUES[codes[0]] * np.repeat(scale[0].astype(np.float64), 16, -1)).T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [True, False])
+def test_gpu_rows_keep_their_bits(rng, gated):
+    """5 rows of one expert among other rows, other experts and other M, hence other kernels: the same bits."""
+    n, k, experts = (192, 2048, 16) if gated else (512, 768, 16)
+    x, row_scale, codes, scale, global_scale, _ = make(rng, (5,) + (0,) * (experts - 1), n, k, gated=gated, spare=0)
+    f = jax.jit(grouped.gate_up if gated else lambda *a: grouped.matmul(*a, out_dtype=jnp.float32))
+    expected, seen = None, set()
+    for m, own in ((1, 1), (5, 5), (12, 6), (16, 9), (40, 5), (96, 13), (300, 31), (1000, 75), (2000, 250), (4096, 700), (4096, 4096)):
+        sizes = np.zeros(experts, np.int32)
+        sizes[7] = own
+        for other in rng.choice([e for e in range(experts) if e != 7], m - own):
+            sizes[other] += 1
+        first = sizes[:7].sum() + rng.integers(0, own - 4) if own >= 5 else sizes[:7].sum()
+        xs = rng.normal(size=(m, k)).astype(ml_dtypes.bfloat16)
+        rows = rng.uniform(0.5, 2, (m, 1)).astype(np.float32)
+        xs[first:first + 5], rows[first:first + 5] = x[:min(5, own)], row_scale[:min(5, own)]
+        codes7, scale7, global7 = (np.roll(v, 7, 0) for v in (codes, scale, global_scale))
+        out = np.asarray(f(*arguments(xs, rows, codes7, scale7, global7, sizes)))[first:first + 5]
+        if own >= 5:
+            expected = out if expected is None else expected
+        else:
+            alone = out
+        seen.add(grouped.config(m, experts, n, k, gated=gated))
+        if expected is not None and own >= 5:
+            np.testing.assert_array_equal(out.view(np.uint8), expected.view(np.uint8), err_msg=f"M = {m}")
+    np.testing.assert_array_equal(alone.view(np.uint8), expected[:1].view(np.uint8))
+    assert len(seen) >= 4
+
+
+@pytest.mark.gpu
+def test_gpu_reads_a_layer_in_place(rng):
+    x, row_scale, codes, scale, global_scale, sizes = make(rng, (4, 0, 2), 128, 256, gated=True)
+    layers = [make(rng, (4, 0, 2), 128, 256, gated=True)[2:5] for _ in range(2)] + [(codes, scale, global_scale)]
+    args = arguments(x, row_scale, *(np.stack(v) for v in zip(*layers)), sizes)
+    f = jax.jit(lambda layer, *a: grouped.gate_up(*a, layer=layer))
+    check(np.asarray(f(jnp.int32(2), *args)), *oracle(x, row_scale, codes, scale, global_scale, sizes, gated=True))
+    size = args[2].nbytes
+    assert f.lower(jnp.int32(2), *args).compile().memory_analysis().temp_size_in_bytes < size  # no copy of the weights
