@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from nvfp4jax import numerics, scaling as scaling_modes
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NVFP4Array:
     """x ~ qvalue * repeat(scale, 16) * global_scale, the contraction axis K last.
@@ -60,6 +59,22 @@ class NVFP4Array:
         """qvalue * scale, without the global scale: exact in bfloat16."""
         array = self.select()
         return numerics.dequantize(array.packed, lax.bitcast_convert_type(array.scale, jnp.uint8), dtype)
+
+
+_FIELDS = tuple(f.name for f in dataclasses.fields(NVFP4Array))
+
+
+def _unflatten(_, leaves):
+    # Not through __init__: transformations put their own placeholders into the leaves.
+    array = object.__new__(NVFP4Array)
+    for name, leaf in zip(_FIELDS, leaves, strict=True):
+        object.__setattr__(array, name, leaf)
+    return array
+
+
+jax.tree_util.register_pytree_with_keys(
+    NVFP4Array, lambda a: ([(jax.tree_util.GetAttrKey(n), getattr(a, n)) for n in _FIELDS], None), _unflatten
+)
 
 
 def _over_k(global_scale: jax.Array, rank: int) -> jax.Array:

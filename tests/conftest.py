@@ -22,6 +22,7 @@ install_import_hook(
 
 import hypothesis
 import jax
+import jaxtyping
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -38,6 +39,14 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords and not wanted:
             item.add_marker(pytest.mark.skip(reason="needs a GPU: NVFP4JAX_TEST_GPU=1 pytest -m gpu"))
+
+
+@pytest.fixture
+def unchecked():
+    """Turns jaxtyping off, so that a test meets the library's own errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture
