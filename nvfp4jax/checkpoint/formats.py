@@ -1,0 +1,467 @@
+"""The weight formats of Hugging Face folders: what a quantized layer's tensors are called and what they mean.
+
+    modelopt            <m>.weight U8 [N, K/2], .weight_scale E4M3 [N, K/16], .weight_scale_2 F32 (multiplies), .input_scale F32
+    compressed-tensors  <m>.weight_packed, .weight_scale, .weight_global_scale and .input_global_scale F32 (divide)
+    fp8                 <m>.weight E4M3 [N, K], .weight_scale_inv F32, one for each block of 128 x 128 (multiplies)
+    none                <m>.weight BF16, F16 or F32 [N, K]
+
+Each folder is read as its tensors say; the quantization config must name a known scheme, and its exclude list is compared with the
+tensors. Layouts: NVIDIA ModelOpt `export/quant_utils.py`, compressed-tensors `compressors/nvfp4/base.py`, DeepSeek-V3 `kernel.py`.
+"""
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from nvfp4jax.checkpoint.digest import LARGEST_WEIGHT_GLOBAL_SCALE
+from nvfp4jax.checkpoint.safetensors import CheckpointError, TensorInfo, read_folder, read_json, read_tensor
+
+BLOCK = 16
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+BF16 = np.dtype(ml_dtypes.bfloat16)
+FLOATS = (BF16, np.dtype(np.float16), np.dtype(np.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedWeight:
+    """An NVFP4 weight on the host: W[n, k] = e2m1(packed) * scale[n, k // 16] * global_scale.
+
+    packed: u8 [N, K/2], low nibble first; scale: float8_e4m3fn [N, K/16]; global_scale, input_scale: f32 [], they multiply.
+    """
+
+    packed: np.ndarray
+    scale: np.ndarray
+    global_scale: np.ndarray
+    input_scale: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.packed.shape[0], 2 * self.packed.shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """A folder's quantization config: method None, "modelopt", "compressed-tensors" or "fp8".
+
+    exclude: module patterns that stay in floating point: globs, `re:` regular expressions, names, prefixes ending in a dot.
+    block: the shape of an FP8 block. weight_only: activations are not quantized (W4A16). kv_cache: the KV cache's scheme, or None.
+    """
+
+    method: str | None = None
+    exclude: tuple[str, ...] = ()
+    block: tuple[int, int] = (128, 128)
+    weight_only: bool = False
+    kv_cache: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An opened Hugging Face folder; no tensor is read yet."""
+
+    directory: Path
+    config: dict[str, Any]
+    quantization: Quantization
+    tensors: Mapping[str, TensorInfo]
+
+
+def open_checkpoint(directory: str | Path) -> Checkpoint:
+    """Config, quantization and tensor table of a folder, checked. CheckpointError names the file and what is wrong with it."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such folder")
+    config = read_json(directory / "config.json")
+    # A converter may leave a stale hf_quant_config.json behind: config.json decides where it says anything.
+    if config.get("quantization_config") is not None:
+        quantization = parse_quantization(config["quantization_config"], f"{directory / 'config.json'}: quantization_config")
+    elif (directory / "hf_quant_config.json").exists():
+        path = directory / "hf_quant_config.json"
+        quantization = parse_quantization(read_json(path) | {"quant_method": "modelopt"}, str(path))
+    else:
+        quantization = Quantization()
+    return Checkpoint(directory, config, quantization, read_folder(directory))
+
+
+def _get(table: Mapping, key: str, kind: type | tuple[type, ...], where: str, default=None):
+    value = table.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+        raise CheckpointError(f"{where}: {key!r} has the wrong type, {type(value).__name__}")
+    return value
+
+
+def _strings(table: Mapping, key: str, where: str) -> tuple[str, ...]:
+    values = _get(table, key, list, where, [])
+    if not all(isinstance(value, str) for value in values):
+        raise CheckpointError(f"{where}: {key!r} must be a list of strings")
+    return tuple(values)
+
+
+def parse_quantization(table: Any, where: str) -> Quantization:
+    """The quantization config of a folder in any spelling; CheckpointError for a scheme that cannot be read."""
+    if not isinstance(table, Mapping):
+        raise CheckpointError(f"{where}: a JSON object is needed, not {type(table).__name__}")
+    inner = _get(table, "quantization", Mapping, where)
+    method = _get(table, "quant_method", str, where, "modelopt" if inner is not None or "quant_algo" in table else None)
+    if method in ("modelopt", "modelopt_fp4"):
+        return _parse_modelopt(table if inner is None else inner, where)
+    if method == "compressed-tensors":
+        return _parse_compressed_tensors(table, where)
+    if method == "fp8":
+        block = _get(table, "weight_block_size", list, where)
+        if block is None or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+            raise CheckpointError(f"{where}: FP8 is read with one scale a block only; weight_block_size={block}")
+        return Quantization("fp8", _strings(table, "modules_to_not_convert", where), (block[0], block[1]))
+    raise CheckpointError(f"{where}: quant_method {method!r} is not read; known: modelopt, compressed-tensors, fp8")
+
+
+def _parse_modelopt(table: Mapping, where: str) -> Quantization:
+    known = ("NVFP4", "W4A16_NVFP4")
+    algorithm = _get(table, "quant_algo", str, where)
+    if algorithm == "MIXED_PRECISION":
+        layers = _get(table, "quantized_layers", Mapping, where, {})
+        kinds = {name: _get(layer, "quant_algo", str, where) if isinstance(layer, Mapping) else None for name, layer in layers.items()}
+    else:
+        kinds = {"quant_algo": algorithm}
+    for name, kind in kinds.items():
+        if kind not in known:
+            raise CheckpointError(f"{where}: {name[:200]}: {kind!r} is not read; known: {', '.join(known)}")
+    if _get(table, "group_size", int, where, BLOCK) != BLOCK:
+        raise CheckpointError(f"{where}: group_size={table['group_size']}; NVFP4 has 16")
+    kv = _get(table, "kv_cache_quant_algo", str, where)
+    if kv is None and _get(table, "kv_cache_scheme", Mapping, where) is not None:
+        kv = "FP8" if table["kv_cache_scheme"].get("num_bits") == 8 else "NVFP4"
+    exclude = _strings(table, "exclude_modules", where) + _strings(table, "ignore", where)
+    return Quantization("modelopt", exclude, weight_only=set(kinds.values()) == {"W4A16_NVFP4"}, kv_cache=kv)
+
+
+def _parse_compressed_tensors(table: Mapping, where: str) -> Quantization:
+    groups = _get(table, "config_groups", Mapping, where, {})
+    weight_only = bool(groups)
+    for name, group in groups.items():
+        here = f"{where}: {str(name)[:80]}"
+        if not isinstance(group, Mapping):
+            raise CheckpointError(f"{here}: a JSON object is needed")
+        form = _get(group, "format", str, here) or _get(table, "format", str, where)
+        if form != "nvfp4-pack-quantized":
+            raise CheckpointError(f"{here}: format {form!r} is not read; known: nvfp4-pack-quantized")
+        weights = _get(group, "weights", Mapping, here, {})
+        if (weights.get("num_bits"), weights.get("type"), weights.get("group_size")) != (4, "float", BLOCK):
+            raise CheckpointError(f"{here}: weights are no NVFP4 (num_bits 4, type float, group_size 16)")
+        weight_only &= _get(group, "input_activations", Mapping, here) is None
+    kv = "FP8" if _get(table, "kv_cache_scheme", Mapping, where) is not None else None
+    return Quantization("compressed-tensors", _strings(table, "ignore", where), weight_only=weight_only, kv_cache=kv)
+
+
+def _pattern(text: str) -> re.Pattern:
+    """A regular expression from a checkpoint: one that could take exponential time (a repeat of more than one thing) is refused."""
+    try:
+        pattern = re.compile(text)
+        parsed = re._parser.parse(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise CheckpointError(f"exclude pattern {text[:80]!r} is no regular expression ({error})") from None
+
+    def walk(items, repeats: int) -> int:
+        for op, argument in items:
+            name = str(op)
+            if "REPEAT" in name:
+                low, high, body = argument
+                single = len(body) == 1 and str(body[0][0]) in ("LITERAL", "NOT_LITERAL", "ANY", "IN", "CATEGORY")
+                if high > 1 and not single:
+                    raise CheckpointError(f"exclude pattern {text[:80]!r} repeats a group; that is not supported")
+                repeats = walk(body, repeats + (high > 100))
+            elif name == "SUBPATTERN":
+                repeats = walk(argument[3], repeats)
+            elif name == "BRANCH":
+                repeats = max(walk(branch, repeats) for branch in argument[1])
+        return repeats
+
+    if len(text) > 1000 or walk(parsed, 0) > 4:
+        raise CheckpointError(f"exclude pattern {text[:80]!r} is too long, or has more than 4 unbounded repeats")
+    return pattern
+
+
+def is_excluded(module: str, patterns: Sequence[str]) -> bool:
+    """Whether a module name, e.g. 'model.layers.0.mlp.gate', falls under an exclude list.
+
+    `re:` begins a regular expression matched at the name's start; *, ? and [ make a glob over the whole name; a trailing dot makes
+    a prefix; any other entry is the module itself or one above it.
+    """
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            hit = _pattern(pattern[3:]).match(module) is not None
+        elif any(c in pattern for c in "*?["):
+            hit = fnmatch.fnmatchcase(module, pattern)
+        else:
+            hit = module == pattern or module.startswith(pattern if pattern.endswith(".") else pattern + ".")
+        if hit:
+            return True
+    return False
+
+
+def _info(checkpoint: Checkpoint, name: str) -> TensorInfo:
+    info = checkpoint.tensors.get(name)
+    if info is None:
+        raise CheckpointError(f"{checkpoint.directory}: tensor {name!r} is missing")
+    return info
+
+
+def _part(info: TensorInfo, index: int | None) -> TensorInfo:
+    """The tensor itself, or entry `index` of its first axis."""
+    if index is None:
+        return info
+    size = info.nbytes // info.shape[0]
+    return dataclasses.replace(info, shape=info.shape[1:], offset=info.offset + index * size, nbytes=size)
+
+
+def _check(info: TensorInfo, shape: tuple[int, ...], dtypes: Sequence[np.dtype]) -> None:
+    if info.shape != shape:
+        raise CheckpointError(f"{info.file}: tensor {info.name!r} has shape {info.shape}, expected {shape}")
+    if info.dtype not in dtypes:
+        raise CheckpointError(f"{info.file}: tensor {info.name!r} has dtype {info.dtype}, expected {' or '.join(map(str, dtypes))}")
+
+
+def _finite(array: np.ndarray, info: TensorInfo) -> np.ndarray:
+    """The array, unless it holds NaN or infinity."""
+    if array.dtype == BF16:  # on the bits: several times as fast as through float32
+        fine = ((array.view(np.uint16) & np.uint16(0x7F80)) != 0x7F80).all()
+    elif array.dtype == E4M3:
+        fine = ((array.view(np.uint8) & np.uint8(0x7F)) != 0x7F).all()
+    else:
+        fine = np.isfinite(array).all()
+    if not fine:
+        raise CheckpointError(f"{info.file}: tensor {info.name!r} holds NaN or infinity")
+    return array
+
+
+def read_float(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor in floating point (BF16, F16 or F32) of exactly this shape, finite."""
+    info = _info(checkpoint, name)
+    _check(info, shape, FLOATS)
+    return _finite(read_tensor(info), info)
+
+
+def read_scalar(checkpoint: Checkpoint, name: str, index: int | None = None) -> np.ndarray:
+    """A finite, positive f32 [] from a tensor of one element, or entry `index` of one an expert."""
+    info = _info(checkpoint, name)
+    if index is not None and info.shape and info.shape[0] > 1:
+        if index >= info.shape[0]:
+            raise CheckpointError(f"{info.file}: tensor {name!r} has shape {info.shape}, expected one value an expert")
+        info = _part(info, index)
+    if info.nbytes != info.dtype.itemsize:
+        raise CheckpointError(f"{info.file}: tensor {name!r} has shape {info.shape}, expected one value")
+    _check(info, info.shape, FLOATS)
+    value = read_tensor(info).reshape(()).astype(np.float32)
+    if not np.isfinite(value) or value <= 0:
+        raise CheckpointError(f"{info.file}: tensor {name!r} is {float(value)}; a scale must be finite and positive")
+    return value
+
+
+def reciprocal(value: np.ndarray) -> np.ndarray:
+    """1 / value in float32, rounded once."""
+    return np.asarray(np.float32(1) / np.float32(value), np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Names:
+    """A packed weight's tensors: of one module ('m.weight', 'm.weight_scale', ...) or of a raw parameter ('p', 'p_weight_scale', ...)."""
+
+    packed: str
+    scale: str
+    global_scale: str
+    input_scale: str
+    inverse: bool
+
+
+def _names(checkpoint: Checkpoint, module: str) -> _Names | None:
+    """What the tensors of a packed module are called, None where it is in floating point or FP8."""
+    tensors = checkpoint.tensors
+    for extra in ("pre_quant_scale", "svdquant_lora_a", "weight_scale_inv_2"):
+        if f"{module}.{extra}" in tensors:
+            raise CheckpointError(f"{checkpoint.directory}: tensor {module + '.' + extra!r}: NVFP4 with {extra} (AWQ, SVDQuant) is not read")
+    if f"{module}.weight_packed" in tensors:
+        return _Names(
+            f"{module}.weight_packed", f"{module}.weight_scale", f"{module}.weight_global_scale", f"{module}.input_global_scale", True
+        )
+    for weight, prefix in ((f"{module}.weight", f"{module}."), (module, f"{module}_")):
+        if weight in tensors and tensors[weight].dtype == np.uint8:
+            return _Names(weight, f"{prefix}weight_scale", f"{prefix}weight_scale_2", f"{prefix}input_scale", False)
+    return None
+
+
+def is_packed(checkpoint: Checkpoint, module: str) -> bool:
+    """Whether the module's weight is stored in NVFP4."""
+    return _names(checkpoint, module) is not None
+
+
+def _global_scale(checkpoint: Checkpoint, name: str, inverse: bool, index: int | None) -> np.ndarray:
+    value = read_scalar(checkpoint, name, index)
+    value = reciprocal(value) if inverse else value
+    if not 0 < value < LARGEST_WEIGHT_GLOBAL_SCALE:
+        stands = f"{'1 / ' if inverse else ''}{name} = {float(value):.4g}"
+        raise CheckpointError(f"{checkpoint.directory}: {stands} stands for weights up to {2688 * float(value):.3g}: is it the inverse of a scale?")
+    return value
+
+
+def _packed(checkpoint: Checkpoint, names: _Names, packed: np.ndarray, scale: np.ndarray, index: int | None = None) -> PackedWeight:
+    """Bytes of a weight -> the weight with its global and input scale."""
+    input_scale = None
+    if names.input_scale in checkpoint.tensors:
+        input_scale = read_scalar(checkpoint, names.input_scale, index)
+        input_scale = reciprocal(input_scale) if names.inverse else input_scale
+    return PackedWeight(packed, scale, _global_scale(checkpoint, names.global_scale, names.inverse, index), input_scale)
+
+
+def _fp8(checkpoint: Checkpoint, module: str, shape: tuple[int, int]) -> np.ndarray:
+    """An FP8 weight with one scale a block -> bfloat16 [N, K]."""
+    weight = _info(checkpoint, f"{module}.weight")
+    if checkpoint.quantization.method != "fp8":
+        raise CheckpointError(f"{weight.file}: tensor {weight.name!r} is FP8, but the config says quant_method {checkpoint.quantization.method!r}")
+    scale = _info(checkpoint, f"{module}.weight_scale_inv")
+    rows, columns = checkpoint.quantization.block
+    _check(weight, shape, (E4M3,))
+    _check(scale, (-(-shape[0] // rows), -(-shape[1] // columns)), FLOATS)
+    values = _finite(read_tensor(weight), weight).astype(np.float32)
+    scales = _finite(read_tensor(scale), scale).astype(np.float32)
+    for i in range(scales.shape[0]):  # a row of blocks at a time: the scales never exist at the weight's full size
+        values[i * rows : (i + 1) * rows] *= np.repeat(scales[i], columns)[: shape[1]]
+    return values.astype(BF16)
+
+
+def read_weight(checkpoint: Checkpoint, module: str, shape: tuple[int, int]) -> np.ndarray | PackedWeight:
+    """The weight [N, K] of a linear module: NVFP4 with its own bytes, else floats (FP8 as bfloat16).
+
+    CheckpointError names the file and tensor for one that is missing, has another shape or dtype, or holds NaN.
+    """
+    names = _names(checkpoint, module)
+    if names is not None:
+        n, k = shape
+        packed, scale = _info(checkpoint, names.packed), _info(checkpoint, names.scale)
+        _check(packed, (n, k // 2), (np.dtype(np.uint8),))
+        _check(scale, (n, k // BLOCK), (E4M3,))
+        return _packed(checkpoint, names, read_tensor(packed), _finite(read_tensor(scale), scale))
+    info = _info(checkpoint, f"{module}.weight")
+    if info.dtype == E4M3:
+        return _fp8(checkpoint, module, shape)
+    return read_float(checkpoint, info.name, shape)
+
+
+def _fused_expert(info: TensorInfo, index: int, shape: tuple[int, int, int], transposed: bool) -> np.ndarray:
+    """Expert `index` [R, C] of a tensor of all experts, [E, R, C] or, transposed, [E, C, R]."""
+    experts, rows, columns = shape
+    _check(info, (experts, columns, rows) if transposed else shape, (*FLOATS, np.dtype(np.uint8), E4M3))
+    matrix = read_tensor(_part(info, index))
+    return matrix.T if transposed else matrix
+
+
+def fused_experts(checkpoint: Checkpoint, experts: str, projection: str) -> str | None:
+    """The name under which a projection of all experts is stored as one tensor, None where each expert has its own."""
+    fused = f"{experts}.{'down_proj' if projection == 'down_proj' else 'gate_up_proj'}"
+    return next((name for name in (fused, f"{fused}.weight") if name in checkpoint.tensors), None)
+
+
+def read_expert(
+    checkpoint: Checkpoint, experts: str, projection: str, index: int, shape: tuple[int, int, int]
+) -> np.ndarray | PackedWeight:
+    """One expert's projection [N, K]; experts: 'model.layers.0.mlp.experts', shape: (E, N, K).
+
+    Stored as a module an expert, or fused: `gate_up_proj` [E, 2N, K] (gate first) and `down_proj` [E, N, K], also transposed
+    ([E, K, 2N], packed [E, K/2, 2N]), as the batched-matmul experts of some models are.
+    """
+    total, n, k = shape
+    fused = fused_experts(checkpoint, experts, projection)
+    if fused is None:
+        return read_weight(checkpoint, f"{experts}.{index}.{projection}", (n, k))
+    info = checkpoint.tensors[fused]
+    rows = n if projection == "down_proj" else 2 * n
+    part = {"down_proj": slice(None), "gate_proj": slice(0, n), "up_proj": slice(n, None)}[projection]
+    names = _names(checkpoint, fused.removesuffix(".weight"))
+    if names is None:
+        matrix = _fused_expert(info, index, (total, rows, k), info.shape != (total, rows, k) and info.shape == (total, k, rows))
+        _check(info, info.shape, FLOATS)
+        return np.ascontiguousarray(_finite(matrix[part], info))
+    scale = _info(checkpoint, names.scale)
+    transposed = scale.shape == (total, k // BLOCK, rows) and info.shape == (total, k // 2, rows)
+    packed = _fused_expert(info, index, (total, rows, k // 2), transposed)[part]
+    scales = _finite(_fused_expert(scale, index, (total, rows, k // BLOCK), transposed)[part], scale)
+    return _packed(checkpoint, names, np.ascontiguousarray(packed), np.ascontiguousarray(scales), index)
+
+
+def reconcile(a: PackedWeight, b: PackedWeight, name: str) -> tuple[PackedWeight, PackedWeight]:
+    """Two weights brought to the larger of their global scales, the other's block scales rounded again (to nearest even).
+
+    CheckpointError, naming the pair, where a block would be lost that way.
+    """
+    larger = np.maximum(a.global_scale, b.global_scale)
+
+    def bring(weight: PackedWeight) -> PackedWeight:
+        if weight.global_scale == larger:
+            return weight
+        scale = (weight.scale.astype(np.float32) * np.float32(weight.global_scale / larger)).astype(E4M3)
+        if ((scale.view(np.uint8) & 0x7F == 0) & (weight.scale.view(np.uint8) & 0x7F != 0)).any():
+            raise CheckpointError(
+                f"{name}: gate and up have global scales {float(a.global_scale):.4g} and {float(b.global_scale):.4g}, too far apart to "
+                "share one: blocks would vanish; export the checkpoint with a scale shared by gate and up"
+            )
+        return dataclasses.replace(weight, scale=scale, global_scale=larger)
+
+    return bring(a), bring(b)
+
+
+def packed_tensors(module: str, weight: PackedWeight, method: str) -> dict[str, np.ndarray]:
+    """The tensors under which `method` ("modelopt" or "compressed-tensors") stores a packed weight."""
+    if method == "modelopt":
+        tensors = {"weight": weight.packed, "weight_scale": weight.scale, "weight_scale_2": weight.global_scale}
+        scale_name, input_scale = "input_scale", weight.input_scale
+    else:
+        tensors = {
+            "weight_packed": weight.packed,
+            "weight_scale": weight.scale,
+            "weight_global_scale": reciprocal(weight.global_scale).reshape(1),
+        }
+        scale_name = "input_global_scale"
+        input_scale = None if weight.input_scale is None else reciprocal(weight.input_scale).reshape(1)
+    if input_scale is not None:
+        tensors[scale_name] = input_scale
+    return {f"{module}.{name}": np.asarray(tensor) for name, tensor in tensors.items()}
+
+
+def quantization_configs(
+    method: str, exclude: Sequence[str], *, weight_only: bool, kv_cache: str | None = None
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """(config.json's quantization_config, the content of hf_quant_config.json or None), as the format's own exporter writes them."""
+    exclude = list(exclude)
+    if method == "modelopt":
+        producer = {"name": "modelopt", "version": "nvfp4jax"}
+        algorithm = "W4A16_NVFP4" if weight_only else "NVFP4"
+        part = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
+        group = {"weights": part, "targets": ["Linear"]}
+        if not weight_only:
+            group = {"input_activations": part} | group
+        config: dict[str, Any] = {"config_groups": {"group_0": group}, "ignore": exclude, "quant_algo": algorithm}
+        if kv_cache is not None:
+            config["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8 if kv_cache == "FP8" else 4, "type": "float"}
+        config |= {"producer": producer, "quant_method": "modelopt"}
+        quantization = {
+            "quant_algo": algorithm, "kv_cache_quant_algo": kv_cache, "group_size": BLOCK, "exclude_modules": exclude,
+        }  # fmt: skip
+        return config, {"producer": producer, "quantization": quantization}
+    weights = {
+        "num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": BLOCK, "symmetric": True, "dynamic": False,
+        "scale_dtype": "torch.float8_e4m3fn",
+    }  # fmt: skip
+    activations = None if weight_only else weights | {"dynamic": "local", "observer": "static_minmax"}
+    group = {
+        "format": "nvfp4-pack-quantized", "targets": ["Linear"], "weights": weights, "input_activations": activations,
+        "output_activations": None,
+    }  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "quantization_status": "compressed",
+        "config_groups": {"config_group_0": group}, "ignore": exclude, "kv_cache_scheme": None, "global_compression_ratio": None,
+    }, None  # fmt: skip
