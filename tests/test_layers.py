@@ -1,0 +1,336 @@
+"""Layers against float64 products of what they hold; the swap; and quantize_params, bit-equal to the swap."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_array import decode
+from test_ops import check
+
+import nvfp4jax
+from nvfp4jax import Rule
+from nvfp4jax.array import NVFP4Array, quantize, quantize_weight
+from nvfp4jax.layers import NVFP4Weight, combine, sort_by_expert
+
+BF16 = jnp.bfloat16
+
+
+def values(tree):
+    return [np.atleast_1d(np.asarray(v)) for v in jax.tree.leaves(tree)]
+
+
+class Net(nnx.Module):
+    """One of everything: lists, a tied layer, LinearGeneral, Einsum with bias, experts, and a raw expert weight."""
+
+    def __init__(self, rngs, dtype=BF16):
+        kw = dict(param_dtype=dtype, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(64, 64, **kw) for _ in range(2)])
+        self.split = nnx.LinearGeneral(64, (4, 16), **kw)
+        self.join = nnx.LinearGeneral((4, 16), 64, axis=(-2, -1), **kw)
+        self.kv = nnx.Einsum("BTD,CNDH->CBTNH", (2, 4, 64, 16), (2, 1, 1, 4, 16), bias_init=nnx.initializers.normal(1.0), **kw)
+        self.experts = nvfp4jax.Experts(4, 64, 32, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.raw = nnx.Param(jax.random.normal(rngs.params(), (4, 64, 32), dtype) * jnp.asarray(0.1, dtype))
+        self.norm = nnx.RMSNorm(64, **kw)
+        self.head = nnx.Linear(64, 10, use_bias=False, **kw)
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        x = self.norm(x + self.join(self.split(x)))
+        k, v = self.kv(x).reshape(2, *x.shape)
+        x = x + k * v
+        tokens = x.reshape(-1, 64)
+        ids = jnp.argsort(tokens[:, :4], axis=1)[:, :2].astype(jnp.int32)
+        x = x + self.experts(tokens, ids, jnp.full(ids.shape, 0.5, jnp.float32)).reshape(x.shape)
+        return self.head(x) + jnp.einsum("btk,ekn->bt", x, self.raw[...])[..., None]
+
+
+RULES = [Rule("head", skip=True), Rule("raw", activation=None), Rule(".*", activation="token")]
+
+
+@pytest.mark.parametrize("activation", [None, "tensor", "tensor_pow2", "token"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(key, activation, bias):
+    layer = nnx.Linear(96, 40, use_bias=bias, bias_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(key))
+    x = jax.random.normal(key, (2, 5, 96))
+    q = nvfp4jax.NVFP4Linear.from_float(layer, activation=activation)
+    assert (q.kernel.shape, q.kernel_scale.shape, q.kernel_global_scale.shape) == ((40, 48), (40, 6), ())
+    y = q(x).reshape(10, 40)
+    a = np.asarray(x, np.float64) if activation is None else decode(quantize(x, scaling=activation))
+    if bias:
+        y = y - layer.bias[...][None]
+    assert np.abs(np.asarray(y) - a.reshape(10, 96) @ decode(quantize_weight(layer.kernel[...].T)).T).max() < 1e-4
+
+
+def test_output_dtypes_follow_the_float_layer(key):
+    for dtype, param_dtype, x_dtype in ((None, jnp.float32, BF16), (BF16, jnp.float32, jnp.float32), (None, BF16, BF16), (jnp.float32, BF16, BF16)):
+        layer = nnx.Linear(32, 16, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+        x = jax.random.normal(key, (3, 32), x_dtype)
+        with jax.numpy_dtype_promotion("standard"):
+            assert nvfp4jax.NVFP4Linear.from_float(layer)(x).dtype == layer(x).dtype
+
+
+EINSUMS = [
+    ("BTD,NDH->BTNH", (4, 32, 8), None, (2, 3, 32)),
+    ("BTD,CKDH->CBTKH", (2, 4, 32, 8), (2, 1, 1, 4, 8), (2, 3, 32)),
+    ("BTNH,NHD->BTD", (4, 8, 24), (24,), (2, 3, 4, 8)),
+    ("...d,df->...f", (32, 24), (24,), (2, 1, 3, 32)),
+    ("dT,dN->NT", (32, 24), None, (32, 5)),
+]
+
+
+@pytest.mark.parametrize("string, kernel, bias, shape", EINSUMS)
+def test_einsum_is_the_same_einsum_on_decoded_operands(key, string, kernel, bias, shape):
+    layer = nnx.Einsum(string, kernel, bias, bias_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(key))
+    q = nvfp4jax.NVFP4Einsum.from_float(layer, activation=None)
+    x = jax.random.normal(key, shape)
+    # The same float layer with the decoded weight put back, letter by letter.
+    letters = string.split(",")[1].split("->")[0]
+    out = string.split("->")[1]
+    n = [c for c in letters if c in out]
+    k = [c for c in letters if c not in out]
+    sizes = dict(zip(letters, kernel, strict=True))
+    decoded = decode(q.weight()).reshape([sizes[c] for c in n + k]).transpose([(n + k).index(c) for c in letters])
+    reference = nnx.clone(layer)
+    reference.kernel = nnx.Param(jnp.asarray(decoded, jnp.float32))
+    np.testing.assert_allclose(q(x), reference(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("inputs, outputs, axis, shape", [(32, (4, 8), -1, (2, 3, 32)), ((4, 8), 24, (-2, -1), (2, 3, 4, 8)), ((4, 8), (3, 5), (0, 2), (4, 6, 8))])
+def test_linear_general(key, inputs, outputs, axis, shape):
+    layer = nnx.LinearGeneral(inputs, outputs, axis=axis, bias_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(key))
+    q = nvfp4jax.NVFP4LinearGeneral.from_float(layer, activation=None)
+    w = decode(q.weight())
+    reference = nnx.clone(layer)
+    reference.kernel = nnx.Param(jnp.asarray(w.T.reshape(layer.kernel.shape), jnp.float32))
+    x = jax.random.normal(key, shape)
+    np.testing.assert_allclose(q(x), reference(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="batch_axis"):
+        nvfp4jax.NVFP4LinearGeneral.from_float(nnx.LinearGeneral(16, 16, batch_axis={0: 2}, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("string, kernel", [("ecd,edf->ecf", (4, 32, 16)), ("bd,df->b", (32, 16)), ("bdx,df->bf", (32, 16))])
+def test_einsums_that_are_no_matmul_are_refused(string, kernel):
+    with pytest.raises(ValueError, match="mlp/up: einsum .* is no plain matmul"):
+        nvfp4jax.NVFP4Einsum.from_float(nnx.Einsum(string, kernel, rngs=nnx.Rngs(0)), name="mlp/up")
+
+
+@pytest.mark.parametrize("activation", [None, "static", "tensor", "tensor_pow2", "token", "expert"])
+def test_experts(key, activation):
+    """Both matmuls of an expert against float64: each activation decoded as its mode says, rows of one expert together."""
+    e, h, i, t, k = 5, 64, 32, 11, 2
+    layer = nvfp4jax.Experts(e, h, i, rngs=nnx.Rngs(key))
+    x = jax.random.normal(key, (t, h))
+    ids = jnp.stack([jax.random.permutation(jax.random.fold_in(key, n), e)[:k] for n in range(t)]).astype(jnp.int32)
+    weights = jax.nn.softmax(jax.random.normal(key, (t, k)))
+    kw = dict(input_scales=(jnp.full(e, 0.0012), jnp.full(e, 0.002))) if activation == "static" else {}
+    y = nvfp4jax.NVFP4Experts.from_float(layer, activation=activation, **kw)(x, ids, weights)
+    q = nvfp4jax.NVFP4Experts.from_float(layer)
+    gate_up, down = (decode(w) for w in q.weights())
+
+    def act(rows, owners, which):
+        if activation is None:
+            return np.asarray(rows, np.float64)
+        if activation == "static":
+            from nvfp4jax.array import quantize_static
+
+            return decode(quantize_static(rows, kw["input_scales"][which][0]))
+        if activation == "expert":
+            out = np.zeros(rows.shape)
+            for one in set(owners):
+                out[owners == one] = decode(quantize(rows[np.flatnonzero(owners == one)]))
+            return out
+        return decode(quantize(rows, scaling=activation))
+
+    owners = np.asarray(ids).ravel()
+    rows = act(x[np.repeat(np.arange(t), k)], owners, 0)
+    gate, up = (np.einsum("mh,mih->mi", rows, gate_up[owners, n]) for n in (0, 1))
+    hidden = jnp.asarray(gate / (1 + np.exp(-gate)) * up, jnp.float32)
+    out = np.einsum("mi,mhi->mh", act(hidden, owners, 1), down[owners]).reshape(t, k, h)
+    expected = (out * np.asarray(weights, np.float64)[..., None]).sum(1)
+    # A value next to a rounding boundary of the second quantization may fall on its other side.
+    assert np.linalg.norm(y - expected) / np.linalg.norm(expected) < (1e-5 if activation is None else 0.03)
+    assert np.median(np.abs(y - expected)) < 1e-5 * np.abs(expected).max()
+    reference = layer(x, ids, weights)
+    assert np.linalg.norm(y - reference) / np.linalg.norm(reference) < 0.4
+
+
+def test_routing_round_trip(key):
+    ids = jax.random.randint(key, (7, 3), 0, 5)
+    order, sizes = sort_by_expert(ids, 5)
+    np.testing.assert_array_equal(np.asarray(ids).ravel()[order], np.sort(np.asarray(ids).ravel()))
+    np.testing.assert_array_equal(sizes, np.bincount(np.asarray(ids).ravel(), minlength=5))
+    x, weights = jax.random.normal(key, (7, 8)), jax.random.uniform(key, (7, 3))
+    np.testing.assert_allclose(combine(x[order // 3], order, weights), x * weights.sum(1)[:, None], rtol=1e-5, atol=1e-6)
+
+
+def test_padding_takes_no_part_in_an_amax(key):
+    layer = nnx.Linear(64, 32, use_bias=False, rngs=nnx.Rngs(key))
+    experts = nvfp4jax.Experts(3, 64, 32, rngs=nnx.Rngs(key))
+    x = jax.random.normal(key, (2, 4, 64))
+    valid = jnp.array([[False, True, True, True], [True, True, True, False]])
+    noisy = jnp.where(valid[..., None], x, x * 1e6)
+    ids, weights = jax.random.randint(key, (8, 2), 0, 3), jnp.full((8, 2), 0.5)
+    for activation in ("tensor", "tensor_pow2", "token", "expert"):
+        q = nvfp4jax.NVFP4Experts.from_float(experts, activation=activation)
+        calls = [lambda x, q=q: q(x.reshape(8, 64), ids, weights).reshape(x.shape)]
+        if activation != "expert":
+            calls.append(nvfp4jax.NVFP4Linear.from_float(layer, activation=activation))
+        for call in calls:
+
+            def masked(x, call=call):
+                with nvfp4jax.valid_rows(valid):
+                    return call(x)
+
+            masked, plain = jax.jit(masked), jax.jit(lambda x, call=call: call(x))
+            np.testing.assert_array_equal(np.asarray(masked(noisy))[valid], np.asarray(masked(x))[valid])
+            if activation in ("tensor", "expert"):
+                assert (np.asarray(plain(noisy))[valid] != np.asarray(plain(x))[valid]).any()
+
+
+def test_swap(key):
+    net = Net(nnx.Rngs(key))
+    before = values(nnx.state(net))
+    x = jax.random.normal(key, (2, 5, 64), BF16)
+    q = nvfp4jax.quantize_model(net, RULES)
+    assert [type(m).__name__ for m in (q.blocks[0], q.split, q.kv, q.experts, q.raw, q.head, q.norm)] == [
+        "NVFP4Linear", "NVFP4LinearGeneral", "NVFP4Einsum", "NVFP4Experts", "NVFP4Weight", "Linear", "RMSNorm",
+    ]  # fmt: skip
+    assert isinstance(net.blocks[0], nnx.Linear) and all((a == b).all() for a, b in zip(before, values(nnx.state(net)), strict=True))
+    with jax.numpy_dtype_promotion("standard"):  # Flax's own layers promote
+        y, exact = (np.asarray(jax.jit(m.__call__)(x), np.float32) for m in (q, net))
+    assert np.isfinite(y).all() and 0.01 < np.linalg.norm(y - exact) / np.linalg.norm(exact) < 0.6
+    np.testing.assert_allclose(decode(NVFP4Array(q.raw.kernel[...], q.raw.kernel_scale[...], q.raw.kernel_global_scale[...][:, None, None])).swapaxes(1, 2), q.raw[...].astype(jnp.float32), rtol=0.01)
+
+
+def test_quantize_params_is_the_offline_route(key):
+    net = Net(nnx.Rngs(key))
+    q = nvfp4jax.quantize_model(net, RULES)
+    state, own = nnx.state(net, nnx.Param), nnx.state(q, nnx.Param)
+    traced = []
+
+    @jax.jit
+    def requantize(state):
+        traced.append(1)
+        return nvfp4jax.quantize_params(state, q)
+
+    for source in (state, jax.tree.map(lambda v: v.astype(jnp.float32), state), nnx.to_pure_dict(state), net, own):
+        made = nvfp4jax.quantize_params(source, q)
+        assert jax.tree.structure(made) == jax.tree.structure(own)
+        for a, b in zip(values(made), values(own), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+    for _ in range(20):
+        made = requantize(state)
+    assert len(traced) == 1
+    assert all((a.view(np.uint8) == b.view(np.uint8)).all() for a, b in zip(values(made), values(own), strict=True))
+    abstract = nvfp4jax.quantize_model(nnx.eval_shape(lambda: Net(nnx.Rngs(0))), RULES)
+    assert [(v.shape, v.dtype) for v in jax.tree.leaves(nnx.state(abstract, nnx.Param))] == [(v.shape, v.dtype) for v in jax.tree.leaves(own)]
+    made = nvfp4jax.quantize_params(state, abstract)
+    assert all((a.view(np.uint8) == b.view(np.uint8)).all() for a, b in zip(values(made), values(own), strict=True))
+
+
+def test_stacks_of_layers_quantize_each_layer_alone(key):
+    """A stack [L, ...], as scanned models hold it, gives each layer the bits it has alone."""
+    alone = [nnx.Linear(64, 32, use_bias=False, rngs=nnx.Rngs(jax.random.fold_in(key, i))) for i in range(3)]
+    experts = [nvfp4jax.Experts(2, 64, 32, rngs=nnx.Rngs(jax.random.fold_in(key, i))) for i in range(3)]
+    for layers_, convert in ((alone, nvfp4jax.NVFP4Linear.from_float), (experts, nvfp4jax.NVFP4Experts.from_float)):
+        graphdef, _ = nnx.split(layers_[0])
+        stacked = nnx.merge(graphdef, jax.tree.map(lambda *v: jnp.stack(v), *(nnx.state(m) for m in layers_)))
+        together = nnx.state(convert(stacked), nnx.Param)
+        for i, layer in enumerate(layers_):
+            one = nnx.state(convert(layer), nnx.Param)
+            assert all((np.atleast_1d(a[i]).view(np.uint8) == b.view(np.uint8)).all() for a, b in zip(values(together), values(one), strict=True))
+
+
+def test_rules(key):
+    net = Net(nnx.Rngs(key))
+    q = nvfp4jax.quantize_model(net, [Rule("blocks/1", skip=True), Rule(r"blocks/\d", activation="tensor_pow2", four_over_six="mse")])
+    assert type(q.blocks[1]) is nnx.Linear and type(q.split) is nnx.LinearGeneral
+    assert (q.blocks[0].activation, q.blocks[0].four_over_six) == ("tensor_pow2", "mse")
+    for rules, message in (
+        ([Rule("block/.*")], r"rule 'block/\.\*' matches no layer .* the layers are: blocks/0, "),
+        ([Rule(".*"), Rule("head")], "rule 'head' matches no layer that an earlier rule has not taken"),
+        ([Rule("(")], r"rule '\(' is no regular expression"),
+        ([Rule("head", activation="row")], "head: activation='row' is not one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            nvfp4jax.quantize_model(net, rules)
+    with pytest.raises(ValueError, match=r"layers/0 of shape \(8, 24\): the contraction axis K=24"):
+        nvfp4jax.quantize_model(nnx.Sequential(nnx.Linear(24, 8, rngs=nnx.Rngs(0))), [Rule(".*")])
+
+
+def test_shared_layers_stay_shared():
+    class Tied(nnx.Module):
+        def __init__(self):
+            self.a = nnx.Linear(32, 32, rngs=nnx.Rngs(0))
+            self.b = self.a
+
+    q = nvfp4jax.quantize_model(Tied(), [Rule(".*")])
+    assert q.a is q.b and isinstance(q.a, nvfp4jax.NVFP4Linear)
+
+
+def test_a_layer_of_ones_own(key):
+    class Mine(nnx.Module):
+        def __init__(self, w):
+            self.w = nnx.Param(w)
+
+        def __call__(self, x):
+            return x @ self.w[...]
+
+    class MineNVFP4(nnx.Module):
+        def __init__(self, layer, name, activation):
+            q = quantize_weight(layer.w[...].T)
+            self.activation = activation
+            self.packed, self.scale, self.global_scale = nnx.Param(q.packed), nnx.Param(q.scale), nnx.Param(q.global_scale)
+
+        def __call__(self, x):
+            return nvfp4jax.matmul(x, NVFP4Array(self.packed[...], self.scale[...], self.global_scale[...]), scaling=self.activation)
+
+    model = nnx.Sequential(Mine(jax.random.normal(key, (32, 16))))
+    with pytest.raises(ValueError, match="matches no layer"):
+        nvfp4jax.quantize_model(model, [Rule(".*")])
+
+    @nvfp4jax.register(Mine)
+    def convert(layer, *, name, activation, **options):
+        return MineNVFP4(layer, name, activation)
+
+    x = jax.random.normal(key, (4, 32))
+    y = nvfp4jax.quantize_model(model, [Rule(".*", activation=None)])(x)
+    check(y, np.asarray(x, np.float64), decode(quantize_weight(model.layers[0].w[...].T)))
+
+
+def test_quantize_params_names_what_is_wrong(key):
+    net = Net(nnx.Rngs(key))
+    q = nvfp4jax.quantize_model(net, RULES)
+    state = nnx.to_pure_dict(nnx.state(net, nnx.Param))
+    del state["experts"]["up_proj"]
+    with pytest.raises(ValueError, match="experts: the state has no experts/up_proj"):
+        nvfp4jax.quantize_params(state, q)
+    state = nnx.to_pure_dict(nnx.state(net, nnx.Param))
+    state["head"]["kernel"] = state["head"]["kernel"].T
+    with pytest.raises(ValueError, match=r"head/kernel: shape \(10, 64\) in the state, \(64, 10\) in the model"):
+        nvfp4jax.quantize_params(state, q)
+
+
+def test_shardings_follow_the_weight():
+    """A kernel sharded (in, out) gives codes and block scales sharded (N, K); both mesh kinds."""
+    for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+        mesh = jax.make_mesh((2, 2), ("fsdp", "tp"), axis_types=(kind, kind))
+        with jax.set_mesh(mesh):
+            layer = nnx.Linear(64, 32, use_bias=False, rngs=nnx.Rngs(0), kernel_metadata={"out_sharding": ("fsdp", "tp")})
+            q = nvfp4jax.NVFP4Linear.from_float(layer)
+            assert tuple(q.kernel.get_metadata()["out_sharding"]) == ("tp", "fsdp")
+            assert tuple(q.kernel_scale.get_metadata()["out_sharding"]) == ("tp", "fsdp")
+            assert nnx.get_partition_spec(nnx.state(q))["kernel"].get_value() == jax.sharding.PartitionSpec("tp", "fsdp")
+        plain = nvfp4jax.NVFP4Linear.from_float(nnx.Linear(64, 32, use_bias=False, rngs=nnx.Rngs(0)))
+        np.testing.assert_array_equal(np.asarray(q.kernel[...]), plain.kernel[...])
+
+
+def test_raw_weight_reads_like_a_param(key):
+    raw = nnx.Param(jax.random.normal(key, (2, 32, 16), BF16))
+    w = NVFP4Weight(raw, name="w")
+    assert w.shape == raw.shape and w.dtype == BF16 and w.ndim == 3
+    np.testing.assert_array_equal(jnp.asarray(w), w[...])
+    np.testing.assert_array_equal(w[0], w.get_value()[0])
