@@ -1,7 +1,7 @@
 """What every decoder shares: the KV cache, rotary embeddings, masks, grouped-query attention, the RMS norm."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,9 @@ class KVCache:
     index: i32 [], the slot that the next call writes first; all rows share it (prompts are padded on the left).
     """
 
-    keys: tuple[Float[Array, "... Hkv S D"], ...]
-    values: tuple[Float[Array, "... Hkv S D"], ...]
-    index: Int[Array, ""]
+    keys: tuple[Any, ...]  # Any: a tree of shapes or shardings is a KVCache too
+    values: tuple[Any, ...]
+    index: Any
 
     @property
     def length(self) -> int:

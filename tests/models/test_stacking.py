@@ -1,0 +1,149 @@
+"""Stacked layers: the conversions, and what the compiled scan may not hold."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import loading
+
+import nvfp4jax
+from nvfp4jax import models
+
+RULES = [
+    nvfp4jax.Rule(r"layers/0/.*|lm_head|.*/gate", skip=True),  # keeps the first layer
+    nvfp4jax.Rule(r"layers/.*", activation="token"),
+]
+
+
+def quantized_moe():
+    return nvfp4jax.quantize_model(loading.load("qwen3-moe-tiny", jnp.bfloat16), RULES)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "tree"])
+def test_round_trip(graph):
+    with nnx.set_graph_mode(graph):
+        model = quantized_moe()
+        before = jax.tree.map(np.asarray, nnx.state(model))
+        stacked = models.stack_layers(model)
+        assert models.depths(stacked) == (None, 3)  # the first layer is bf16, so it cannot be stacked with the others
+        back = models.unstack_layers(stacked)
+        assert nnx.graphdef(back) == nnx.graphdef(model)
+        assert_same(nnx.state(back), before)
+        assert_same(nnx.state(model), before)  # neither touched the model it was given
+        assert back.layers[2].self_attn.q_proj.name == "layers/2/self_attn/q_proj"
+        assert stacked.layers[1].self_attn.q_proj.name == "layers/1-3/self_attn/q_proj"
+        codes = stacked.layers[1].mlp.experts.gate_up.get_value()
+        np.testing.assert_array_equal(codes[2], model.layers[3].mlp.experts.gate_up.get_value())
+        with pytest.raises(ValueError, match="stacked already"):
+            models.stack_layers(stacked)
+
+
+def test_states_convert_under_jit():
+    """What a hot reload needs: the state of an unrolled model into that of a stacked one, and back, without the model."""
+    model = quantized_moe()
+    lengths = (1, 3)
+    state = jax.jit(lambda s: models.stack_state(s, lengths))(nnx.state(model))
+    assert_same(state, nnx.state(models.stack_layers(model)))
+    assert_same(jax.jit(lambda s: models.unstack_state(s, lengths))(state), nnx.state(model))
+    with pytest.raises(ValueError, match=r"lengths \(1, 2\) make 3"):
+        models.stack_state(nnx.state(model), (1, 2))
+    with pytest.raises(ValueError, match=r"layers/1/.* exists in 3 of the 4"):
+        models.stack_state(nnx.state(model), (1, 4))
+    with pytest.raises(ValueError, match="layers/0/.* exists in 1 of the 4"):  # layers that do not share a structure
+        models.stack_state(nnx.state(model), (4,))
+
+
+def test_abstract_models_stack():
+    config = loading.config("qwen3-moe-tiny")
+    abstract = models.stack_layers(nvfp4jax.quantize_model(models.build(config), RULES))
+    real = models.stack_layers(quantized_moe())
+    for x, y in zip(jax.tree.leaves(nnx.state(abstract)), jax.tree.leaves(nnx.state(real)), strict=True):
+        assert isinstance(x, jax.ShapeDtypeStruct)
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+    assert nnx.graphdef(abstract) == nnx.graphdef(real)
+
+
+def compiled_step(model, slots: int = 40) -> str:
+    """The optimized program of one decode step, its cache donated."""
+    graphdef, state = nnx.split(model)
+
+    def step(state, cache, tokens, mask):
+        logits, cache = nnx.merge(graphdef, state)(tokens, tokens, cache, mask)
+        return logits, cache
+
+    cache = jax.eval_shape(lambda: model.init_cache(3, slots))
+    args = state, cache, jnp.zeros((3, 1), jnp.int32), jnp.ones((3, slots), bool)
+    return jax.jit(step, donate_argnums=1).lower(*args).compile().as_text()
+
+
+def outside_fusions(text: str):
+    """(opcode, dtype, shape) of what the program itself materializes: its instructions but for those inside a fusion."""
+    fused = set(re.findall(r"fusion\(.*calls=%([\w.\-]+)", text))
+    computation, found = None, []
+    for line in text.splitlines():
+        if header := re.match(r"(?:ENTRY )?%([\w.\-]+) \(.*\) -> .* \{$", line):
+            computation = header[1]
+        elif (m := re.match(r"\s+(?:ROOT )?%[\w.\-]+ = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(", line)) and computation not in fused:
+            found.append((m[3], m[1], tuple(int(d) for d in m[2].split(",") if d)))
+    return found
+
+
+FREE = {"parameter", "get-tuple-element", "bitcast", "while", "conditional", "tuple"}  # these copy nothing
+
+
+def test_the_scan_copies_no_packed_weight():
+    model = models.stack_layers(quantized_moe())
+    params = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model)) if path[:2] == ("layers", 1)}
+    packed = {v.shape for v in params.values() if v.dtype in (jnp.uint8, jnp.float8_e4m3fn)}
+    assert len(packed) == 8  # codes and scales of q and o, k and v, gate_up, down
+    program = outside_fusions(compiled_step(model))
+    squeezed = lambda shape: tuple(d for d in shape if d != 1)  # noqa: E731
+    # The stack itself, a layer of it, and an expert of that: none may be written anywhere.
+    forbidden = {squeezed(shape[i:]) for shape in packed for i in range(len(shape) - 1)}
+    copies = [(op, dtype, shape) for op, dtype, shape in program if dtype in ("u8", "f8e4m3fn") and squeezed(shape) in forbidden]
+    assert {op for op, _, _ in copies} >= {"parameter", "get-tuple-element"}  # the shapes are those of this program
+    assert not [c for c in copies if c[0] not in FREE]
+    # The same program does write decoded weights, so the check sees what is materialized.
+    assert any(op == "fusion" and dtype == "bf16" and shape == (128, 128) for op, dtype, shape in program)
+
+
+def test_the_check_for_copies_can_fail():
+    """A plain slice of the stacked codes ahead of their use is found."""
+
+    @jax.jit
+    def f(w, x):
+        def body(x, w):
+            codes = jax.lax.optimization_barrier(w)
+            return jnp.tanh(x @ codes.astype(jnp.float32)), None
+
+        return jax.lax.scan(body, x, w)[0]
+
+    text = f.lower(jnp.ones((4, 128, 128), jnp.uint8), jnp.ones((3, 128))).compile().as_text()
+    assert [op for op, dtype, shape in outside_fusions(text) if dtype == "u8" and shape[-2:] == (128, 128) and op not in FREE]
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_program_size_against_depth(scan):
+    """Twice the layers: the scanned program stays as it is, the unrolled one grows."""
+    sizes = []
+    for depth in (3, 6):
+        config = loading.config("qwen3-tiny") | dict(num_hidden_layers=depth, layer_types=None)
+        model = nvfp4jax.quantize_model(models.build(config), nvfp4jax.Rule(r"layers/.*"))
+        model = models.stack_layers(model) if scan else model
+        graphdef, state = nnx.split(model)
+        cache = jax.eval_shape(lambda: model.init_cache(3, 40))  # noqa: B023
+        tokens, mask = jnp.zeros((3, 1), jnp.int32), jnp.ones((3, 40), bool)
+        jaxpr = jax.make_jaxpr(lambda state, cache: nnx.merge(graphdef, state)(tokens, tokens, cache, mask))(state, cache)  # noqa: B023
+        sizes.append(str(jaxpr).count("\n"))
+    assert (sizes[1] < sizes[0] * 1.05) == scan
+    assert scan or sizes[1] > 1.7 * sizes[0]
