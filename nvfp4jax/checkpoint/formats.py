@@ -159,7 +159,7 @@ def _parse_compressed_tensors(table: Mapping, where: str) -> Quantization:
     return Quantization("compressed-tensors", _strings(table, "ignore", where), weight_only=weight_only, kv_cache=kv)
 
 
-def _pattern(text: str) -> re.Pattern:
+def safe_pattern(text: str) -> re.Pattern:
     """A regular expression from a checkpoint: one that could take exponential time (a repeat of more than one thing) is refused."""
     try:
         pattern = re.compile(text)
@@ -195,7 +195,7 @@ def is_excluded(module: str, patterns: Sequence[str]) -> bool:
     """
     for pattern in patterns:
         if pattern.startswith("re:"):
-            hit = _pattern(pattern[3:]).match(module) is not None
+            hit = safe_pattern(pattern[3:]).match(module) is not None
         elif any(c in pattern for c in "*?["):
             hit = fnmatch.fnmatchcase(module, pattern)
         else:

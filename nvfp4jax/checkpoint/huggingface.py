@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -34,6 +35,11 @@ def module_name(path: Sequence[Any]) -> str:
     """('layers', 0, 'mlp', 'up_proj') -> 'model.layers.0.mlp.up_proj'; the head has no prefix."""
     name = ".".join(map(str, path))
     return name if name == "lm_head" else f"model.{name}"
+
+
+def tensor_of_param(param: str) -> str:
+    """'kernel' -> 'weight': what a float module's Param is called in a checkpoint."""
+    return _TENSOR_OF_PARAM.get(param, param)
 
 
 def quantizable(model: nnx.Module) -> dict[tuple, nnx.Module]:
@@ -157,7 +163,7 @@ def module_leaves(checkpoint: Checkpoint, path: Sequence[Any], module: nnx.Modul
         leaves = {"kernel": np.ascontiguousarray(weight.T).astype(np.dtype(module.kernel.dtype))}
         own = {name: v for name, v in own.items() if name == "bias"}
     for name, variable in own.items():
-        tensor = f"{module_name(path)}.{_TENSOR_OF_PARAM.get(name, name)}"
+        tensor = f"{module_name(path)}.{tensor_of_param(name)}"
         leaves[name] = formats.read_float(checkpoint, tensor, tuple(variable.shape)).astype(np.dtype(variable.dtype))
     return leaves
 
@@ -182,6 +188,17 @@ def abstract_model(
     qmodel = quantize_model(model, rules)
     for path in packed & set(quantizable(qmodel)):
         raise CheckpointError(f"{checkpoint.directory}: {module_name(path)!r} is stored in NVFP4; a rule that skips it cannot be followed")
+    return with_input_scales(qmodel)
+
+
+def with_input_scales(qmodel: nnx.Module) -> nnx.Module:
+    """The abstract model itself, with (abstract) input scales in static layers that have none."""
+    for _, layer in owning_modules(qmodel):
+        if isinstance(layer, NVFP4Linear) and layer.activation == "static" and layer.input_scale is None:
+            layer.input_scale = nnx.Param(jax.ShapeDtypeStruct((), jnp.float32))
+        if isinstance(layer, NVFP4Experts) and layer.activation == "static" and layer.gate_up_input_scale is None:
+            for name in ("gate_up_input_scale", "down_input_scale"):
+                setattr(layer, name, nnx.Param(jax.ShapeDtypeStruct((layer.num_experts,), jnp.float32)))
     return qmodel
 
 
@@ -252,11 +269,7 @@ def load_model(
 
 
 def fill(model: nnx.Module, values: Mapping[tuple, Any]) -> nnx.Module:
-    """An abstract model with values in place of all its shapes; input scales are added to static layers that have none yet."""
-    for path, module in owning_modules(model):
-        for name in ("input_scale", "gate_up_input_scale", "down_input_scale"):
-            if (*path, name) in values:
-                setattr(module, name, nnx.Param(values[(*path, name)]))
+    """An abstract model with values in place of all its shapes."""
     graphdef, state = nnx.split(model)
     flat = dict(nnx.to_flat_state(state))
     if missing := [path for path in flat if path not in values]:

@@ -11,21 +11,28 @@ Orbax casts dtypes in silence on loading, and its storage raises bare exceptions
 before a byte is read, and every failure is a CheckpointError that names the folder.
 """
 
-import logging
+import dataclasses
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from orbax.checkpoint.experimental import v1 as ocp
 
+from nvfp4jax import models
+from nvfp4jax.checkpoint import formats, huggingface
 from nvfp4jax.checkpoint.digest import digests, unhealthy
 from nvfp4jax.checkpoint.safetensors import CheckpointError
+from nvfp4jax.swap import Rule, path_string, quantize_model, quantized_layers
 
 FORMAT_VERSION = 1
-_log = logging.getLogger(__name__)
+# A leaf beside the model's: scales that it does not hold but an export needs; the metadata's entry of this name has their names.
+EXTRAS = "extras"
 
 
 def flatten(state: Any) -> dict[str, Any]:
@@ -194,7 +201,7 @@ def restore_leaves(path: str | Path, wanted: Mapping[str, Any], *, subset: bool 
     found = _metadata(path)
     metadata = _checked_metadata(path, found)
     stored = _shapes(path, found)
-    skipped = {name: ocp.PLACEHOLDER for name in stored if subset and name not in wanted}
+    skipped = {name: ocp.PLACEHOLDER for name in stored if name not in wanted and (subset or name == EXTRAS)}
     lines = differences({name: leaf for name, leaf in stored.items() if name not in skipped}, wanted)
     if lines:
         raise CheckpointError(f"{path}: {lines[0]}" + (f" (and {len(lines) - 1} more differences)" if len(lines) > 1 else ""))
@@ -215,6 +222,17 @@ def restore_leaves(path: str | Path, wanted: Mapping[str, Any], *, subset: bool 
     return leaves
 
 
+def restore_extras(path: str | Path) -> dict[str, np.ndarray]:
+    """Scales kept beside the model, f32 [] by the tensor names of ModelOpt; empty where there are none."""
+    names, shapes = read_metadata(path).get(EXTRAS, []), read_shapes(path)
+    if EXTRAS not in shapes:
+        return {}
+    values = np.asarray(restore_leaves(path, {EXTRAS: shapes[EXTRAS]}, subset=True)[EXTRAS])
+    if not isinstance(names, list) or values.shape != (len(names),) or values.dtype != np.float32:
+        raise CheckpointError(f"{path}: the names of {EXTRAS} in the metadata do not fit")
+    return {str(name): np.asarray(value) for name, value in zip(names, values, strict=True)}
+
+
 def restore(path: str | Path, abstract: Any) -> Any:
     """The folder's state in `abstract`'s tree: a pytree of arrays or of ShapeDtypeStructs with a `sharding` each.
 
@@ -223,3 +241,132 @@ def restore(path: str | Path, abstract: Any) -> Any:
     wanted = flatten(abstract)
     leaves = restore_leaves(path, wanted)
     return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in wanted])
+
+
+# Whole models. On disk a model's layers are always single ones, however they run: stacking happens after loading.
+
+
+def rules_of(model: nnx.Module) -> list[Rule]:
+    """Rules that make `model`'s NVFP4 layers out of its float model, one a layer."""
+    names = [field.name for field in dataclasses.fields(Rule) if field.name not in ("module_path", "skip")]
+    return [
+        Rule(re.escape(path_string(path)), **{name: getattr(layer, name, None) for name in names})
+        for path, layer in quantized_layers(model).items()
+    ]
+
+
+def rules_to_json(rules: Sequence[Rule]) -> list[dict]:
+    """What differs from a Rule's defaults, as JSON values."""
+    defaults = Rule("")
+    return [
+        {f.name: getattr(rule, f.name) for f in dataclasses.fields(Rule) if getattr(rule, f.name) != getattr(defaults, f.name)}
+        for rule in rules
+    ]
+
+
+def rules_from_json(values: Any, where: str) -> list[Rule]:
+    """The inverse of `rules_to_json`, for values that need not be trusted."""
+    kinds = {f.name: str | None for f in dataclasses.fields(Rule)} | {"module_path": str, "skip": bool}
+    rules = []
+    for value in values if isinstance(values, list) else [values]:
+        if isinstance(value, dict) and isinstance(value.get("implementation"), list):
+            value = value | {"implementation": tuple(value["implementation"])}
+            kinds["implementation"] = tuple | str | None
+        if not isinstance(value, dict) or not value.get("module_path") or not value.keys() <= kinds.keys():
+            raise CheckpointError(f"{where}: a rule cannot be read: {str(value)[:80]}")
+        if wrong := [name for name, v in value.items() if not isinstance(v, kinds[name])]:
+            raise CheckpointError(f"{where}: a rule's {wrong[0]!r} has the wrong type: {str(value)[:80]}")
+        formats.safe_pattern(value["module_path"])
+        rules.append(Rule(**value))
+    return rules
+
+
+def recipe_id(rules: Sequence[Rule]) -> str:
+    """The arithmetic that rules ask for, e.g. 'te-exact/token+46-mse-256': the weights' contract, the activations' modes."""
+    taken = [rule for rule in rules if not rule.skip]
+    if not taken:
+        return "float"
+    modes = sorted({str(rule.activation).lower() for rule in taken})
+    extras = sorted({f"+{side}46-{kind}-256" for rule in taken for side, kind in (("w", rule.weight_four_over_six), ("a", rule.four_over_six)) if kind})
+    return f"te-exact/{','.join(modes)}{''.join(extras)}"
+
+
+def _unstacked(model: nnx.Module) -> nnx.Module:
+    stacked = any(depth is not None for depth in models.depths(model))
+    return models.unstack_layers(model) if stacked else model
+
+
+def save_model(path: str | Path, model: nnx.Module, config: Mapping[str, Any], *, rules: Sequence[Rule] | None = None, **metadata: Any) -> None:
+    """Saves one of our models so that `load_model(path)` needs nothing else.
+
+    config: its Hugging Face config.json. rules: those it was swapped with; taken from the model's layers where None. Any further
+    `metadata` must be JSON. Scanned layers are stored one by one.
+    """
+    model = _unstacked(model)
+    rules = rules_of(model) if rules is None else rules
+    dtype = str(jnp.dtype(model.dtypes.dtype))
+    full = {"recipe": recipe_id(rules), "config": dict(config), "rules": rules_to_json(rules), "dtype": dtype, **metadata}
+    save(path, nnx.state(model, nnx.Not(nnx.RngState)), full)
+
+
+def abstract_model(path: Path, metadata: Mapping[str, Any], dtype: jnp.dtype | None = None, activation: str | None = None) -> nnx.Module:
+    """The unrolled, abstract model that a folder's metadata describe."""
+    config, stored = metadata.get("config"), metadata.get("dtype")
+    if not isinstance(config, dict) or stored not in ("bfloat16", "float32", "float16"):
+        raise CheckpointError(f"{path}: the metadata have no model config and dtype; restore it into a state of your own")
+    rules = rules_from_json(metadata.get("rules", []), str(path))
+    if activation is not None:
+        rules = [dataclasses.replace(rule, activation=activation) for rule in rules]
+    model = models.build(config, dtype or stored)
+    return huggingface.with_input_scales(quantize_model(model, rules)) if rules else model
+
+
+def load_model(path: str | Path, dtype: jnp.dtype | None = None, *, activation: str | None = None, scan_layers: bool = False) -> nnx.Module:
+    """The model in a folder of ours, on the default device; no other input is needed.
+
+    dtype: of activations and float weights, as stored where None. activation: for all NVFP4 layers, as stored where None.
+    """
+    path = Path(path).absolute()
+    metadata = read_metadata(path)
+    stored = abstract_model(path, metadata)
+    model = abstract_model(path, metadata, dtype, activation)
+    leaves = restore_leaves(path, flatten(nnx.state(stored)))
+    wanted = flatten(nnx.state(model))
+    if extra := [name for name in wanted if name not in leaves]:
+        raise CheckpointError(f"{path}: {extra[0]} is not in the folder, which activation={activation!r} needs; use an online mode")
+    values = {path: leaves[path_string(path)].astype(variable.dtype) for path, variable in nnx.to_flat_state(nnx.state(model))}
+    model = huggingface.fill(model, values)
+    return models.stack_layers(model) if scan_layers else model
+
+
+def _single_layer(leaf, stacked: bool) -> jax.ShapeDtypeStruct:
+    """The abstract leaf of one layer of a stack, sharded as the stack is."""
+    sharding = leaf.sharding
+    if not stacked:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
+
+
+def restore_state(path: str | Path, model: nnx.Module) -> nnx.State:
+    """The folder's weights in the tree, shapes, dtypes and shardings of a live model (stacked layers too); the model is not touched.
+
+    Use it as `nnx.update(model, state)`, or pass it to a jitted rollout, which does not retrace.
+    """
+    state = nnx.state(model, nnx.Not(nnx.RngState))
+    if not hasattr(model, "layers") or all(depth is None for depth in models.depths(model)):
+        return restore(path, state)
+    lengths = [depth or 1 for depth in models.depths(model)]
+    wanted = {}
+    for leaf_path, variable in nnx.to_flat_state(state):
+        if leaf_path[0] != "layers" or lengths[leaf_path[1]] == 1:
+            first = leaf_path if leaf_path[0] != "layers" else ("layers", sum(lengths[: leaf_path[1]]), *leaf_path[2:])
+            wanted[first] = variable.replace(_single_layer(variable.get_value(), False))
+            continue
+        for i in range(lengths[leaf_path[1]]):
+            one = ("layers", sum(lengths[: leaf_path[1]]) + i, *leaf_path[2:])
+            wanted[one] = variable.replace(_single_layer(variable.get_value(), True))
+    single = restore(path, nnx.from_flat_state(wanted))
+    stacked = models.stack_state(single, lengths)
+    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), stacked, state)

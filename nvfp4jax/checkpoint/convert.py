@@ -1,0 +1,607 @@
+"""The offline quantizer: a folder in, an NVFP4 folder out, one tensor at a time.
+
+    Hugging Face (bf16, FP8 by blocks, ModelOpt or compressed-tensors NVFP4)  ->  orbax | modelopt | compressed-tensors
+    Orbax (ours)                                                              ->  modelopt | compressed-tensors
+
+Work goes on in `<save_dir>.partial`, one output file for each input file, and a run that was interrupted goes on where it was.
+The save_dir appears by one rename when all is done; bad input leaves nothing behind.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from nvfp4jax import models, numerics
+from nvfp4jax.array import NVFP4Array, check_k, quantize_with_amax
+from nvfp4jax.checkpoint import formats, huggingface, orbax
+from nvfp4jax.checkpoint.formats import BF16, BLOCK, E4M3, Checkpoint, PackedWeight
+from nvfp4jax.checkpoint.huggingface import module_name, quantizable
+from nvfp4jax.checkpoint.safetensors import CheckpointError, TensorInfo, Writer, read_header
+from nvfp4jax.layers import Experts, NVFP4Experts, NVFP4Linear
+from nvfp4jax.swap import Rule, path_string, quantize_model
+
+OUTPUTS = ("orbax", "modelopt", "compressed-tensors")
+REPORT = "quantization_report.json"
+# Files beside the weights that a user of the result needs.
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "vocab.json", "merges.txt",
+              "chat_template.jinja")  # fmt: skip
+# Never quantized unless a rule names them: the head, routers, and gates of shared experts.
+_KEPT = r"(.*/)?(lm_head|mlp/gate|mlp/shared_expert_gate|router)"
+_CHUNK = 2**22  # elements quantized at once, which bounds the scratch memory
+_EXPORT_SHARD_BYTES = 4 * 2**30
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which layers become NVFP4, and how.
+
+    keep_first_n, keep_last_n: layers that stay in floating point. exclude: regular expressions, searched in the module's path
+    ('layers/0/mlp/up_proj') and in its checkpoint name ('model.layers.0.mlp.up_proj'). experts_only: nothing but experts.
+    four_over_six, activation_four_over_six: None, "mae" or "mse". activation: the mode that the result's layers run in.
+    """
+
+    keep_first_n: int = 0
+    keep_last_n: int = 0
+    exclude: tuple[str, ...] = ()
+    experts_only: bool = False
+    four_over_six: str | None = None
+    activation: str | None = "token"
+    activation_four_over_six: str | None = None
+
+    @property
+    def selects(self) -> bool:
+        """Whether it says anything about which layers, or how weights are rounded."""
+        return dataclasses.replace(self, activation="token", activation_four_over_six=None) != Selection()
+
+
+def rules_for(model: nnx.Module, selection: Selection) -> list[Rule]:
+    """The rules of a selection for a float model (abstract is enough), without any that would match nothing.
+
+    ValueError for an `exclude` that matches no layer, and for a selection that leaves nothing to quantize.
+    """
+    paths = {path_string(path): module for path, module in quantizable(model).items()}
+    depth = len(model.layers)
+    if selection.keep_first_n < 0 or selection.keep_last_n < 0:
+        raise ValueError(f"keep_first_n={selection.keep_first_n} and keep_last_n={selection.keep_last_n} must not be negative")
+    skipped: dict[str, list[str]] = {_KEPT: [path for path in paths if re.fullmatch(_KEPT, path)]}
+    kept = [*range(min(selection.keep_first_n, depth)), *range(max(depth - selection.keep_last_n, 0), depth)]
+    for layer in dict.fromkeys(kept):
+        skipped[rf"layers/{layer}/.*"] = [path for path in paths if path.startswith(f"layers/{layer}/")]
+    for pattern in selection.exclude:
+        try:
+            found = [path for path in paths if re.search(pattern, path) or re.search(pattern, module_name(path.split("/")))]
+        except re.error as error:
+            raise ValueError(f"exclude {pattern!r} is no regular expression: {error}") from error
+        if not found:
+            raise ValueError(f"exclude {pattern!r} matches no layer; the layers are: {', '.join([*paths][:4])}, ...")
+        for path in found:
+            skipped[re.escape(path)] = [path]
+    if selection.experts_only:
+        for path, module in paths.items():
+            if not isinstance(module, Experts):
+                skipped[re.escape(path)] = [path]
+    rules, taken = [], set()
+    for pattern, found in skipped.items():
+        if set(found) - taken:
+            rules.append(Rule(pattern, skip=True))
+            taken |= set(found)
+    if not set(paths) - taken:
+        raise ValueError("the selection leaves no layer to quantize")
+    return [
+        *rules,
+        Rule(".*", activation=selection.activation, four_over_six=selection.activation_four_over_six,
+             weight_four_over_six=selection.four_over_six),
+    ]  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames="four_over_six")
+def _quantize_rows(w: jax.Array, amax: jax.Array, four_over_six: str | None) -> NVFP4Array:
+    return quantize_with_amax(w.astype(jnp.bfloat16), amax, four_over_six=four_over_six)
+
+
+@jax.jit
+def _squared_errors(w: jax.Array, array: NVFP4Array) -> tuple[jax.Array, jax.Array]:
+    w = w.astype(jnp.float32)
+    error = array.dequantize(jnp.float32) - w
+    return (error * error).sum(), (w * w).sum()
+
+
+def quantize_together(
+    weights: Sequence[np.ndarray], names: Sequence[str], four_over_six: str | None = None
+) -> tuple[list[PackedWeight], list[float]]:
+    """Weights [N_i, K] -> NVFP4 with one global scale for all of them, and the relative error of each; in rows that fit the cache.
+
+    The bits are those of `array.quantize_weight` on the weights stacked along N.
+    """
+    for w, name in zip(weights, names, strict=True):
+        check_k(w.shape[1], name, w.shape)
+    amax = np.float32(0)
+    for w in weights:
+        w = w.reshape(-1)
+        for start in range(0, w.size, _CHUNK):
+            amax = np.maximum(amax, np.abs(w[start : start + _CHUNK].astype(BF16).astype(np.float32)).max(initial=np.float32(0)))
+    packed, errors = [], []
+    for w in weights:
+        n, k = w.shape
+        rows = max(1, _CHUNK // k)
+        out = PackedWeight(np.empty((n, k // 2), np.uint8), np.empty((n, k // BLOCK), E4M3), np.zeros((), np.float32))
+        _, global_scale, _ = numerics.global_scales(jnp.float32(amax), four_over_six=four_over_six is not None)
+        out = dataclasses.replace(out, global_scale=np.asarray(global_scale))
+        squares = np.zeros(2)
+        for start in range(0, n, rows):
+            part = jnp.asarray(w[start : start + rows])
+            array = _quantize_rows(part, jnp.float32(amax), four_over_six)
+            out.packed[start : start + rows], out.scale[start : start + rows] = np.asarray(array.packed), np.asarray(array.scale)
+            squares += np.array([float(s) for s in _squared_errors(part, array)])
+        packed.append(out)
+        errors.append(float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0)
+    return packed, errors
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unit:
+    """A piece of work: some tensors of the output, made at once.
+
+    file: the input file that it is counted to. specs: tensor -> (dtype, shape). make: the tensors, and rows of the report.
+    """
+
+    file: str
+    nbytes: int
+    specs: dict[str, tuple[np.dtype, tuple[int, ...]]]
+    make: Callable[[], tuple[dict[str, np.ndarray], list[dict[str, Any]]]]
+
+
+def _packed_specs(module: str, shape: tuple[int, int], method: str, input_scale: bool) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    n, k = shape
+    scalar = np.zeros((), np.float32)
+    weight = PackedWeight(np.empty((n, k // 2), np.uint8), np.empty((n, k // BLOCK), E4M3), scalar + 1, scalar + 1 if input_scale else None)
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in formats.packed_tensors(module, weight, method).items()}
+
+
+def _row(name: str, weight: PackedWeight, error: float | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": name, "shape": list(weight.shape), "global_scale": float(weight.global_scale)}
+    if error is not None:
+        row |= {"relative_error": error, "sqnr_db": float(-20 * np.log10(error)) if error else None}
+    return row
+
+
+def _has_input_scale(checkpoint: Checkpoint, module: str) -> bool:
+    return any(f"{module}.{name}" in checkpoint.tensors for name in ("input_scale", "input_global_scale")) or (
+        f"{module}_input_scale" in checkpoint.tensors
+    )
+
+
+def _float_source(checkpoint: Checkpoint, module: str) -> TensorInfo:
+    for name in (f"{module}.weight", f"{module}.weight_packed", module):
+        if name in checkpoint.tensors:
+            return checkpoint.tensors[name]
+    raise CheckpointError(f"{checkpoint.directory}: tensor {module + '.weight'!r} is missing")
+
+
+def _units(checkpoint: Checkpoint, qmodel: nnx.Module, method: str, share: bool, notes: huggingface.Notes) -> Iterator[_Unit]:
+    """The work that turns a folder into `method`'s tensors. share: q, k, v, and gate and up, get one global scale each group."""
+    done: set[tuple] = set()
+    layers = dict(huggingface.owning_modules(qmodel))
+    for path, layer in layers.items():
+        if isinstance(layer, NVFP4Experts):
+            yield from _expert_units(checkpoint, path, layer, method, notes)
+            continue
+        if isinstance(layer, NVFP4Linear):
+            if path not in done:
+                group = _group(path, layers, checkpoint) if share else [path]
+                done |= set(group)
+                yield _linear_unit(checkpoint, [(p, layers[p]) for p in group], method)
+            own = {"bias"}
+        else:
+            own = None
+        yield from _copies(checkpoint, path, layer, own)
+
+
+def _group(path: tuple, layers: dict[tuple, nnx.Module], checkpoint: Checkpoint) -> list[tuple]:
+    """The linears that serving stacks fuse with this one, and so must share its global scale; packed ones keep theirs."""
+    if not huggingface.is_packed(checkpoint, path, layers[path]):
+        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            group = [(*path[:-1], name) for name in names]
+            if path[-1] in names and all(isinstance(layers.get(p), NVFP4Linear) for p in group):
+                if not any(huggingface.is_packed(checkpoint, p, layers[p]) for p in group):
+                    return group
+    return [path]
+
+
+def _linear_unit(checkpoint: Checkpoint, group: list[tuple[tuple, NVFP4Linear]], method: str) -> _Unit:
+    names = [module_name(path) for path, _ in group]
+    shapes = [(layer.out_features, layer.in_features) for _, layer in group]
+    sources = [_float_source(checkpoint, name) for name in names]
+    specs = {}
+    for name, shape in zip(names, shapes, strict=True):
+        specs |= _packed_specs(name, shape, method, _has_input_scale(checkpoint, name))
+
+    def make():
+        weights = [formats.read_weight(checkpoint, name, shape) for name, shape in zip(names, shapes, strict=True)]
+        errors: Sequence[float | None] = [None] * len(weights)
+        if not isinstance(weights[0], PackedWeight):
+            weights, errors = quantize_together(weights, names, group[0][1].weight_four_over_six)
+        tensors = {}
+        for name, weight in zip(names, weights, strict=True):
+            tensors |= formats.packed_tensors(name, weight, method)
+        return tensors, [_row(*row) for row in zip(names, weights, errors, strict=True)]
+
+    return _Unit(sources[0].file.name, sum(source.nbytes for source in sources), specs, make)
+
+
+def _expert_units(
+    checkpoint: Checkpoint, path: tuple, layer: NVFP4Experts, method: str, notes: huggingface.Notes
+) -> Iterator[_Unit]:
+    experts, e, h, i = module_name(path), layer.num_experts, layer.hidden, layer.intermediate
+    for index in range(e):
+        for projections, shape in ((("gate_proj", "up_proj"), (e, i, h)), (("down_proj",), (e, h, i))):
+            names = [f"{experts}.{index}.{projection}" for projection in projections]
+            fused = formats.fused_experts(checkpoint, experts, projections[0])
+            sources = [_float_source(checkpoint, name) for name in names] if fused is None else [checkpoint.tensors[fused]]
+            specs = {}
+            for name in names:
+                specs |= _packed_specs(
+                    name, shape[1:], method, _has_input_scale(checkpoint, name if fused is None else fused.removesuffix(".weight"))
+                )
+
+            def make(index=index, projections=projections, shape=shape, names=names):
+                if len(projections) == 2:
+                    weights = list(huggingface.gate_up(checkpoint, experts, index, shape, notes))
+                else:
+                    weights = [formats.read_expert(checkpoint, experts, projections[0], index, shape)]
+                errors: Sequence[float | None] = [None] * len(weights)
+                if not isinstance(weights[0], PackedWeight):
+                    weights, errors = quantize_together(weights, names, layer.weight_four_over_six)
+                tensors = {}
+                for name, weight in zip(names, weights, strict=True):
+                    tensors |= formats.packed_tensors(name, weight, method)
+                return tensors, [_row(*row) for row in zip(names, weights, errors, strict=True)]
+
+            yield _Unit(sources[0].file.name, sum(s.nbytes for s in sources) // (1 if fused is None else e), specs, make)
+
+
+def _copies(checkpoint: Checkpoint, path: tuple, layer: nnx.Module, own: set[str] | None) -> Iterator[_Unit]:
+    """What stays in floating point, as it is (FP8 as bfloat16), and the KV cache's scales."""
+    module = module_name(path)
+
+    def decode(name: str, shape: tuple[int, ...]):
+        return lambda: ({f"{name}.weight": formats.read_weight(checkpoint, name, shape)}, [])
+
+    def copy(info: TensorInfo):
+        return lambda: ({info.name: formats.read_float(checkpoint, info.name, info.shape)}, [])
+
+    def unit(info: TensorInfo) -> _Unit:
+        if info.dtype == E4M3:
+            name = info.name.removesuffix(".weight")
+            return _Unit(info.file.name, info.nbytes, {info.name: (BF16, info.shape)}, decode(name, info.shape))
+        return _Unit(info.file.name, info.nbytes, {info.name: (info.dtype, info.shape)}, copy(info))
+
+    if isinstance(layer, Experts):
+        for projection in ("gate_proj", "up_proj", "down_proj"):
+            fused = formats.fused_experts(checkpoint, module, projection)
+            names = [f"{module}.{e}.{projection}.weight" for e in range(layer.num_experts)] if fused is None else [fused]
+            for name in names if fused is None or projection != "up_proj" else ():
+                if name not in checkpoint.tensors:
+                    raise CheckpointError(f"{checkpoint.directory}: tensor {name!r} is missing")
+                yield unit(checkpoint.tensors[name])
+        return
+    params = [name for name, v in vars(layer).items() if isinstance(v, nnx.Variable) and (own is None or name in own)]
+    for param in params:
+        name = f"{module}.{huggingface.tensor_of_param(param)}"
+        if name not in checkpoint.tensors:
+            raise CheckpointError(f"{checkpoint.directory}: tensor {name!r} is missing")
+        yield unit(checkpoint.tensors[name])
+    for kind in ("k_scale", "v_scale"):
+        if f"{module}.{kind}" in checkpoint.tensors:
+            yield unit(checkpoint.tensors[f"{module}.{kind}"])
+
+
+def _excluded(qmodel: nnx.Module, method: str) -> list[str]:
+    """The modules left in floating point, in the format's own spelling."""
+    names = ["lm_head", "model.embed_tokens"] if method == "modelopt" else ["lm_head"]
+    for path, module in quantizable(qmodel).items():
+        name = module_name(path)
+        if isinstance(module, Experts):
+            name = f"{name}*" if method == "modelopt" else f"re:{re.escape(name)}\\..*"
+        names.append(name)
+    return list(dict.fromkeys(names))
+
+
+def _fingerprint(checkpoint: Checkpoint, method: str, share: bool, rules: Sequence[Rule], output: str) -> str:
+    files = sorted({info.file for info in checkpoint.tensors.values()})
+    table = sorted((i.name, str(i.dtype), i.shape, i.file.name, i.offset) for i in checkpoint.tensors.values())
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    plan = [orbax.FORMAT_VERSION, output, method, share, orbax.rules_to_json(rules), checkpoint.config, table, stats]
+    return hashlib.sha256(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _run_units(units: list[_Unit], pieces: Path, progress: Progress) -> list[dict[str, Any]]:
+    """Writes one safetensors file for each input file, skipping those that an earlier run has finished; the report's rows."""
+    by_file: dict[str, list[_Unit]] = {}
+    for unit in units:
+        by_file.setdefault(unit.file, []).append(unit)
+    total, done = sum(unit.nbytes for unit in units), 0
+    report = []
+    for number, file in enumerate(sorted(by_file)):
+        piece = pieces / f"model-{number + 1:05d}-of-{len(by_file):05d}.safetensors"
+        rows_file = piece.with_suffix(".report.json")
+        nbytes = sum(unit.nbytes for unit in by_file[file])
+        if piece.exists() and rows_file.exists():  # the report comes last
+            done += nbytes
+            report += json.loads(rows_file.read_text())
+            progress(done, total, file)
+            continue
+        specs = {name: spec for unit in by_file[file] for name, spec in unit.specs.items()}
+        rows = []
+        with Writer(piece, specs) as writer:
+            for unit in by_file[file]:
+                tensors, unit_rows = unit.make()
+                for name, tensor in tensors.items():
+                    writer.write(name, tensor)
+                rows += unit_rows
+                done += unit.nbytes
+                progress(done, total, file)
+        _write_json(rows_file, rows)
+        report += rows
+    return report
+
+
+def _finish_folder(folder: Path, config: dict[str, Any], method: str, qmodel: nnx.Module, weight_only: bool, kv: str | None) -> None:
+    """Index and configs around the pieces."""
+    weight_map, size = {}, 0
+    for piece in sorted(folder.glob("*.safetensors")):
+        for name, info in read_header(piece).items():
+            weight_map[name] = piece.name
+            size += info.nbytes
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
+    quantization, separate = formats.quantization_configs(method, _excluded(qmodel, method), weight_only=weight_only, kv_cache=kv)
+    _write_json(folder / "config.json", {k: v for k, v in config.items() if k != "quantization_config"} | {"quantization_config": quantization})
+    if separate is not None:
+        _write_json(folder / "hf_quant_config.json", separate)
+
+
+def _extras(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """Scales that the model does not hold, kept for a way back: input scales and the KV cache's, by ModelOpt's names."""
+    found = {}
+    for name in checkpoint.tensors:
+        if name.endswith((".input_scale", ".k_scale", ".v_scale")):
+            found[name] = formats.read_scalar(checkpoint, name)
+        elif name.endswith(".input_global_scale"):
+            found[name.replace(".input_global_scale", ".input_scale")] = formats.reciprocal(formats.read_scalar(checkpoint, name))
+    return found
+
+
+def _to_orbax(checkpoint: Checkpoint, qmodel: nnx.Module, rules: Sequence[Rule], target: Path, progress: Progress) -> None:
+    """A packed Hugging Face folder into an Orbax folder, some modules at a time."""
+    notes = huggingface.Notes()
+    save = orbax.PartialSave(target)
+    modules = list(huggingface.owning_modules(qmodel))
+    batch: dict[str, np.ndarray] = {}
+    limit = min(2**28, max(info.nbytes for info in checkpoint.tensors.values()) * 4)
+    for number, (path, module) in enumerate(modules):
+        for name, leaf in huggingface.module_leaves(checkpoint, path, module, notes).items():
+            batch[path_string((*path, name))] = leaf
+        if sum(leaf.nbytes for leaf in batch.values()) >= limit and number + 1 < len(modules):
+            save.add(batch)
+            batch = {}
+        progress(number + 1, len(modules), "orbax")
+    extras = _extras(checkpoint)
+    metadata = {
+        "recipe": orbax.recipe_id(rules),
+        "config": {k: v for k, v in checkpoint.config.items() if k != "quantization_config"},
+        "rules": orbax.rules_to_json(rules),
+        "dtype": "bfloat16",
+        "kv_cache": checkpoint.quantization.kv_cache,
+    }
+    if extras:
+        batch[orbax.EXTRAS] = np.array(list(extras.values()), np.float32)
+        metadata[orbax.EXTRAS] = list(extras)
+    save.finish(batch, metadata)
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def quantize_folder(
+    source: str | Path,
+    save_dir: str | Path,
+    selection: Selection = Selection(),
+    *,
+    output: str = "orbax",
+    progress: Progress = lambda done, total, what: None,
+) -> list[dict[str, Any]]:
+    """Converts a folder as the module's docstring says; the report: one row a weight, with its relative error where it was quantized.
+
+    Layers that the source stores in NVFP4 keep their bytes; a source that has any is not quantized further. The bits of `orbax` output
+    are those of `quantize_params` on the loaded model. In the other outputs q, k and v, and gate and up, share a global scale,
+    because the serving stacks that read them fuse these layers and take one scale.
+    Memory: about one input tensor and its result; for `orbax` output one layer's experts.
+
+    progress(done, total, what) is called along the way. CheckpointError or ValueError for bad input, before anything is written
+    where that can be known; save_dir must not exist.
+    """
+    source, save_dir = Path(source), Path(save_dir).absolute()
+    if output not in OUTPUTS:
+        raise ValueError(f"output={output!r}: one of {', '.join(OUTPUTS)}")
+    orbax.refuse_existing(save_dir)
+    if orbax.exists(source):
+        return _export(source, save_dir, selection, output, progress)
+    checkpoint = formats.open_checkpoint(source)
+    model = models.build(checkpoint.config, jnp.bfloat16)
+    layers = quantizable(model)
+    packed = [path for path, module in layers.items() if huggingface.is_packed(checkpoint, path, module)]
+    if packed and selection.selects:
+        raise CheckpointError(f"{source}: the weights are NVFP4 already ({module_name(packed[0])}, ...); only the activation mode can be chosen")
+    if packed:
+        rules = [
+            Rule(re.escape(path_string(path)), activation=selection.activation, four_over_six=selection.activation_four_over_six)
+            for path in packed
+        ]
+    else:
+        rules = rules_for(model, selection)
+        if selection.activation == "static":
+            raise CheckpointError(f"{source}: activation='static' needs input scales, which this folder has not; calibrate, or use an online mode")
+    qmodel = huggingface.with_input_scales(quantize_model(model, rules))
+    method, share = ("modelopt", False) if output == "orbax" else (output, True)
+    notes = huggingface.Notes()
+    working = save_dir.with_name(save_dir.name + ".partial")
+    try:
+        units = list(_units(checkpoint, qmodel, method, share, notes))
+        working = _working_folder(working, _fingerprint(checkpoint, method, share, rules, output))
+        if output == "orbax" and packed:
+            report = _packed_report(checkpoint, qmodel)
+            _to_orbax(checkpoint, qmodel, rules, working / "orbax", progress)
+        else:
+            report = _run_units(units, working, progress)
+            weight_only = checkpoint.quantization.weight_only if packed else selection.activation is None
+            kv = checkpoint.quantization.kv_cache if method == "modelopt" else None
+            _finish_folder(working, checkpoint.config, method, qmodel, weight_only, kv)
+            if output == "orbax":
+                _to_orbax(formats.open_checkpoint(working), qmodel, rules, working / "orbax", progress)
+        names = [module_name(path) for path in packed]
+        huggingface.warn_about(checkpoint, names, notes, huggingface.unused_tensors(checkpoint, qmodel))
+        _publish(working, save_dir, source, report, output)
+    except (ValueError, NotImplementedError):  # bad input; an interruption or a full disk leaves the work for the next run
+        shutil.rmtree(working, ignore_errors=True)
+        raise
+    return report
+
+
+def _working_folder(working: Path, fingerprint: str) -> Path:
+    """The folder of an interrupted run of the same work, or a fresh one."""
+    plan = working / "plan.json"
+    if working.exists() and not (plan.is_file() and json.loads(plan.read_text()).get("fingerprint") == fingerprint):
+        shutil.rmtree(working)
+    working.mkdir(parents=True, exist_ok=True)
+    for leftover in working.glob("orbax*"):
+        shutil.rmtree(leftover)
+    _write_json(plan, {"fingerprint": fingerprint})
+    return working
+
+
+def _publish(working: Path, save_dir: Path, source: Path, report: list[dict[str, Any]], output: str) -> None:
+    finished = working / "orbax" if output == "orbax" else working
+    _write_json(finished / REPORT, report)
+    _copy_companions(source, finished)
+    for leftover in [*working.glob("*.report.json"), working / "plan.json"]:
+        leftover.unlink(missing_ok=True)
+    os.rename(finished, save_dir)
+    if finished != working:
+        shutil.rmtree(working)
+
+
+def _packed_report(checkpoint: Checkpoint, qmodel: nnx.Module) -> list[dict[str, Any]]:
+    rows = []
+    for name, info in checkpoint.tensors.items():
+        if info.dtype == np.uint8:
+            rows.append({"name": name.removesuffix(".weight").removesuffix(".weight_packed"), "shape": [*info.shape[:-1], 2 * info.shape[-1]]})
+    return rows
+
+
+def _export(source: Path, save_dir: Path, selection: Selection, output: str, progress: Progress) -> list[dict[str, Any]]:
+    """An Orbax folder of ours into ModelOpt or compressed-tensors files."""
+    if output == "orbax":
+        raise CheckpointError(f"{source}: an Orbax checkpoint already; choose output modelopt or compressed-tensors")
+    if selection.selects or selection.activation != "token":
+        raise CheckpointError(f"{source}: the weights are quantized already; layers and modes cannot be chosen any more")
+    metadata = orbax.read_metadata(source)
+    qmodel = orbax.abstract_model(source, metadata)
+    extras = orbax.restore_extras(source)
+    shapes = orbax.flatten(nnx.state(qmodel))
+    working = save_dir.with_name(save_dir.name + ".partial")
+    shutil.rmtree(working, ignore_errors=True)
+    working.mkdir(parents=True)
+    modules = list(huggingface.owning_modules(qmodel))
+    report: list[dict[str, Any]] = []
+    try:
+        shards: list[list[tuple]] = [[]]
+        size = 0
+        for path, module in modules:
+            nbytes = sum(leaf.size * leaf.dtype.itemsize for name, leaf in shapes.items() if name.rpartition("/")[0] == path_string(path))
+            if size and size + nbytes > _EXPORT_SHARD_BYTES:
+                shards.append([])
+                size = 0
+            shards[-1].append((path, module))
+            size += nbytes
+        done = 0
+        for number, shard in enumerate(shards):
+            tensors: dict[str, np.ndarray] = {}
+            for path, module in shard:
+                wanted = {name: leaf for name, leaf in shapes.items() if name.rpartition("/")[0] == path_string(path)}
+                leaves = {name.rpartition("/")[2]: np.asarray(v) for name, v in orbax.restore_leaves(source, wanted, subset=True).items()}
+                tensors |= _export_module(path, module, leaves, extras, output, report)
+                done += 1
+                progress(done, len(modules), path_string(path))
+            if number == 0 and output == "modelopt":
+                tensors |= {name: value for name, value in extras.items() if name.endswith(("k_scale", "v_scale"))}
+            path = working / f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            with Writer(path, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}) as writer:
+                for name, tensor in tensors.items():
+                    writer.write(name, tensor)
+        weight_only = not any(isinstance(m, NVFP4Linear | NVFP4Experts) and m.activation is not None for _, m in modules)
+        kv = metadata.get("kv_cache") if output == "modelopt" else None
+        _finish_folder(working, metadata["config"], output, qmodel, weight_only and not extras, kv)
+        _publish(working, save_dir, source, report, output)
+    except BaseException:  # nothing here is worth resuming
+        shutil.rmtree(working, ignore_errors=True)
+        raise
+    return report
+
+
+def _export_module(
+    path: tuple, module: nnx.Module, leaves: dict[str, np.ndarray], extras: dict[str, np.ndarray], method: str, report: list
+) -> dict[str, np.ndarray]:
+    name = module_name(path)
+    packed: dict[str, PackedWeight] = {}
+    tensors: dict[str, np.ndarray] = {}
+
+    def add(weight_name: str, values: str, scale: str, global_scale, input_scale) -> None:
+        input_scale = extras.get(f"{weight_name}.input_scale", input_scale)
+        packed[weight_name] = PackedWeight(values, scale, np.asarray(global_scale), input_scale)
+
+    if isinstance(module, NVFP4Linear):
+        add(name, leaves.pop("kernel"), leaves.pop("kernel_scale"), leaves.pop("kernel_global_scale"), leaves.pop("input_scale", None))
+    elif isinstance(module, NVFP4Experts):
+        for e in range(module.num_experts):
+            for half, projection in enumerate(("gate_proj", "up_proj")):
+                given = leaves.get("gate_up_input_scale")
+                add(f"{name}.{e}.{projection}", leaves["gate_up"][e, half], leaves["gate_up_scale"][e, half],
+                    leaves["gate_up_global_scale"][e], None if given is None else given[e])  # fmt: skip
+            given = leaves.get("down_input_scale")
+            add(f"{name}.{e}.down_proj", leaves["down"][e], leaves["down_scale"][e], leaves["down_global_scale"][e],
+                None if given is None else given[e])  # fmt: skip
+        leaves = {}
+    elif isinstance(module, Experts):
+        for projection, value in leaves.items():
+            tensors |= {f"{name}.{e}.{projection}.weight": np.ascontiguousarray(value[e].T) for e in range(module.num_experts)}
+        leaves = {}
+    for weight_name, weight in packed.items():
+        tensors |= formats.packed_tensors(weight_name, weight, method)
+        report.append(_row(weight_name, weight, None))
+    for param, value in leaves.items():
+        value = np.ascontiguousarray(value.T) if param == "kernel" else value
+        tensors[f"{name}.{huggingface.tensor_of_param(param)}"] = value
+    return tensors
