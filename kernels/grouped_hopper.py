@@ -119,7 +119,7 @@ def _scale_words(rows, scale_row, k):
 
 def _grouped(layers, experts, n, k, m, blocks, c, *, gated, row_scaled, out_dtype, interpret=False):
     """layer i32 [1], w i32 [L, E * halves, N, K/8], s i32 [L, E * halves, N, K/64] (flat where K % 256), x bf16 [M, K],
-    row_scale f32 [M, 1], blocks i32 [B, 4] and count i32 [1] of `plan`, factor f32 [E] (global scale times
+    row_scale f32 [M, 1], blocks i32 [B, 4] and count i32 [1] of `plan`, factor f32 [B] (a block's global scale times
     DECODE_FACTOR) -> [M, N]; halves is 2 where gate and up lie behind each other (gated), else 1."""
     halves = 2 if gated else 1
     r = _layout(c, k, halves)
@@ -140,9 +140,12 @@ def _grouped(layers, experts, n, k, m, blocks, c, *, gated, row_scaled, out_dtyp
         def div_rem(a, b):
             return lax.div(a, jnp.int32(b)), lax.rem(a, jnp.int32(b))
 
-        def block(linear):
-            b = jnp.minimum(div_rem(linear, tiles)[0], jnp.int32(blocks - 1))
-            return tuple(meta[b, i] for i in range(4))
+        def block_of(linear):
+            return jnp.minimum(div_rem(linear, tiles)[0], jnp.int32(blocks - 1))
+
+        def block(linear, *columns):
+            values = [meta[block_of(linear), i] for i in columns]
+            return values[0] if len(values) == 1 else tuple(values)
 
         def over_steps(before, step, after):
             """before and after(block of scales), step(block, step in it, step)."""
@@ -163,8 +166,8 @@ def _grouped(layers, experts, n, k, m, blocks, c, *, gated, row_scaled, out_dtyp
             at_layer = layer[0]
 
             def tile_of(info, carry):
-                (linear,), (tile, (e, start, _, load)) = info.index, carry
-                after = block(linear + grid)
+                (linear,), (tile, (e, start, load)) = info.index, carry
+                after = block(linear + grid, 0, 1, 3)
                 first = div_rem(linear, tiles)[1] * rows
                 channels = pl.ds(first, rows)
 
@@ -207,7 +210,7 @@ def _grouped(layers, experts, n, k, m, blocks, c, *, gated, row_scaled, out_dtyp
                 return tile + 1, after
 
             tile, _ = plgpu.nd_loop(
-                (count[0] * tiles,), collective_axes="sm", init_carry=(jnp.int32(0), block(sm)))(tile_of)
+                (count[0] * tiles,), collective_axes="sm", init_carry=(jnp.int32(0), block(sm, 0, 1, 3)))(tile_of)
             if interpret:  # it wants every completed phase of a barrier observed
                 for barrier, uses, stages in ((w_empty, tile * steps, r.w_stages), (s_empty, tile * scale_blocks, r.s_stages),
                                               (x_empty, tile * (steps * groups), r.x_stages - lag)):
@@ -218,13 +221,13 @@ def _grouped(layers, experts, n, k, m, blocks, c, *, gated, row_scaled, out_dtyp
                         plgpu.barrier_wait(barrier.at[div_rem(use, size)[1]])
 
         def consume():
-            def fetch(linear):
-                e, start, rows_used, load = block(linear)
-                return start, rows_used, load, factor[e]
+            def load_of(linear):
+                return block(linear, 3) if len(c.computes) > 1 else jnp.int32(0)
 
             def tile_of(info, carry):
-                (linear,), (tile, (start, rows_used, load, scale)) = info.index, carry
-                after = fetch(linear + grid)  # a tile ahead: two dependent loads from global memory
+                (linear,), (tile, load) = info.index, carry
+                after = load_of(linear + grid)  # a tile ahead: it decides where to go; the rest is not waited for
+                start, rows_used, scale = block(linear, 1), block(linear, 2), factor[block_of(linear)]
 
                 def run(t):
                     parts = max(groups, (2 if t <= 32 else 4) if c.overlap else (1 if t <= 16 else 2 if t <= 64 else 4))
@@ -286,7 +289,7 @@ def _grouped(layers, experts, n, k, m, blocks, c, *, gated, row_scaled, out_dtyp
                         below = last
                 return tile + 1, after
 
-            plgpu.nd_loop((count[0] * tiles,), collective_axes="sm", init_carry=(jnp.int32(0), fetch(sm)))(tile_of)
+            plgpu.nd_loop((count[0] * tiles,), collective_axes="sm", init_carry=(jnp.int32(0), load_of(sm)))(tile_of)
 
         @pl.when(wg == wgs)
         def _():
@@ -400,7 +403,7 @@ def _run(name, operand, row_scale, packed, scale, global_scale, group_sizes, *, 
         w = _pad(w, *w.shape[:2], wide, long // 8)
         s = jnp.pad(s, (0, rows * (k // 64) + 256)) if flat else _pad(s, *s.shape[:2], wide, -(-k // SCALE_BLOCK) * 32)
         operand = _pad(operand, m + use.tiles[-1], long)
-    out = kernel(layer, w, s, operand, row_scale.astype(jnp.float32), blocks, count, factor)
+    out = kernel(layer, w, s, operand, row_scale.astype(jnp.float32), blocks, count, factor[blocks[:, 0]])
     return out[:, :n] if interpret else out
 
 

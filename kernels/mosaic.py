@@ -251,14 +251,15 @@ def decode_codes(word, factor):
     return asm(DECODE, [word, factor], "rrrr", effects=False)
 
 
-def lanes(interleaved):
+def lanes(interleaved, *, pinned=False):
     """Of this thread: warp, place in its quad, fragment row, and which weight row of its warp the fragment row holds.
 
     interleaved (gate and up): fragment rows 0..7 and 8..15 hold rows 0 2 4 6 1 3 5 7 of the two operands. Otherwise
     fragment rows r and r + 8 hold rows 2 r and 2 r + 1. Either way the 4 rows of a half warp fall into different units of
-    the 128-byte swizzle, so that 8-byte loads have no bank conflicts; `store_tokens` undoes it.
+    the 128-byte swizzle, so that 8-byte loads have no bank conflicts; `store_tokens` undoes it. pinned: computed where it
+    stands, not hoisted out of loops, where it would hold registers.
     """
-    tid = rem(utils.thread_idx(), WARPGROUP)
+    tid = rem(asm("mov.u32 $0,%tid.x;") if pinned else utils.thread_idx(), WARPGROUP)
     lane, warp = rem(tid, 32), div(tid, 32)
     row = div(lane, 4)
     weight_row = add(mul(rem(row, 4), 2), div(row, 4)) if interleaved else mul(row, 2)
@@ -340,19 +341,26 @@ def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, wi
     def f(ctx, acc, factor, row_scale_ref, out, row, count, channel):
         del ctx
         factor, row, count, channel = map(scalar, (factor, row, count, channel))
-        warp, quad, fragment_row, weight_row = lanes(gated)
+        warp, quad, fragment_row, weight_row = lanes(gated, pinned=True)
         channel = add(channel, mul(warp, 8 if gated else 16))
         registers = acc.registers.reshape(tokens // 8, 2)
         pair_token = mul(quad, 2)  # the first token of an accumulator's pair register
-        scales = None
-        if row_scale is not None:
-            source = gmem_element(row_scale_ref, add(row, pair_token), 1, i32(0), 4)
-            scales = [[asm(ROW_SCALE.format(token=t, offset=4 * t), [source, pair_token, count], "f", effects=False)
-                       for t in (8 * j, 8 * j + 1)] for j in range(tokens // 8)]
+        scales, ahead = {}, 4  # so many octets of tokens ahead are row scales fetched: they hide their latency, in few registers
 
-        def scaled(j, h):
-            factors = [factor] * 2 if scales is None else [arith.mulf(s, factor) for s in scales[j]]
-            return [arith.mulf(v, s) for v, s in zip(elements(registers[j, h]), factors)]
+        def fetch_scales(j):
+            if j < tokens // 8 and row_scale is not None:
+                source = gmem_element(row_scale_ref, add(row, pair_token), 1, i32(0), 4)
+                scales[j] = [asm(ROW_SCALE.format(token=t, offset=4 * t), [source, pair_token, count], "f")
+                             for t in (8 * j, 8 * j + 1)]
+
+        for j in range(ahead):
+            fetch_scales(j)
+
+        def scaled(j):
+            """f32 of both fragment rows: [r or r + 8][token of the pair]."""
+            fetch_scales(j + ahead)
+            factors = [factor] * 2 if row_scale is None else [arith.mulf(s, factor) for s in scales.pop(j)]
+            return [[arith.mulf(v, s) for v, s in zip(elements(registers[j, h]), factors)] for h in range(2)]
 
         def left(token, channel):
             """How many tokens from `token` on this lane writes in a channel."""
@@ -375,7 +383,7 @@ def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, wi
             pointer = gmem_element(out, add(row, pair_token), width, channel, 4)
             counts = [left(pair_token, add(channel, i)) for i in range(2)]
             for j in range(tokens // 8):
-                for e, values in enumerate(zip(scaled(j, 0), scaled(j, 1))):
+                for e, values in enumerate(zip(*scaled(j))):
                     values = [arith.bitcast(i32(), v) for v in values]
                     offset = 4 * (8 * j + e) * width
                     if width % 2:
@@ -391,7 +399,7 @@ def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, wi
         pointer = gmem_element(out, add(row, fragment_row), width, channel, 2)
         counts = [left(fragment_row, add(channel, i)) for i in range(lane_channels)]
         for j in range(tokens // 8):
-            rows = [scaled(j, h) for h in range(2)]
+            rows = scaled(j)
             offset = 2 * 8 * j * width
             if gated:
                 low, top = (asm(SILU_MUL, gu, "f", effects=False) for gu in zip(*rows))
