@@ -123,20 +123,34 @@ def step_masks(
 
 def attend(
     q: Float[Array, "B T H D"], k: Float[Array, "B Hkv S D"], v: Float[Array, "B Hkv S D"], mask: Bool[Array, "B T S"],
-    precision: lax.Precision | None = None,
+    precision: lax.Precision | None = None, block: int = 256,
 ) -> Float[Array, "B T H D"]:
-    """Grouped-query attention: scores and softmax in float32, the products in q's dtype. A query that sees no key gets the mean."""
+    """Grouped-query attention: scores and softmax in float32, the products in q's dtype. A query that sees no key gets the mean.
+
+    Scores are kept for `block` queries at a time, so that a long prompt does not hold T * S of them a head.
+    """
     batch, steps, heads, head_dim = q.shape
     groups = heads // k.shape[1]
     k, v = k.astype(q.dtype), v.astype(q.dtype)
-    q = q.reshape(batch, steps, k.shape[1], groups, head_dim)
-    scores = jnp.einsum("btkgd,bksd->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32)
-    scores = scores * jnp.float32(head_dim**-0.5)
-    # A finite floor, so that a padding query with nothing to see is no NaN (it would spread through the value products).
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkgts,bksd->btkgd", weights, v, precision=precision, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype).reshape(batch, steps, heads, head_dim)
+
+    def some(q: jax.Array, mask: jax.Array) -> jax.Array:
+        q = q.reshape(batch, -1, k.shape[1], groups, head_dim)
+        scores = jnp.einsum("btkgd,bksd->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32)
+        scores = scores * jnp.float32(head_dim**-0.5)
+        # A finite floor, so that a padding query with nothing to see is no NaN (it would spread through the value products).
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+        out = jnp.einsum("bkgts,bksd->btkgd", weights, v, precision=precision, preferred_element_type=jnp.float32)
+        return out.astype(q.dtype).reshape(batch, -1, heads, head_dim)
+
+    if steps <= 2 * block:
+        return some(q, mask)
+    extra = -steps % block
+    blocks = lambda x: jnp.moveaxis(x.reshape(batch, -1, block, *x.shape[2:]), 1, 0)  # noqa: E731
+    q = blocks(jnp.pad(q, ((0, 0), (0, extra), (0, 0), (0, 0))))
+    mask = blocks(jnp.pad(mask, ((0, 0), (0, extra), (0, 0))))
+    out = jnp.moveaxis(lax.map(lambda part: some(*part), (q, mask)), 0, 1)
+    return out.reshape(batch, -1, heads, head_dim)[:, :steps]
 
 
 class RMSNorm(nnx.Module):

@@ -191,6 +191,17 @@ def test_cache_in_pieces_equals_one_forward(scan):
         np.testing.assert_allclose(np.asarray(logits)[valid], np.asarray(whole[:, part])[valid], atol=2e-5)
 
 
+def test_attention_in_blocks():
+    """Blocks of queries, the last one not full: what all at once gives."""
+    from nvfp4jax.models.attention import attend
+
+    parts = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 45, 4, 8), (2, 2, 50, 8), (2, 2, 50, 8)])]
+    mask = jax.random.bernoulli(jax.random.key(3), 0.5, (2, 45, 50))
+    whole = attend(*parts, mask, jax.lax.Precision.HIGHEST)
+    assert whole.shape == (2, 45, 4, 8)
+    np.testing.assert_allclose(attend(*parts, mask, jax.lax.Precision.HIGHEST, block=16), whole, atol=1e-5)
+
+
 def test_masks():
     name = "qwen3-tiny"
     ref = loading.reference(name)

@@ -73,6 +73,52 @@ def test_abstract_models_stack():
     assert nnx.graphdef(abstract) == nnx.graphdef(real)
 
 
+def test_stacking_and_quantizing_commute():
+    """Layers stacked first and quantized then hold the same bytes, in every mode that keeps an input scale too."""
+    model = loading.load("qwen3-moe-tiny", jnp.bfloat16)
+    rules = [nvfp4jax.Rule(r"lm_head|.*/gate", skip=True), nvfp4jax.Rule(r"layers/.*")]
+    one = nvfp4jax.quantize_model(models.stack_layers(model), rules)
+    two = models.stack_layers(nvfp4jax.quantize_model(model, rules))
+    assert_same(nnx.state(one), nnx.state(two))
+    assert_same(nvfp4jax.quantize_params(nnx.state(models.stack_layers(model)), two), nnx.state(two))
+
+
+def test_scanned_equals_unrolled():
+    """Static scales that differ from layer to layer, biases, experts scaled on their own: the scan gives each layer its own."""
+    config = dict(
+        architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", vocab_size=64, hidden_size=32, intermediate_size=32,
+        moe_intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4,
+        num_experts_per_tok=2, attention_bias=True,
+    )  # fmt: skip
+    rules = [
+        nvfp4jax.Rule(r".*/gate|lm_head", skip=True),
+        nvfp4jax.Rule(r".*/self_attn/.*", activation="static"),
+        nvfp4jax.Rule(r".*/experts", activation="expert"),
+    ]
+    model = nvfp4jax.quantize_model(models.build(config, jnp.float32, rngs=nnx.Rngs(0)), rules)
+    for i, layer in enumerate(model.layers):
+        for j, name in enumerate(("q_proj", "k_proj", "v_proj", "o_proj")):
+            linear = getattr(layer.self_attn, name)
+            linear.input_scale = nnx.Param(jnp.float32(0.002 * (1 + i) + 0.001 * j))
+            linear.bias.set_value(jax.random.normal(jax.random.key(4 * i + j), linear.bias.shape))
+    stacked = models.stack_layers(model)
+    assert models.depths(stacked) == (3,)
+    assert stacked.layers[0].self_attn.k_proj.input_scale.shape == (3,)
+    tokens = jnp.arange(10, dtype=jnp.int32)[None]
+    logits = []
+    for candidate in (model, stacked):
+        graphdef, state = nnx.split(candidate)
+        logits.append(np.asarray(jax.jit(lambda s: nnx.merge(graphdef, s)(tokens, tokens, None, None)[0])(state)))  # noqa: B023
+    np.testing.assert_allclose(*logits, atol=1e-4)
+    # Layers in another order are another model: each layer's place counts.
+    swapped = models.stack_layers(model)
+    codes = swapped.layers[0].mlp.experts.down
+    codes.set_value(codes.get_value()[::-1])
+    graphdef, state = nnx.split(swapped)
+    other = np.asarray(jax.jit(lambda s: nnx.merge(graphdef, s)(tokens, tokens, None, None)[0])(state))
+    assert np.abs(other - logits[1]).max() > 1e-2
+
+
 def compiled_step(model, slots: int = 40) -> str:
     """The optimized program of one decode step, its cache donated."""
     graphdef, state = nnx.split(model)
@@ -115,6 +161,18 @@ def test_the_scan_copies_no_packed_weight():
     assert not [c for c in copies if c[0] not in FREE]
     # The same program does write decoded weights, so the check sees what is materialized.
     assert any(op == "fusion" and dtype == "bf16" and shape == (128, 128) for op, dtype, shape in program)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_a_step_copies_no_cache(scan):
+    """The donated cache is updated in place: no instruction copies it whole."""
+    model = loading.load("qwen3-tiny", jnp.bfloat16, scan_layers=scan)
+    cache = jax.eval_shape(lambda: model.init_cache(3, 40))
+    program = outside_fusions(compiled_step(model))
+    shapes = {x.shape for x in (*cache.keys, *cache.values)}
+    written = [op for op, dtype, shape in program if shape in shapes and op not in FREE]
+    assert "copy" not in written
+    assert 0 < len(written) <= len(cache.keys) * 2  # one update of each
 
 
 def test_the_check_for_copies_can_fail():

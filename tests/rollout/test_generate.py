@@ -1,0 +1,278 @@
+"""The rollout against transformers' greedy tokens, a float64 oracle, and itself under other batches, paddings and weights."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import loading, oracle
+
+import nvfp4jax
+from nvfp4jax import models, rollout
+from nvfp4jax.rollout import decoding, generate
+
+NAMES = ("qwen3-tiny", "qwen3-moe-tiny")
+
+
+@functools.cache
+def model_of(name: str, scan: bool = False, **overrides) -> nnx.Module:
+    return loading.load(name, scan_layers=scan, **overrides)
+
+
+def prompts(name: str) -> tuple[np.ndarray, np.ndarray]:
+    ref = loading.reference(name)
+    return ref["input_ids"], ref["attention_mask"]
+
+
+def assert_equal(a: rollout.Rollout, b: rollout.Rollout, rows=slice(None)):
+    np.testing.assert_array_equal(a.tokens[rows], b.tokens)
+    np.testing.assert_array_equal(a.lengths[rows], b.lengths)
+    np.testing.assert_allclose(a.logprobs[rows], b.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_tokens_equal_the_reference(name, scan):
+    out = generate(model_of(name, scan), *prompts(name), max_new_tokens=16)
+    np.testing.assert_array_equal(out.tokens, loading.reference(name)["greedy_16"])
+    assert out.lengths.tolist() == [16, 16, 16]
+    reference_run = generate(model_of(name, scan, **loading.REFERENCE_RUN), *prompts(name), max_new_tokens=16)
+    np.testing.assert_array_equal(reference_run.tokens, out.tokens)
+
+
+def test_tree_mode():
+    with nnx.set_graph_mode(False):
+        name = "qwen3-tiny"
+        out = generate(loading.load(name, scan_layers=True), *prompts(name), max_new_tokens=16)
+    np.testing.assert_array_equal(out.tokens, loading.reference(name)["greedy_16"])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logprobs_and_experts_against_the_oracle(temperature):
+    """Each row by teacher forcing in float64: logprobs of what was drawn, and the experts of every token read."""
+    name = "qwen3-moe-tiny"
+    ids, mask = prompts(name)
+    model = model_of(name)
+    out = generate(
+        model, ids, mask, max_new_tokens=9, temperature=temperature, top_k=40, top_p=0.9, key=jax.random.key(5), num_samples=2,
+        return_experts=True,
+    )  # fmt: skip
+    assert out.tokens.shape == out.logprobs.shape == (6, 9) and out.logprobs.dtype == jnp.float32
+    assert out.experts.shape == (4, 6, 9, 2) and out.prompt_experts.shape == (4, 3, 24, 2)
+    config = {"mlp_only_layers": []} | loading.config(name)
+    for row in range(6):
+        prompt = ids[row // 2][mask[row // 2] == 1]
+        text = np.concatenate([prompt, np.asarray(out.tokens[row])])
+        logits, routed = oracle.forward(loading.weights(name), config, text[:-1])
+        logits = logits[len(prompt) - 1 :] / (temperature or 1)
+        logits -= logits.max(-1, keepdims=True)
+        expected = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(9), out.tokens[row]]
+        np.testing.assert_allclose(out.logprobs[row], expected, atol=3e-5)
+        routed = np.stack(routed)
+        np.testing.assert_array_equal(out.prompt_experts[:, row // 2][:, mask[row // 2] == 1], routed[:, : len(prompt)])
+        np.testing.assert_array_equal(out.experts[:, row, :8], routed[:, len(prompt) :])
+    assert (np.asarray(out.experts)[:, :, 8] == -1).all()  # the last token is never read
+    assert (np.asarray(out.prompt_experts)[:, mask == 0] == -1).all()
+    # Truncation at work: at 0.7 the two samples of a prompt differ, greedy ones do not.
+    pairs = np.asarray(out.tokens).reshape(3, 2, 9)
+    assert (pairs[:, 0] == pairs[:, 1]).all() == (temperature == 0)
+
+
+def test_padding_of_every_kind():
+    """Left, right, with gaps, more of it, or none: the same rows."""
+    name = "qwen3-moe-tiny"
+    ids, mask = prompts(name)
+    model = model_of(name)
+    settings = dict(max_new_tokens=12, temperature=1.0, top_p=0.95, key=jax.random.key(2), return_experts=True)
+    base = generate(model, ids, mask, **settings)
+    junk = np.full((3, 9), 77)
+    wide = generate(model, np.concatenate([junk, ids], 1), np.concatenate([junk * 0, mask], 1), **settings)
+    assert_equal(base, wide)
+    np.testing.assert_array_equal(wide.prompt_experts[:, :, 9:], base.prompt_experts)
+    right = np.argsort(mask == 0, axis=1, kind="stable")
+    moved = generate(model, np.take_along_axis(ids, right, 1), np.take_along_axis(mask, right, 1), **settings)
+    assert_equal(base, moved)
+    gaps = np.insert(ids, [3, 20, 20], 9, axis=1), np.insert(mask, [3, 20, 20], 0, axis=1)
+    gapped = generate(model, *gaps, **settings)
+    assert_equal(base, gapped)
+    np.testing.assert_array_equal(np.delete(gapped.prompt_experts, [3, 21, 22], axis=2), base.prompt_experts)
+    # A row alone: row 0 keeps its key, its tokens and its logprobs without its neighbours.
+    assert_equal(base, generate(model, ids[:1], mask[:1], **settings), slice(0, 1))
+    assert_equal(base, generate(model, ids, mask, cache_length=36, **settings))
+
+
+def test_stop_tokens_end_a_row():
+    name = "qwen3-tiny"
+    ids, mask = prompts(name)
+    model = model_of(name)
+    free = np.asarray(generate(model, ids, mask, max_new_tokens=16).tokens)
+    stops = [int(free[0, 4]), int(free[1, 9])]
+    out = generate(model, ids, mask, max_new_tokens=16, stop_tokens=stops, pad_id=511)
+    for row in range(3):
+        hits = np.flatnonzero(np.isin(free[row], stops))
+        length = hits[0] + 1 if hits.size else 16
+        assert out.lengths[row] == length
+        np.testing.assert_array_equal(out.tokens[row, :length], free[row, :length])
+        assert (np.asarray(out.tokens)[row, length:] == 511).all()
+        assert (np.asarray(out.logprobs)[row, length:] == 0).all()
+        assert (np.asarray(out.logprobs)[row, :length] < 0).all()
+    assert sorted(out.lengths.tolist())[0] < 16
+
+
+def rollout_arguments(model, ids, mask, new_tokens, *, stop=(), samples=1, temperature=None, slots=None, return_experts=False):
+    """What `generate` hands to the jitted core, without its buckets."""
+    settings = decoding.Settings(
+        new_tokens, slots or ids.shape[1] + new_tokens, samples, rollout.Sampling(greedy=temperature is None), return_experts=return_experts
+    )
+    controls = decoding.Controls(jnp.float32(temperature or 1), jnp.float32(1), jnp.asarray(stop, jnp.int32))
+    graphdef, params = nnx.split(model)
+    return graphdef, params, jnp.asarray(ids), jnp.asarray(mask) == 1, controls, settings
+
+
+def test_the_loop_ends_when_all_rows_have():
+    """Early exit: the number of steps is that of the longest row."""
+    name = "qwen3-tiny"
+    ids, mask = prompts(name)
+    model = model_of(name)
+    free = np.asarray(generate(model, ids, mask, max_new_tokens=16).tokens)
+    stops = [int(free[row, 3 + row]) for row in range(3)]
+    ends = [np.flatnonzero(np.isin(free[row], stops))[0] + 1 for row in range(3)]
+    graphdef, params, tokens, valid, controls, settings = rollout_arguments(model, ids, mask, 16, stop=stops)
+    state = decoding.rollout(graphdef, params, tokens, valid, jax.random.key(0), jnp.int32(16), controls, settings)
+    assert int(state.step) == max(ends) < 16
+    assert state.lengths.tolist() == ends
+
+
+def test_finished_rows_leave_the_amax():
+    """Per-tensor scales: once row 1 has stopped, row 0 goes on bit for bit as it does beside a row of nothing."""
+    name = "qwen3-tiny"
+    ids, mask = prompts(name)
+    model = nvfp4jax.quantize_model(model_of(name), nvfp4jax.Rule(r"layers/.*", activation="tensor"))
+    graphdef, params, tokens, valid, controls, settings = rollout_arguments(model, ids, mask, 8, temperature=1.0)
+    prefill = jax.jit(decoding.prefill, static_argnums=(0, 6))
+    decode = jax.jit(decoding.decode, static_argnums=(0, 5))
+    state = prefill(graphdef, params, tokens, valid, rollout.row_keys(jax.random.key(1), 3, 1), controls, settings)
+    runs = []
+    for last in (5, 300):  # two different last tokens of the stopped rows
+        done = jnp.asarray([False, True, True])
+        at = decoding.dataclasses.replace(state, done=done, token=jnp.where(done, last, state.token))
+        runs.append(decode(graphdef, params, at, jnp.int32(8), controls, settings))
+    np.testing.assert_array_equal(runs[0].tokens[0], runs[1].tokens[0])
+    np.testing.assert_array_equal(runs[0].logprobs[0], runs[1].logprobs[0])
+    assert runs[0].lengths.tolist() == [8, 1, 1]
+    assert not np.asarray(runs[0].key_mask)[1:, 24:].any()
+    # While they run, they do count.
+    runs = [decode(graphdef, params, decoding.dataclasses.replace(state, token=state.token.at[1:].set(t)), jnp.int32(8), controls, settings)
+            for t in (5, 300)]  # fmt: skip
+    assert (np.asarray(runs[0].logprobs[0]) != np.asarray(runs[1].logprobs[0])).any()
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_decode_in_chunks_and_with_new_weights_between(scan):
+    """What an engine does: one prefill, then chunks; equal to one call. New weights from a step on, and nothing is compiled."""
+    name = "qwen3-tiny"
+    ids, mask = prompts(name)
+    model = model_of(name, scan)
+    graphdef, params, tokens, valid, controls, settings = rollout_arguments(model, ids, mask, 12, samples=2, temperature=1.0)
+    traces = 0
+
+    def counted(*args):
+        nonlocal traces
+        traces += 1
+        return decoding.decode(*args)
+
+    prefill = jax.jit(decoding.prefill, static_argnums=(0, 6))
+    decode = jax.jit(counted, static_argnums=(0, 5), donate_argnums=2)
+    start = lambda: prefill(graphdef, params, tokens, valid, rollout.row_keys(jax.random.key(3), 3, 2), controls, settings)  # noqa: E731
+    state = start()
+    for limit in (3, 4, 9, 12):
+        state = decode(graphdef, params, state, jnp.int32(limit), controls, settings)
+        assert int(state.step) == limit
+    whole = decoding.rollout(graphdef, params, tokens, valid, jax.random.key(3), jnp.int32(12), controls, settings)
+    np.testing.assert_array_equal(state.tokens, whole.tokens)
+    np.testing.assert_allclose(state.logprobs, whole.logprobs, atol=1e-5)
+    other = jax.tree.map(lambda x: x * 1.5, params)
+    swapped = decode(graphdef, params, start(), jnp.int32(6), controls, settings)
+    swapped = decode(graphdef, other, swapped, jnp.int32(12), controls, settings)
+    np.testing.assert_array_equal(swapped.tokens[:, :6], whole.tokens[:, :6])
+    assert (np.asarray(swapped.tokens)[:, 6:] != np.asarray(whole.tokens)[:, 6:]).any()
+    assert traces == 1
+
+
+def test_new_weights_never_retrace(monkeypatch):
+    """20 swaps of NVFP4 weights, other limits, temperatures, stops of equal number: one trace; each swap takes effect."""
+    name = "qwen3-tiny"
+    ids, mask = prompts(name)
+    base = loading.load(name)
+    model = models.stack_layers(nvfp4jax.quantize_model(base, nvfp4jax.Rule(r"layers/.*")))
+    calls = []
+    inner = models.Qwen3.__call__
+    monkeypatch.setattr(models.Qwen3, "__call__", lambda self, *args, **kwargs: calls.append(1) or inner(self, *args, **kwargs))
+    common = dict(key=jax.random.key(0), stop_tokens=(3,))
+    first = generate(model, ids, mask, max_new_tokens=10, temperature=1.0, **common)
+    assert len(calls) >= 2  # prefill and decode were traced
+    traced = len(calls)
+    requantize = jax.jit(lambda state: nvfp4jax.quantize_params(state, model))
+    state = nnx.state(models.stack_layers(base))
+    seen = {first.tokens.tobytes() if isinstance(first.tokens, np.ndarray) else np.asarray(first.tokens).tobytes()}
+    for swap in range(20):
+        key = jax.random.key(swap)
+        state = jax.tree.map(lambda x: x + 0.05 * jnp.std(x) * jax.random.normal(key, x.shape, x.dtype), state)  # noqa: B023
+        nnx.update(model, requantize(state))
+        out = generate(model, ids, mask, max_new_tokens=9 + swap % 7, temperature=0.5 + swap / 20, **common)
+        seen.add(np.asarray(out.tokens).tobytes())
+    assert len(calls) == traced
+    assert len(seen) == 21
+    generate(model, ids, mask, max_new_tokens=40, temperature=1.0, **common)  # another bucket: this one does
+    assert len(calls) > traced
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(max_new_tokens=0), "max_new_tokens=0"),
+        (dict(num_samples=0), "num_samples=0"),
+        (dict(temperature=-1.0), "temperature=-1.0"),
+        (dict(temperature=float("nan")), "temperature=nan"),
+        (dict(temperature=1.0), "key is None"),
+        (dict(top_k=0), "top_k=0"),
+        (dict(top_p=0.0), "top_p=0.0"),
+        (dict(top_p=1.5), "top_p=1.5"),
+        (dict(cache_length=20), r"input_ids \[3, 24\].*need 28 slots.*cache_length=20"),
+        (dict(cache_length=27), r"need 28 slots.*cache_length=27"),
+        (dict(input_ids=np.zeros(4, int)), r"input_ids int64 \[4\]"),
+        (dict(input_ids=np.zeros((3, 0), int)), r"input_ids int64 \[3, 0\]"),
+        (dict(input_ids=np.zeros((3, 24))), "input_ids float64"),
+        (dict(input_ids=np.full((3, 24), 512)), r"input_ids\[0, 0\]=512 is outside the vocabulary of 512"),
+        (dict(input_ids=np.full((3, 24), -1)), r"input_ids\[0, 0\]=-1"),
+        (dict(attention_mask=np.ones((3, 23))), r"attention_mask \[3, 23\].*\[3, 24\]"),
+        (dict(attention_mask=np.eye(3, 24) * [[1], [0], [1]]), "attention_mask: row 1 has no token"),
+        (dict(return_experts=True), "no mixture-of-experts layer"),
+    ],
+)
+def test_bad_arguments(arguments, words):
+    ids, mask = prompts("qwen3-tiny")
+    good = dict(input_ids=ids, attention_mask=mask, max_new_tokens=4)
+    with pytest.raises(ValueError, match=words) as error:
+        generate(model_of("qwen3-tiny"), **(good | arguments))
+    assert "\n" not in str(error.value)
+
+
+def test_buckets():
+    lengths = np.arange(1, 5000)
+    sizes = np.asarray([decoding.bucket(int(n)) for n in lengths])
+    assert (sizes >= lengths).all() and (np.diff(sizes) >= 0).all()
+    assert (sizes <= np.maximum(lengths * 1.125 + 1, lengths + 15)).all()
+    assert len(set(sizes.tolist())) < 60
+
+
+def test_raw_keys_and_masks_of_pads():
+    """A legacy uint32 key samples as the typed key does; the ids under the mask are never looked at."""
+    ids, mask = prompts("qwen3-tiny")
+    model = model_of("qwen3-tiny")
+    key = jax.random.key(9)
+    typed = generate(model, ids, mask, max_new_tokens=16, temperature=1.0, key=key)
+    raw = generate(model, np.where(mask == 1, ids, -100), mask, max_new_tokens=16, temperature=1.0, key=jax.random.key_data(key))
+    assert_equal(typed, raw)
