@@ -6,8 +6,8 @@ is a maximum, and that sum runs over one fixed tree of K alone: a row's bits dep
 
 Three ways to an amax:
 - one a row ("token"), or a given one: a single launch, each row on its own;
-- one a tensor, few elements: a single launch of clusters. Each cluster reads all rows and shares its maxima through
-  distributed shared memory, then each CTA quantizes its own part: redundant reads from the L2 instead of a second launch;
+- one a tensor, few rows: a single launch, of one CTA or of clusters. Each cluster reads all rows and shares its maxima
+  through distributed shared memory, then each CTA quantizes its own part: redundant reads instead of a second launch;
 - one a tensor, many elements: a launch that leaves one maximum a CTA, and one that reduces those and quantizes, from the
   last row to the first, because the last rows are still in the L2.
 
@@ -28,7 +28,7 @@ from nvfp4jax.kernels import mosaic as mg
 SMS = 132  # of an H100 or H200: a grid of this many CTAs fills one wave
 WARP = 32
 CLUSTER = 16  # CTAs of a cluster: the largest that Hopper has
-CLUSTER_ELEMENTS = 1 << 20  # up to here one launch of clusters beats two launches
+CLUSTERS = 2  # up to so many clusters, one launch beats two
 MAX_K = 16 * WARP * 16 * 8
 BLOCK_BYTES = 8  # packed codes of one block
 TRANSPOSE_WORDS = 36 * 8  # of a warp: 8 rows (64-chunks of K) of 32 words, padded against bank conflicts
@@ -207,14 +207,14 @@ def _store_text(form, values):
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """CTAs of `warps` warps; `warps_per_row` of them share a row, a lane owning `blocks` blocks of it, 32 * warps_per_row
-    blocks apart. clusters > 0: that many clusters of CLUSTER CTAs, else `grid` CTAs."""
+    """`grid` CTAs of `warps` warps; `warps_per_row` of them share a row, a lane owning `blocks` blocks of it, 32 *
+    warps_per_row blocks apart. cluster: CTAs of a cluster, which share one reading of the whole tensor."""
 
     warps: int
     warps_per_row: int
     blocks: int
     grid: int
-    clusters: int = 0
+    cluster: int = 1
 
     @property
     def rows(self) -> int:
@@ -226,18 +226,26 @@ def _power_of_two_at_least(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _plan(m: int, k: int, words: int, *, cluster: bool = False) -> _Plan:
+def _scan_plan(m: int, k: int, words: int) -> _Plan | None:
+    """One launch for one amax: every cluster reads all rows, every CTA quantizes one group. None where two launches win.
+
+    A cluster costs 0.9 us more than a plain launch (H100), a second launch 1.2 us and its gap; small CTAs start sooner."""
+    units = -(-k // (16 * WARP))  # warps that one block a lane would take
+    per_row = min(16, _power_of_two_at_least(units))
+    blocks = -(-units // per_row)
+    if m * per_row <= 16:
+        return _Plan(max(4, _power_of_two_at_least(m * per_row)), per_row, blocks, 1)
+    warps = max(8, per_row)
+    clusters = -(-m // (warps // per_row * CLUSTER))
+    return _Plan(warps, per_row, blocks, clusters * CLUSTER, CLUSTER) if clusters <= CLUSTERS else None
+
+
+def _plan(m: int, k: int, words: int) -> _Plan:
     """words: 32-bit registers that a block takes: 8, or 16 where it is float32 or has two inputs.
 
     Few rows: one block a lane, for latency. Many: up to 4 (2) blocks a lane and few warps a row, which saves reductions and
     the row's scalars, and CTAs that stay and fetch the next rows while they work on these."""
-    units = -(-k // (16 * WARP))  # warps that one block a lane would take
-    if cluster:
-        per_row = min(16, _power_of_two_at_least(units))
-        warps = 32 if words == 8 and units <= per_row and per_row != 2 else 16  # per_row 2: at most 15 named barriers
-        groups = -(-m // (warps // per_row))
-        clusters = max(1, min(4, groups // CLUSTER))
-        return _Plan(warps, per_row, -(-units // per_row), clusters * CLUSTER, clusters)
+    units = -(-k // (16 * WARP))
     if m * units <= 16 * SMS:
         per_row = min(16, _power_of_two_at_least(units))
         warps = max(4, per_row)
@@ -255,7 +263,7 @@ def _plan(m: int, k: int, words: int, *, cluster: bool = False) -> _Plan:
 @dataclasses.dataclass(frozen=True)
 class _Spec:
     """What a kernel does. source: "x", "rmsnorm" or "silu". amax: where it comes from: "row", "scalar" or "rows" (given),
-    "static" (a given global scale), "partials" (of an earlier launch) or "cluster". emit: "amax", "packed", "operand"."""
+    "static" (a given global scale), "partials" (of an earlier launch) or "scan" (of the tensor, in this launch). emit: "amax", "packed", "operand"."""
 
     m: int
     k: int
@@ -291,7 +299,7 @@ def _program(refs, spec: _Spec, plan: _Plan):
     inside = [mg.i32(1) if full else mg.flag("lt", i, blocks_of_row) for i in index]
 
     shared = mg.smem_address(refs["shared"])
-    max_slots, square_slots, transpose, cluster_slots = (add(shared, 4 * o) for o in _offsets(spec, plan)[:4])
+    max_slots, square_slots, transpose, cta_slots, cluster_slots = (add(shared, 4 * o) for o in _offsets(spec, plan)[:5])
     squares_of_row = per_row * blocks
 
     def synchronize_row():
@@ -376,38 +384,37 @@ def _program(refs, spec: _Spec, plan: _Plan):
     def cta_maximum(value):
         """The maximum over all threads of the CTA, in all of them."""
         value = asm(WARP_MAX, [value])
-        mg.branch(mg.flag("eq", lane, 0), lambda: asm(STORE_SHARED, [add(max_slots, mul(warp, 4)), value], ""))
+        mg.branch(mg.flag("eq", lane, 0), lambda: asm(STORE_SHARED, [add(cta_slots, mul(warp, 4)), value], ""))
         asm("bar.sync 0;", outputs="")
-        mine = asm(LOAD_SHARED, [add(max_slots, mul(mg.minimum(lane, warps - 1), 4))])
-        value = asm(WARP_MAX, [mine])
-        asm("bar.sync 0;", outputs="")  # the slots are free again
-        return value
+        return asm(WARP_MAX, [asm(LOAD_SHARED, [add(cta_slots, mul(mg.minimum(lane, warps - 1), 4))])])
 
     def cluster_maximum(value, rank):
-        """The maximum over the cluster: lane i of warp 0 writes it into CTA i's slot of this rank."""
-        value = cta_maximum(value)
+        """The maximum over the cluster: lane i of warp 0 writes the CTA's into CTA i's slot of this rank."""
         asm("barrier.cluster.wait.aligned;", outputs="")  # all CTAs of the cluster have started
-        send = mg.bit_and(mg.flag("eq", warp, 0), mg.flag("lt", lane, CLUSTER))
+        send = mg.bit_and(mg.flag("eq", warp, 0), mg.flag("lt", lane, plan.cluster))
         mg.branch(send, lambda: asm(
             "{.reg .b32 a; mapa.shared::cluster.u32 a,$0,$1; st.shared::cluster.b32 [a],$2;}",
             [add(cluster_slots, mul(rank, 4)), lane, value], ""))
         asm("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", outputs="")
-        mine = asm(LOAD_SHARED, [add(cluster_slots, mul(rem(lane, CLUSTER), 4))])
-        return asm(WARP_MAX, [mine])
+        return asm(WARP_MAX, [asm(LOAD_SHARED, [add(cluster_slots, mul(rem(lane, plan.cluster), 4))])])
 
-    def scan(first, step):
-        """The largest finite magnitude that this thread meets in groups first, first + step, ..."""
-        def body(group, best, parity, *raw):
-            following = fetch(add(group, step))
-            found = maximum([fin for _, fin in map(block_maxima, produce(raw, parity))])
-            if spec.masked:
-                row = add(mul(group, rows), row_of_group)
-                address = mg.gmem_element(refs["valid"], row, 1, mg.i32(0), 1)
-                valid = asm(LOAD_BYTE, [address, mg.flag("lt", row, m)])
-                found = asm(SELECT, [valid, found, mg.i32(0)], **pure)
+    def largest(group, maxima):
+        """The largest finite magnitude of this thread's blocks, if its row takes part."""
+        found = maximum([finite for _, finite in maxima])
+        if spec.masked:
+            row = add(mul(group, rows), row_of_group)
+            valid = asm(LOAD_BYTE, [mg.gmem_element(refs["valid"], row, 1, mg.i32(0), 1), mg.flag("lt", row, m)])
+            found = asm(SELECT, [valid, found, mg.i32(0)], **pure)
+        return found
+
+    def scan(order, start, stop, step, best, parity):
+        """The largest finite magnitude that this thread meets in groups order(start), order(start + step), ..."""
+        def body(i, best, parity, *raw):
+            following = fetch(order(add(i, step)))
+            found = largest(order(i), map(block_maxima, produce(raw, parity)))
             return (asm(MAX, [best, found], **pure), mg.bit_xor(parity, 1), *following)
 
-        best, *_ = mg.loop(first, groups, step, [mg.i32(0), mg.i32(0), *fetch(first)], body)
+        best, *_ = mg.loop(start, stop, step, [best, parity, *fetch(order(start))], body)
         return best
 
     def scales(amax):
@@ -463,10 +470,12 @@ def _program(refs, spec: _Spec, plan: _Plan):
         asm("bar.warp.sync -1;", outputs="")
 
     def quantize_group(group, raw, parity, scaled):
+        produced = produce(raw, parity)
+        quantize_produced(group, produced, [block_maxima(block) for block in produced], parity, scaled)
+
+    def quantize_produced(group, produced, maxima, parity, scaled):
         row = add(mul(group, rows), row_of_group)
         ok = mg.flag("lt", row, m)
-        produced = produce(raw, parity)
-        maxima = [block_maxima(block) for block in produced]
         raw_max, finite_max = row_maxima(maxima, parity)
         poisoned = mg.flag("le", 0x7F800000, raw_max)
         if spec.amax == "row":
@@ -514,16 +523,27 @@ def _program(refs, spec: _Spec, plan: _Plan):
             asm(_store_text("b32", 1), [mg.gmem_address(refs["global_scale"]), scaled[0], first], "")
         return scaled
 
-    if spec.amax == "cluster":
-        rank, cluster = asm("mov.u32 $0,%cluster_ctarank;"), asm("mov.u32 $0,%clusterid.x;")
-        asm("barrier.cluster.arrive.relaxed.aligned;", outputs="")
-        best = scan(rank, CLUSTER)
-        quantize_groups(add(rank, mul(cluster, CLUSTER)), CLUSTER * plan.clusters,
-                        lambda: scalar_scales(cluster_maximum(best, rank), add(rank, cluster)))
-        return
     cta = asm("mov.u32 $0,%ctaid.x;")
-    if spec.emit == "amax":
-        best = cta_maximum(scan(cta, plan.grid))
+    if spec.amax == "scan":
+        if plan.cluster > 1:
+            rank, cluster = asm("mov.u32 $0,%cluster_ctarank;"), asm("mov.u32 $0,%clusterid.x;")
+            asm("barrier.cluster.arrive.relaxed.aligned;", outputs="")
+        else:
+            rank, cluster = mg.i32(0), cta
+        clusters = plan.grid // plan.cluster
+        others = lambda i: add(rank, mul(rem(add(cluster, i), clusters), plan.cluster))
+        own = others(mg.i32(0))
+        produced = produce(fetch(own), mg.i32(0))  # stays in registers
+        maxima = [block_maxima(block) for block in produced]
+        best = largest(own, maxima)
+        if clusters > 1:
+            best = scan(others, 1, clusters, 1, best, mg.i32(1))
+        best = cta_maximum(best)
+        if plan.cluster > 1:
+            best = cluster_maximum(best, rank)
+        quantize_produced(own, produced, maxima, mg.i32(0), scalar_scales(best, cta))
+    elif spec.emit == "amax":
+        best = cta_maximum(scan(lambda i: i, cta, groups, plan.grid, mg.i32(0), mg.i32(0)))
         asm(_store_text("b32", 1), [mg.gmem_element(refs["partials"], cta, 1, mg.i32(0), 4), best, mg.flag("eq", tid, 0)], "")
     elif spec.amax == "partials":
         def reduced():
@@ -538,9 +558,9 @@ def _program(refs, spec: _Spec, plan: _Plan):
 
 
 def _offsets(spec: _Spec, plan: _Plan):
-    """Word offsets in shared memory of: maxima, sums of squares, transposition, cluster slots; and the total."""
+    """Word offsets in shared memory of: row maxima, sums of squares, transposition, CTA maxima, cluster maxima; the total."""
     sizes = (2 * 2 * plan.warps, 2 * plan.warps * plan.blocks if spec.source == "rmsnorm" else 0,
-             plan.warps * TRANSPOSE_WORDS if spec.emit == "operand" else 0, CLUSTER if plan.clusters else 0)
+             plan.warps * TRANSPOSE_WORDS if spec.emit == "operand" else 0, plan.warps, plan.cluster)
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + size)
@@ -575,8 +595,9 @@ def _kernel(spec: _Spec, plan: _Plan):
 
         program(*refs)
 
-    grid = dict(grid=(plan.clusters,), grid_names=("cluster",), cluster=(CLUSTER,), cluster_names=("rank",)) if plan.clusters else dict(
-        grid=(plan.grid,), grid_names=("cta",))
+    grid = dict(grid=(plan.grid // plan.cluster,), grid_names=("cta",))
+    if plan.cluster > 1:
+        grid |= dict(cluster=(plan.cluster,), cluster_names=("rank",))
     call = plgpu.kernel(
         body, out_type=tuple(outputs.values()),
         scratch_types=(plgpu.SMEM((_offsets(spec, plan)[-1],), jnp.int32),), num_threads=plan.warps // 4, thread_name="wg",
@@ -621,20 +642,20 @@ def _run(what, source, arrays, emit, *, scaling, four_over_six, amax, static, va
         one = jnp.ones((0, 1) if row_scales else (), jnp.float32)  # an amax over nothing counts as zero
         return out | dict(global_scale=one if given is None or row_scales else _scalar_global_scale(given, scaling, static, four_over_six))
     spec = _Spec(m, k, source, x.dtype == jnp.float32, "row", emit, scaling == "tensor_pow2", four_over_six, eps, values=values)
-    arrays = dict(arrays)
+    arrays, plan = dict(arrays), _plan(m, k, spec.words)
     if given is not None:
         arrays["amax"] = given.astype(jnp.float32).reshape(-1)
         spec = dataclasses.replace(spec, amax="static" if static is not None else "rows" if given.shape else "scalar")
     elif scaling != "token":
         if valid is not None:
             arrays["valid"] = valid
-        spec = dataclasses.replace(spec, amax="cluster", masked=valid is not None)
-        if m * k > CLUSTER_ELEMENTS:
-            first = dataclasses.replace(spec, emit="amax", amax="row", values=False)
+        spec = dataclasses.replace(spec, amax="scan", masked=valid is not None)
+        plan = _scan_plan(m, k, spec.words)
+        if plan is None:
             plan = _plan(m, k, spec.words)
-            arrays["amax"] = _kernel(first, plan)(arrays)["partials"]
+            arrays["amax"] = _kernel(dataclasses.replace(spec, emit="amax", amax="row", values=False), plan)(arrays)["partials"]
             spec = dataclasses.replace(spec, amax="partials", partials=plan.grid, masked=False)
-    out = _kernel(spec, _plan(m, k, spec.words, cluster=spec.amax == "cluster"))(arrays)
+    out = _kernel(spec, plan)(arrays)
     out["global_scale"] = out["global_scale"].reshape((m, 1) if spec.amax in ("row", "rows") else ())
     return out
 

@@ -120,7 +120,7 @@ def test_golden_vectors_in_plain_jnp_under_jit():
             assert (got[0][i] == codes).all() and (got[1][i] == scale).all(), base
 
 
-SHAPES = ((1, 16), (3, 48), (17, 80), (5, 64), (256, 2048), (37, 768), (9, 7168), (2, 12288), (600, 512), (1500, 1024), (2500, 5120))
+SHAPES = ((1, 16), (3, 48), (17, 80), (256, 2048), (37, 768), (9, 7168), (600, 512), (1500, 3072))
 
 
 @gpu
@@ -160,9 +160,9 @@ def test_masks_and_given_amax():
             for scaling in ("tensor", "tensor_pow2"):
                 got = poisoned(lambda x, amax: quantize_hopper.quantize(x, scaling=scaling, amax=amax), x, amax)
                 assert_same_bits(got, oracle(x, scaling=scaling, amax=amax), (scaling, m, k, "amax", amax.shape))
-        static = np.float32(0.0123)
+        static = jnp.float32(0.0123)
         def f(x):
-            q = array.quantize_static(x, static)
+            q = array.quantize_static(x, jnp.float32(0.0123))
             return q.packed, lax.bitcast_convert_type(q.scale, jnp.uint8), q.global_scale
         got = poisoned(lambda x, s: quantize_hopper.quantize(x, global_scale=s), x, static)
         assert_same_bits(got, cpu(f, x), (m, k, "static"))
@@ -170,15 +170,22 @@ def test_masks_and_given_amax():
 
 @gpu
 def test_extreme_magnitudes():
-    """The ends of float32: tensors that count as zero, products that underflow, multipliers that saturate."""
+    """The ends of float32: tensors that count as zero, products that underflow, multipliers that saturate.
+
+    XLA:CPU, where the oracle runs, flushes denormals to zero: a negative one then gives code 0 for 8 (the same value)."""
     rng = np.random.default_rng()
+    tiny = np.finfo(np.float32).tiny
     for dtype in (BF16, F32):
         for exponent in (-149, -130, -118, -114, -60, 60, 110, 126):
             x = (rng.normal(size=(8, 128)).clip(-1.9, 1.9) * 2.0**exponent).astype(np.float32).astype(np.dtype(dtype))
             x[3, :8] *= np.dtype(dtype).type(2.0**-100)
             x[4] *= np.dtype(dtype).type(2.0**-40)
+            flushed = np.where(np.abs(x.astype(np.float32)) < tiny, np.dtype(dtype).type(0), x)
             for scaling in ("tensor", "token"):
-                assert_same_bits(poisoned(quantize_hopper.quantize, x, scaling=scaling), oracle(x, scaling=scaling), (dtype, exponent, scaling))
+                got, want = (list(v) for v in (poisoned(quantize_hopper.quantize, flushed, scaling=scaling), oracle(flushed, scaling=scaling)))
+                assert_same_bits(got, want, (dtype, exponent, scaling))
+                got = poisoned(quantize_hopper.quantize, x, scaling=scaling)
+                np.testing.assert_array_equal(decoded(got[0], got[1].view(np.uint8)), decoded(want[0], want[1]))
 
 
 def decoded(packed, bits):
@@ -232,7 +239,8 @@ def test_rmsnorm_and_silu_quantize_what_they_return(scaling):
         assert ulps(normed, (n.astype(np.float32) * w.astype(np.float32)).astype(ml_dtypes.bfloat16)) <= 2
         product, operand2, scale2 = poisoned(
             lambda x, y: quantize_hopper.silu_mul_operand(x, y, scaling=scaling, product=True), x, y)
-        assert ulps(product, (wide / (1 + np.exp(-wide)) * y.astype(np.float64)).astype(ml_dtypes.bfloat16)) <= 1
+        exact = wide / (1 + np.exp(-wide)) * y.astype(np.float64)
+        assert (np.abs(product.astype(np.float64) - exact) <= np.abs(exact) * 2.0**-8 + 2.0**-100).all()  # half an ulp and a bit
         for values, op, s in ((normed, operand, scale), (product, operand2, scale2)):
             packed, bits, global_scale = oracle(values, scaling=scaling)
             np.testing.assert_array_equal(op.astype(np.float32), permuted(decoded(packed, bits)), err_msg=str((scaling, m, k)))
@@ -277,10 +285,11 @@ def test_no_spills_and_few_instructions():
         "token f32": (lambda x: q.quantize(x, scaling="token"), ((16384, 2048), F32)),
         "token operand": (lambda x: q.operand(x, scaling="token"), ((16384, 2048), BF16)),
         "tensor, two launches": (lambda x: q.quantize(x), ((16384, 2048), BF16)),
-        "tensor, one launch": (lambda x: q.quantize(x), ((256, 2048), BF16)),
+        "tensor, clusters": (lambda x: q.quantize(x), ((64, 2048), BF16)),
+        "tensor, one CTA": (lambda x: q.operand(x), ((4, 2048), BF16)),
         "odd K": (lambda x: q.operand(x, scaling="token"), ((4096, 7168), BF16)),
         "small": (lambda x: q.quantize(x, scaling="tensor_pow2"), ((3, 48), BF16)),
-        "rmsnorm, one launch": (lambda x, w: q.rmsnorm_operand(x, w, eps=1e-6)[1:], ((256, 2048), BF16), ((2048,), BF16)),
+        "rmsnorm, clusters": (lambda x, w: q.rmsnorm_operand(x, w, eps=1e-6)[1:], ((64, 2048), BF16), ((2048,), BF16)),
         "rmsnorm token": (lambda x, w: q.rmsnorm_operand(x, w, eps=1e-6, scaling="token", normed=True), ((256, 2048), BF16), ((2048,), BF16)),
         "silu": (lambda x, y: q.silu_mul_operand(x, y)[1:], ((8192, 768), BF16), ((8192, 768), BF16)),
         "four over six": (lambda x: q.quantize(x, four_over_six="mse"), ((4096, 2048), BF16)),
@@ -319,11 +328,13 @@ def test_every_block_belongs_to_one_thread():
     for m in (1, 2, 7, 132, 256, 1000, 5000):
         for k in (16, 64, 80, 512, 768, 1024, 2048, 3584, 5120, 7168, 12288, 25600, quantize_hopper.MAX_K):
             for words in (8, 16):
-                for cluster in (False, True):
-                    p = quantize_hopper._plan(m, k, words, cluster=cluster)
+                for p in (quantize_hopper._plan(m, k, words), quantize_hopper._scan_plan(m, k, words)):
+                    if p is None:
+                        continue
                     assert p.warps % 4 == 0 and p.warps <= 32 and p.warps % p.warps_per_row == 0
                     assert p.warps_per_row == 1 or p.rows <= 15  # named barriers 1..15
                     units = sorted(part + j * p.warps_per_row for part in range(p.warps_per_row) for j in range(p.blocks))
                     assert units == list(range(len(units))) and len(units) * 512 >= k, (m, k, p)
-                    ctas = p.clusters * quantize_hopper.CLUSTER if cluster else p.grid
-                    assert ctas >= 1
+                    assert p.grid % p.cluster == 0
+                scan = quantize_hopper._scan_plan(m, k, words)
+                assert scan is None or scan.grid * scan.rows >= m  # one group a CTA
