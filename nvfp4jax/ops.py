@@ -78,10 +78,19 @@ def quantize_activation(
     return q.dequantize_blocks(), q.global_scale
 
 
+def product_operands(*operands: Array) -> tuple[Array, ...]:
+    """The operands of a product that accumulates in float32, as the backend takes them.
+
+    XLA:CPU cannot run bfloat16 x bfloat16 -> float32 in every layout; in float32 the products are the same.
+    """
+    if jax.default_backend() == "cpu" or len({o.dtype for o in operands}) > 1:
+        return tuple(o.astype(jnp.float32) for o in operands)
+    return operands
+
+
 def _dot(operand: Array, weight: Array) -> Array:
     """[..., K] x [N, K] -> f32 [..., N], float32 accumulation; a float32 operand keeps its precision."""
-    if operand.dtype != weight.dtype:
-        operand, weight = operand.astype(jnp.float32), weight.astype(jnp.float32)
+    operand, weight = product_operands(operand, weight)
     precision = lax.Precision.HIGHEST if operand.dtype == jnp.float32 else None
     dims = (((operand.ndim - 1,), (1,)), ((), ()))
     return lax.dot_general(operand, weight, dims, precision=precision, preferred_element_type=jnp.float32)

@@ -11,6 +11,8 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from nvfp4jax.ops import product_operands
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,9 @@ class KVCache:
         return self.keys[0].shape[-2]
 
 
-def init_cache(depths: tuple[int | None, ...], batch: int, heads: int, length: int, head_dim: int, dtype: DTypeLike) -> KVCache:
+def init_cache(
+    depths: tuple[int | None, ...], batch: int, heads: int, length: int, head_dim: int, dtype: DTypeLike
+) -> KVCache:
     """An empty cache; `depths` holds, for each entry of `model.layers`, None or the number of layers stacked in it."""
     shape = (batch, heads, length, head_dim)
     zeros = lambda: tuple(jnp.zeros(shape if d is None else (d, *shape), dtype) for d in depths)  # noqa: E731
@@ -57,7 +61,9 @@ class LayerCache(NamedTuple):
     values: jax.Array
     layer: Int[Array, ""] | None = None
 
-    def write(self, keys: Float[Array, "B Hkv T D"], values: Float[Array, "B Hkv T D"], index: Int[Array, ""]) -> "LayerCache":
+    def write(
+        self, keys: Float[Array, "B Hkv T D"], values: Float[Array, "B Hkv T D"], index: Int[Array, ""]
+    ) -> "LayerCache":
         zero = jnp.int32(0)
         at = (zero, zero, index, zero)
 
@@ -93,7 +99,9 @@ def rope(
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Float[Array, "B T H D"], cos: Float[Array, "B T D//2"], sin: Float[Array, "B T D//2"]) -> Float[Array, "B T H D"]:
+def rotate(
+    x: Float[Array, "B T H D"], cos: Float[Array, "B T D//2"], sin: Float[Array, "B T D//2"]
+) -> Float[Array, "B T H D"]:
     """Rotates the halves of D against each other (the Hugging Face layout), in float32."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
@@ -105,7 +113,7 @@ def step_masks(
 ) -> tuple[Bool[Array, "B T S"], Bool[Array, "B T"] | None]:
     """(which slot each query sees, which queries are real) from a mask over key slots [B, S] or over pairs [B, T, S].
 
-    A [B, S] mask is made causal: the query in slot index + t sees slots up to its own. A [B, T, S] mask is taken as it is.
+    A [B, S] mask is made causal: the query in slot index + t sees slots up to its own. A [B, T, S] mask is taken as is.
     """
     causal = (jnp.arange(slots, dtype=jnp.int32)[None] <= index + jnp.arange(steps, dtype=jnp.int32)[:, None])[None]
     if attention_mask is None:
@@ -116,18 +124,23 @@ def step_masks(
     if mask.shape == (batch, slots):
         return mask[:, None] & causal, lax.dynamic_slice(mask, (jnp.int32(0), index), (batch, steps))
     raise ValueError(
-        f"attention_mask has shape {mask.shape}; tokens [{batch}, {steps}] need [B, S] = {(batch, slots)} over the key slots "
-        f"(S is the cache's length, or T without a cache) or [B, T, S] = {(batch, steps, slots)}"
+        f"attention_mask has shape {mask.shape}; tokens [{batch}, {steps}] need [B, S] = {(batch, slots)} over the key "
+        f"slots (S is the cache's length, or T without a cache) or [B, T, S] = {(batch, steps, slots)}"
     )
 
 
 def attend(
-    q: Float[Array, "B T H D"], k: Float[Array, "B Hkv S D"], v: Float[Array, "B Hkv S D"], mask: Bool[Array, "B T S"],
-    precision: lax.Precision | None = None, block: int = 256,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B Hkv S D"],
+    v: Float[Array, "B Hkv S D"],
+    mask: Bool[Array, "B T S"],
+    precision: lax.Precision | None = None,
+    block: int = 256,
 ) -> Float[Array, "B T H D"]:
-    """Grouped-query attention: scores and softmax in float32, the products in q's dtype. A query that sees no key gets the mean.
+    """Grouped-query attention: scores and softmax in float32, the products in q's dtype.
 
-    Scores are kept for `block` queries at a time, so that a long prompt does not hold T * S of them a head.
+    A query that sees no key gets the mean of all values. Scores are kept for `block` queries at a time, so that a long
+    prompt does not hold T * S of them a head.
     """
     batch, steps, heads, head_dim = q.shape
     groups = heads // k.shape[1]
@@ -135,12 +148,16 @@ def attend(
 
     def some(q: jax.Array, mask: jax.Array) -> jax.Array:
         q = q.reshape(batch, -1, k.shape[1], groups, head_dim)
-        scores = jnp.einsum("btkgd,bksd->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32)
+        scores = jnp.einsum(
+            "btkgd,bksd->bkgts", *product_operands(q, k), precision=precision, preferred_element_type=jnp.float32
+        )
         scores = scores * jnp.float32(head_dim**-0.5)
-        # A finite floor, so that a padding query with nothing to see is no NaN (it would spread through the value products).
+        # A finite floor: a padding query with nothing to see must be no NaN, which would spread by its value.
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-        out = jnp.einsum("bkgts,bksd->btkgd", weights, v, precision=precision, preferred_element_type=jnp.float32)
+        out = jnp.einsum(
+            "bkgts,bksd->btkgd", *product_operands(weights, v), precision=precision, preferred_element_type=jnp.float32
+        )
         return out.astype(q.dtype).reshape(batch, -1, heads, head_dim)
 
     if steps <= 2 * block:

@@ -12,7 +12,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
-from nvfp4jax import layers, scaling
+from nvfp4jax import layers, ops, scaling
 from nvfp4jax.models import attention, stacking
 from nvfp4jax.models.attention import KVCache, LayerCache, RMSNorm, StepInputs
 
@@ -31,7 +31,7 @@ class Qwen3Config:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     # transformers keeps the rotary frequencies in float32, unless a whole model was cast by `.to(torch.bfloat16)`. A
-    # config.json may say so by this key of ours, to reproduce such a run: at position p the angles move by up to p / 512.
+    # config.json may say so by this key of ours, to reproduce such a run (angles at position p move by up to p / 512).
     rope_frequency_dtype: str = "float32"
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -43,14 +43,16 @@ class Qwen3Config:
     mlp_only_layers: tuple[int, ...] = ()
 
     def is_moe(self, layer: int) -> bool:
-        return bool(self.num_experts) and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+        return (
+            bool(self.num_experts) and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+        )
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Qwen3Config":
-        """Reads a config.json of either spelling (`num_experts` / `num_local_experts`, `rope_theta` / `rope_parameters`).
+        """Reads a config.json of either spelling: `num_experts` / `num_local_experts`, `rope_theta` / `rope_parameters`.
 
-        ValueError, naming the key, for a missing one and for what this model does not compute: another architecture, another
-        rope type, a sliding window, another activation function.
+        ValueError, naming the key, for a missing one and for what this model does not compute: another architecture,
+        rope type or activation function, a sliding window.
         """
         model_type = config.get("model_type")
         if model_type not in ("qwen3", "qwen3_moe"):
@@ -68,10 +70,16 @@ class Qwen3Config:
         if config.get("use_sliding_window"):
             raise ValueError("config.json: use_sliding_window=true is not supported, only full attention")
         if set(config.get("layer_types") or ()) - {"full_attention"}:
-            raise ValueError(f"config.json: layer_types={config['layer_types']} is not supported, only 'full_attention'")
-        hidden, heads, kv_heads = (need(f"{name}") for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+            raise ValueError(
+                f"config.json: layer_types={config['layer_types']} is not supported, only 'full_attention'"
+            )
+        hidden, heads, kv_heads = (
+            need(f"{name}") for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")
+        )
         if heads % kv_heads:
-            raise ValueError(f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+            raise ValueError(
+                f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
+            )
         fields = dict(
             vocab_size=need("vocab_size"),
             hidden_size=hidden,
@@ -97,7 +105,11 @@ class Qwen3Config:
                 mlp_only_layers=tuple(config.get("mlp_only_layers") or ()),
             )
             if fields["num_experts_per_tok"] > fields["num_experts"]:
-                raise ValueError("config.json: num_experts_per_tok={num_experts_per_tok} exceeds num_experts={num_experts}".format(**fields))
+                raise ValueError(
+                    "config.json: num_experts_per_tok={num_experts_per_tok} exceeds num_experts={num_experts}".format(
+                        **fields
+                    )
+                )
         return cls(**fields)
 
 
@@ -107,7 +119,11 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
         if rope is None:
             continue
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0 or any(isinstance(v, Mapping) for v in rope.values()):
+        if (
+            kind != "default"
+            or rope.get("partial_rotary_factor", 1.0) != 1.0
+            or any(isinstance(v, Mapping) for v in rope.values())
+        ):
             raise ValueError(f"config.json: {key}={dict(rope)} is not supported, only rope_type 'default'")
         if "rope_theta" in rope:
             return float(rope["rope_theta"])
@@ -126,19 +142,35 @@ class _Dtypes:
         return lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
 
     def linear(
-        self, inputs: int, outputs: int, *, bias: bool = False, dtype: DTypeLike | None = None, out_dtype: DTypeLike | None = None,
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool = False,
+        dtype: DTypeLike | None = None,
+        out_dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ) -> nnx.Linear:
         dtype = dtype or self.dtype
         return nnx.Linear(
-            inputs, outputs, use_bias=bias, dtype=dtype, param_dtype=self.param_dtype, preferred_element_type=out_dtype,
-            precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None, rngs=rngs,
+            inputs,
+            outputs,
+            use_bias=bias,
+            dtype=dtype,
+            param_dtype=self.param_dtype,
+            preferred_element_type=out_dtype,
+            precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
+            rngs=rngs,
         )
 
 
 class Attention(nnx.Module):
     def __init__(self, config: Qwen3Config, dtypes: _Dtypes, *, rngs: nnx.Rngs):
-        hidden, queries, keys = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        hidden, queries, keys = (
+            config.hidden_size,
+            config.num_heads * config.head_dim,
+            config.num_kv_heads * config.head_dim,
+        )
         bias = config.attention_bias
         self.q_proj = dtypes.linear(hidden, queries, bias=bias, rngs=rngs)
         self.k_proj = dtypes.linear(hidden, keys, bias=bias, rngs=rngs)
@@ -179,8 +211,12 @@ class MoE(nnx.Module):
     def __init__(self, config: Qwen3Config, dtypes: _Dtypes, *, rngs: nnx.Rngs):
         self.gate = dtypes.linear(config.hidden_size, config.num_experts, dtype=jnp.float32, rngs=rngs)
         self.experts = layers.Experts(
-            config.num_experts, config.hidden_size, config.moe_intermediate_size,
-            dtype=dtypes.dtype, param_dtype=dtypes.param_dtype, rngs=rngs,
+            config.num_experts,
+            config.hidden_size,
+            config.moe_intermediate_size,
+            dtype=dtypes.dtype,
+            param_dtype=dtypes.param_dtype,
+            rngs=rngs,
         )
         self.k = config.num_experts_per_tok
         self.normalize = config.norm_topk_prob
@@ -217,11 +253,18 @@ class Qwen3Layer(nnx.Module):
 class Qwen3(nnx.Module):
     """Qwen3, dense or mixture of experts.
 
-    dtype: of the activations. bfloat16 keeps norms, softmax, router and logits in float32; float32 computes every product at
-        the highest precision. param_dtype: of the weights, dtype where it is None.
+    dtype: of the activations. bfloat16 keeps norms, softmax, router and logits in float32; float32 computes every
+        product at the highest precision. param_dtype: of the weights, dtype where it is None.
     """
 
-    def __init__(self, config: Qwen3Config, *, dtype: DTypeLike = jnp.bfloat16, param_dtype: DTypeLike | None = None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Qwen3Config,
+        *,
+        dtype: DTypeLike = jnp.bfloat16,
+        param_dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs,
+    ):
         dtypes = _Dtypes(jnp.dtype(dtype), jnp.dtype(param_dtype or dtype))
         self.embed_tokens = nnx.Embed(
             config.vocab_size, config.hidden_size, dtype=dtypes.dtype, param_dtype=dtypes.param_dtype, rngs=rngs
@@ -236,7 +279,9 @@ class Qwen3(nnx.Module):
     def init_cache(self, batch: int, length: int, dtype: DTypeLike | None = None) -> KVCache:
         """An empty cache of `length` slots; dtype: the activations' where it is None."""
         c = self.config
-        return attention.init_cache(stacking.depths(self), batch, c.num_kv_heads, length, c.head_dim, dtype or self.dtypes.dtype)
+        return attention.init_cache(
+            stacking.depths(self), batch, c.num_kv_heads, length, c.head_dim, dtype or self.dtypes.dtype
+        )
 
     def __call__(
         self,
@@ -248,13 +293,13 @@ class Qwen3(nnx.Module):
         decode_only_last_token: bool = False,
         return_experts: bool = False,
     ) -> tuple:
-        """(logits f32 [B, T, V], cache), and with `return_experts` also i32 [L_moe, B, T, k], the experts of each token.
+        """(logits f32 [B, T, V], cache), with `return_experts` also i32 [L_moe, B, T, k], the experts of each token.
 
         positions: i32 [B, T], for the rotary embedding; those of padding do not matter.
-        cache: None, or what `init_cache` or the last call gave; the call writes its T tokens at slot `cache.index`, which
-            must leave room for them (a slot past the end cannot be seen under jit).
-        attention_mask: bool or int, [B, S] over key slots (S = T without a cache), made causal here, or [B, T, S], taken as it
-            is. Padding it marks takes no part in any NVFP4 amax. None: no padding.
+        cache: None, or what `init_cache` or the last call gave; the call writes its T tokens at slot `cache.index`,
+            which must leave room for them (a slot past the end cannot be seen under jit).
+        attention_mask: bool or int, [B, S] over key slots (S = T without a cache), made causal here, or [B, T, S], taken
+            as it is. Padding it marks takes no part in any NVFP4 amax. None: no padding.
         decode_only_last_token: logits [B, 1, V], of the last token alone.
         """
         tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
@@ -270,7 +315,9 @@ class Qwen3(nnx.Module):
             x = self.embed_tokens(tokens)
             for i, layer in enumerate(self.layers):
                 part = None if cache is None else LayerCache(cache.keys[i], cache.values[i])
-                x, part, ids = layer(x, part, inputs) if layer.depth is None else stacking.run_stack(layer, x, part, inputs)
+                x, part, ids = (
+                    layer(x, part, inputs) if layer.depth is None else stacking.run_stack(layer, x, part, inputs)
+                )
                 if part is not None:
                     keys.append(part.keys)
                     values.append(part.values)
@@ -295,4 +342,9 @@ class Qwen3(nnx.Module):
         if not self.config.tie_word_embeddings:
             return self.lm_head(x).astype(jnp.float32)
         table = self.embed_tokens.embedding[...].astype(x.dtype)
-        return jnp.einsum("bth,vh->btv", x, table, precision=self.dtypes.precision, preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            "bth,vh->btv",
+            *ops.product_operands(x, table),
+            precision=self.dtypes.precision,
+            preferred_element_type=jnp.float32,
+        )

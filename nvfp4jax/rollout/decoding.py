@@ -1,10 +1,10 @@
 """The rollout: prefill and a decode loop over a KV cache in one jitted function, with the weights as an argument.
 
-    prefill(graphdef, params, prompt, ...) -> DecodeState       the prompts run once, their caches repeated for each sample
-    decode(graphdef, params, state, ...)   -> DecodeState       tokens until a limit or until all have stopped
+    prefill(graphdef, params, prompt, ...) -> DecodeState   the prompts run once, their caches repeated for each sample
+    decode(graphdef, params, state, ...)   -> DecodeState   tokens until a limit or until all have stopped
 
-`rollout` is both in one program. An engine that swaps weights between steps calls `decode` in chunks, with other params of the
-same shapes: nothing is traced again.
+`rollout` is both in one program. An engine that swaps weights between steps calls `decode` in chunks, with other params
+of the same shapes: nothing is traced again.
 """
 
 import dataclasses
@@ -31,9 +31,10 @@ class Rollout:
 
     tokens: i32 [B * num_samples, max_new_tokens], pad_id after the end.
     lengths: i32 [B * num_samples], tokens of each row, its stop token included.
-    logprobs: f32 like tokens, of each sampled token under softmax(logits / temperature), before top-k and top-p; 0 after the end.
-    experts: None, or i32 [L_moe, B * num_samples, max_new_tokens, k], the experts that each new token was routed to as the model
-        read it: -1 where it never did (a row's last token, and after the end).
+    logprobs: f32 like tokens, of each sampled token under softmax(logits / temperature), before top-k and top-p; 0 after
+        the end.
+    experts: None, or i32 [L_moe, B * num_samples, max_new_tokens, k], the experts that each new token was routed to as
+        the model read it: -1 where it never did (a row's last token, and after the end).
     prompt_experts: None, or i32 [L_moe, B, T, k], those of the prompts' tokens, -1 at padding.
     """
 
@@ -103,7 +104,12 @@ def prefill(
     flags = dict(return_experts=True) if settings.return_experts else {}
     with scaling.valid_rows(mask):
         logits, cache, *experts = model(
-            prompt, positions, model.init_cache(batch, steps, settings.cache_dtype), mask, decode_only_last_token=True, **flags
+            prompt,
+            positions,
+            model.init_cache(batch, steps, settings.cache_dtype),
+            mask,
+            decode_only_last_token=True,
+            **flags,
         )
     prompt_experts = jnp.where(mask[None, :, :, None], experts[0], jnp.int32(-1)) if experts else None
     rows = lambda x: jnp.repeat(x, settings.num_samples, axis=0)  # noqa: E731
@@ -128,7 +134,12 @@ def prefill(
 
 
 def decode(
-    graphdef: nnx.GraphDef, params: Mapping, state: DecodeState, limit: Int[Array, ""], controls: Controls, settings: Settings
+    graphdef: nnx.GraphDef,
+    params: Mapping,
+    state: DecodeState,
+    limit: Int[Array, ""],
+    controls: Controls,
+    settings: Settings,
 ) -> DecodeState:
     """Goes on until every row has `limit` tokens (at most settings.new_tokens) or has stopped."""
     limit = jnp.minimum(limit, jnp.int32(settings.new_tokens))
@@ -139,11 +150,13 @@ def decode(
     def step(state: DecodeState) -> DecodeState:
         model = nnx.merge(graphdef, params)
         alive = ~state.done
-        # A finished row still runs, on its last token; its slot stays masked, so that it is out of every amax and every sum.
+        # A finished row still runs, on its last token; its slot stays masked, which keeps it out of every amax.
         key_mask = lax.dynamic_update_slice(state.key_mask, alive[:, None], (jnp.int32(0), state.slot))
         flags = dict(return_experts=True) if settings.return_experts else {}
         with scaling.valid_rows(alive[:, None]):
-            logits, cache, *experts = model(state.token[:, None], state.position[:, None], state.cache, key_mask, **flags)
+            logits, cache, *experts = model(
+                state.token[:, None], state.position[:, None], state.cache, key_mask, **flags
+            )
         state = dataclasses.replace(state, cache=cache, key_mask=key_mask)
         if experts:
             ids = jnp.where(alive[None, :, None, None], experts[0], jnp.int32(-1))
@@ -220,16 +233,16 @@ def generate(
 ) -> Rollout:
     """Samples `num_samples` continuations of each prompt.
 
-    model: called as `model(tokens, positions, cache, attention_mask [B, S], decode_only_last_token=...) -> (logits, cache)`, with
-        `init_cache(batch, length, dtype) -> models.KVCache`; NVFP4 layers or none. Its weights are an argument of the
-        compiled program: new ones of equal shape compile nothing.
-    input_ids: int [B, T]; attention_mask: bool or int [B, T], 0 where there is no token (padding on either side, or gaps:
-        what is masked does not exist, positions count the rest). None: every token counts.
-    max_new_tokens: at least 1. temperature: 0 is greedy. top_k, top_p: see `sampling.sample`. key: a PRNG key, needed where
-        temperature > 0; row b's samples depend on it, on b and on the row alone.
+    model: called as `model(tokens, positions, cache, attention_mask [B, S], decode_only_last_token=...) -> (logits,
+        cache)`, with `init_cache(batch, length, dtype) -> models.KVCache`; NVFP4 layers or none. Its weights are an
+        argument of the compiled program: new ones of equal shape compile nothing.
+    input_ids: int [B, T]; attention_mask: bool or int [B, T], 0 where there is no token (padding on either side, or
+        gaps: what is masked does not exist, positions count the rest). None: every token counts.
+    max_new_tokens: at least 1. temperature: 0 is greedy. top_k, top_p: see `sampling.sample`. key: a PRNG key, needed
+        where temperature > 0; row b's samples depend on it, on b and on the row alone.
     stop_tokens: a row ends with the first of them it draws. pad_id: fills what follows.
-    cache_length: slots of the KV cache, at least T + max_new_tokens; without it, T and max_new_tokens are rounded up (see
-        `bucket`), so that near lengths share a program. cache_dtype: the model's where it is None.
+    cache_length: slots of the KV cache, at least T + max_new_tokens; without it, T and max_new_tokens are rounded up
+        (see `bucket`), so that near lengths share a program. cache_dtype: the model's where it is None.
 
     ValueError, naming the argument, for what does not fit.
     """
@@ -248,8 +261,8 @@ def generate(
         raise ValueError(f"key is None, but temperature={temperature} draws at random; pass key=jax.random.key(seed)")
     if cache_length is not None and length + max_new_tokens > cache_length:
         raise ValueError(
-            f"input_ids [{batch}, {length}] and max_new_tokens={max_new_tokens} need {length + max_new_tokens} slots; the cache has "
-            f"cache_length={cache_length}"
+            f"input_ids [{batch}, {length}] and max_new_tokens={max_new_tokens} need {length + max_new_tokens} slots; "
+            f"the cache has cache_length={cache_length}"
         )
     # Tokens to the right, padding to the left; then padding up to the bucket.
     order = np.argsort(mask, axis=1, kind="stable")
@@ -268,14 +281,19 @@ def generate(
         cache_dtype=None if cache_dtype is None else jnp.dtype(cache_dtype),
     )
     controls = Controls(
-        jnp.float32(temperature or 1.0), jnp.float32(1.0 if top_p is None else top_p), jnp.asarray(tuple(stop_tokens), jnp.int32)
+        jnp.float32(temperature or 1.0),
+        jnp.float32(1.0 if top_p is None else top_p),
+        jnp.asarray(tuple(stop_tokens), jnp.int32),
     )
     if key is None:
         key = jax.random.key(0)  # greedy: drawn from by nobody
     elif not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     graphdef, params = nnx.split(model)
-    state = rollout(graphdef, params, jnp.asarray(ids), jnp.asarray(mask), key, jnp.int32(max_new_tokens), controls, settings)
+    params = jax.tree.map(_committed, params)
+    state = rollout(
+        graphdef, params, jnp.asarray(ids), jnp.asarray(mask), key, jnp.int32(max_new_tokens), controls, settings
+    )
     prompt_experts = state.prompt_experts
     if return_experts:
         back = jnp.asarray(np.argsort(order, axis=1, kind="stable"))
@@ -289,7 +307,18 @@ def generate(
     )
 
 
-def _check_prompts(model: nnx.Module, input_ids: ArrayLike, attention_mask: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:
+def _committed(x: jax.Array) -> jax.Array:
+    """x committed to where it is, without a copy.
+
+    jit compiles anew for arrays that differ in that alone, as those that a checkpoint restores (committed) and those
+    that `quantize_params` makes (not) do.
+    """
+    return x if getattr(x, "committed", True) else jax.device_put(x, x.sharding)
+
+
+def _check_prompts(
+    model: nnx.Module, input_ids: ArrayLike, attention_mask: ArrayLike | None
+) -> tuple[np.ndarray, np.ndarray]:
     """(ids i32 [B, T], mask bool [B, T]) on the host, or a ValueError."""
     ids = np.asarray(input_ids)
     if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):

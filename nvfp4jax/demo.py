@@ -1,0 +1,178 @@
+"""The main job, end to end, on a real Hugging Face checkpoint: `python -m nvfp4jax.demo DIR`.
+
+Loads the model, swaps its layers to NVFP4, saves and restores it through Orbax, rolls out a batch of prompts with a jitted
+function, reloads new weights 20 times and rolls out again; then prints what each activation mode costs against bfloat16.
+"""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+import nvfp4jax
+from nvfp4jax import Rule
+from nvfp4jax.array import NVFP4Array, quantize_static
+from nvfp4jax.checkpoint import orbax
+from nvfp4jax.rollout import rollout as jitted_rollout
+from nvfp4jax.swap import quantized_layers
+
+console = Console(width=110, highlight=False)
+EXPERT_MODES = ("expert",)
+
+
+def relative(a, b) -> float:
+    """|a - b| / |b| in float64."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def forward(model: nnx.Module):
+    """logits(params, ids, mask) of `model`, compiled once."""
+    graphdef, _ = nnx.split(model)
+
+    @jax.jit
+    def logits(params, ids, mask):
+        positions = jnp.maximum(jnp.cumsum(mask, 1) - jnp.int32(1), jnp.int32(0))
+        return nnx.merge(graphdef, params)(ids, positions, None, mask)[0]
+
+    return logits
+
+
+def one_level(qmodel: nnx.Module, model: nnx.Module) -> nnx.Module:
+    """The same layers without a global scale (fixed at 1), for weights and activations: what one-level FP4 makes of a model."""
+    floats = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    out = nnx.clone(qmodel)
+    for path, layer in quantized_layers(out).items():
+
+        def store(name, matrix, layer=layer):
+            w = quantize_static(matrix.astype(jnp.bfloat16), jnp.float32(1))
+            for suffix, value in (("", w.packed), ("_scale", w.scale)):
+                param = getattr(layer, name + suffix)
+                param[...] = value.reshape(param.shape)
+            scale = getattr(layer, f"{name}_global_scale")
+            scale[...] = jnp.ones_like(scale[...])
+
+        turned = {name[-1]: jnp.swapaxes(floats[(*path, *name)].get_value(), -1, -2) for name in layer.float_names()}
+        layer.activation = "static"
+        if isinstance(layer, nvfp4jax.NVFP4Experts):
+            store("gate_up", jnp.stack([turned["gate_proj"], turned["up_proj"]], -3))
+            store("down", turned["down_proj"])
+            layer.gate_up_input_scale, layer.down_input_scale = (nnx.Param(jnp.ones_like(layer.gate_up_global_scale[...])) for _ in range(2))
+        else:
+            store("kernel", turned["kernel"])
+            layer.input_scale = nnx.Param(jnp.ones_like(layer.kernel_global_scale[...]))
+    return out
+
+
+def main(
+    directory: Annotated[Path, typer.Argument(help="A Hugging Face folder, bfloat16: Qwen3 or Qwen3-MoE.")],
+    new_tokens: Annotated[int, typer.Option(help="Tokens to sample for each prompt.")] = 16,
+) -> None:
+    """Load, swap, save, restore, roll out, reload, roll out again; then a table of the modes."""
+    start = time.time()
+
+    def say(text: str) -> None:
+        console.print(f"[{time.time() - start:5.1f} s] {text}")
+
+    config = json.loads((directory / "config.json").read_text())
+    reference = np.load(directory / "reference.npz") if (directory / "reference.npz").exists() else None
+    rng = np.random.default_rng(0)
+    if reference is not None:
+        ids, mask = reference["input_ids"], reference["attention_mask"]
+    else:
+        ids = rng.integers(0, config["vocab_size"], (3, 24))
+        mask = np.arange(24)[None] >= np.array([0, 5, 11])[:, None]
+    ids, mask = jnp.asarray(ids, jnp.int32), jnp.asarray(mask, bool)
+
+    say(f"loading {directory}")
+    model = nvfp4jax.load_model(directory, jnp.float32, scan_layers=True)
+    base = forward(model)(nnx.state(model), ids, mask)
+    if reference is not None:
+        error = np.abs(np.asarray(base) - reference["logits_f32"])[np.asarray(mask)].max()
+        say(f"float32 logits: largest difference to the file's reference.npz {error:.1e}")
+        casted = config | {"rope_frequency_dtype": "bfloat16"}
+        with tempfile.TemporaryDirectory() as folder:
+            for file in directory.glob("*.safetensors"):
+                (Path(folder) / file.name).symlink_to(file.resolve())
+            (Path(folder) / "config.json").write_text(json.dumps(casted))
+            same = nvfp4jax.load_model(folder, jnp.float32, scan_layers=True)
+        error = np.abs(np.asarray(forward(same)(nnx.state(same), ids, mask)) - reference["logits_f32"])[np.asarray(mask)].max()
+        say(f"                the same with rotary frequencies rounded to bfloat16, as that run had them {error:.1e}")
+
+    rules = [Rule("lm_head|.*/mlp/gate", skip=True), Rule(".*", activation="token")]
+    rules = rules if not config.get("tie_word_embeddings") else [Rule(".*", activation="token")]
+    half = nvfp4jax.load_model(directory, jnp.bfloat16, scan_layers=True)
+    qmodel = nvfp4jax.quantize_model(half, rules)
+    sizes = [sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(nnx.state(m))) for m in (half, qmodel)]
+    say(f"swapped {len(quantized_layers(qmodel))} stacks of layers to NVFP4: {sizes[0] / 1e6:.2f} MB -> {sizes[1] / 1e6:.2f} MB")
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint"
+        orbax.save_model(path, qmodel, config, rules=rules)
+        restored = nvfp4jax.load_model(path, scan_layers=True)
+        pairs = zip(jax.tree.leaves(nnx.state(qmodel)), jax.tree.leaves(nnx.state(restored)), strict=True)
+        equal = all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
+        say(f"saved to Orbax and restored: every byte equal: {equal}")
+        assert equal
+
+    roll = dict(max_new_tokens=new_tokens, temperature=0.7, top_p=0.95, key=jax.random.key(0), num_samples=2)
+    result = nvfp4jax.generate(restored, ids, mask, **roll)
+    say(f"rolled out {result.tokens.shape[0]} rows of {result.tokens.shape[1]} tokens; first row {np.asarray(result.tokens[0]).tolist()}")
+    say(f"  its logprobs {[float(f'{v:.2f}') for v in result.logprobs[0]]}")
+
+    requantize = jax.jit(lambda state: nvfp4jax.quantize_params(state, restored))
+    state = nnx.state(half, nnx.Param)
+    before = jitted_rollout._cache_size()
+    tick = time.time()
+    for step in range(20):
+        noise = jax.random.key(step)
+        state = jax.tree.map(lambda v: v * (1 + 0.02 * jax.random.normal(noise, v.shape, jnp.float32)).astype(v.dtype), state)  # noqa: B023
+        nnx.update(restored, requantize(state))
+        again = nvfp4jax.generate(restored, ids, mask, **roll)
+    traces = 1 + jitted_rollout._cache_size() - before
+    moved = float((np.asarray(again.tokens) != np.asarray(result.tokens)).mean())
+    say(f"20 weight swaps, each requantized and rolled out, {(time.time() - tick) / 20:.2f} s each: {traces} trace of the rollout, "
+        f"{requantize._cache_size()} of the requantizer; {moved:.0%} of the tokens changed")
+    assert traces == 1
+
+    greedy = np.asarray(nvfp4jax.generate(model, ids, mask, max_new_tokens=new_tokens).tokens)
+    exact = np.asarray(base)[np.asarray(mask)]
+    table = Table("weights", "activations", "logits: error against float32", "greedy tokens equal", title=config["architectures"][0])
+    experts = any(isinstance(m, nvfp4jax.NVFP4Experts) for m in quantized_layers(qmodel).values())
+
+    def row(weights: str, activations: str, m: nnx.Module) -> None:
+        logits = np.asarray(forward(m)(nnx.state(m), ids, mask))[np.asarray(mask)]
+        tokens = np.asarray(nvfp4jax.generate(m, ids, mask, max_new_tokens=new_tokens).tokens)
+        table.add_row(weights, activations, f"{relative(logits, exact):.4f}", f"{(tokens == greedy).mean():.0%}")
+
+    row("bfloat16", "bfloat16", half)
+    for activation in (None, "tensor", "tensor_pow2", "token", *(EXPERT_MODES if experts else ())):
+        rules = [r if r.skip else Rule(r".*/experts", activation=activation) for r in rules] if activation == "expert" else [
+            r if r.skip else Rule(".*", activation=activation) for r in rules
+        ]
+        row("NVFP4" + (" (experts only)" if activation == "expert" else ""), activation or "bfloat16", nvfp4jax.quantize_model(half, rules))
+    best = [r if r.skip else Rule(".*", activation="token", four_over_six="mse", weight_four_over_six="mse") for r in rules]
+    row("NVFP4, four over six", "token, four over six", nvfp4jax.quantize_model(half, best))
+    row("one-level FP4", "one-level FP4", one_level(qmodel, half))
+    console.print(table)
+    x = jax.random.normal(jax.random.key(1), (256, 512))
+    table = Table("standard deviation", "NVFP4, online", "one-level FP4", title="relative error of a Gaussian tensor")
+    for std in (1e-4, 1e-3, 1e-2, 1.0, 1e4):
+        y = x * jnp.float32(std)
+        bare: NVFP4Array = quantize_static(y, jnp.float32(1))
+        table.add_row(f"{std:g}", f"{relative(nvfp4jax.quantize(y).dequantize(), y):.4f}", f"{relative(bare.dequantize(), y):.4f}")
+    console.print(table)
+    say("done")
+
+
+if __name__ == "__main__":
+    typer.run(main)
