@@ -266,51 +266,111 @@ def lanes(interleaved, *, pinned=False):
     return warp, rem(lane, 4), row, weight_row
 
 
-def decode_fragments(w_ref, s_ref, wg, unit, *, chunks, first, scale_row, other=None):
-    """Codes and scales in shared memory -> `chunks` arrays bf16 (64, 64), each A of a wgmma, times 2**-7.
+def _fragment_reader(w, s, wg, unit, *, scale_row, other):
+    """-> load(chunk), what the lane needs of a 64-chunk from shared memory, and decode(that): [k16 step][4 registers]."""
+    warp, quad, _, weight_row = lanes(bool(other))
+    rows_wg, rows_warp = (32, 8) if other else (64, 16)
+    row = add(add(mul(wg, rows_wg), mul(warp, rows_warp)), weight_row)
+    rows = [row, add(row, 0 if other else 1)]  # of fragment rows r and r + 8
+    further_rows, further_scales = other or (0, 0)
+    phases = [bit_and(r, 7) for r in rows]  # of the swizzle
+    scale_at = []
+    for h, (r, phase) in enumerate(zip(rows, phases)):
+        at = add(smem_address(s), add(mul(r, scale_row), h * further_scales))
+        scale_at.append(add(at, mul(bit_xor(unit, phase) if scale_row == 128 else unit, 16)))
+    selector = asm("mad.lo.u32 $0,$1,0x1111,0x4400;", [quad], effects=False)  # byte `quad` of both words
+    base = add(smem_address(w), mul(rem(quad, 2), 8))
+    # The unit of 64-chunk c is (2 c + quad / 2) ^ phase: 2 c is xored into the whole address.
+    bases = [add(add(base, mul(r, 128)), mul(bit_xor(div(quad, 2), phase), 16)) for r, phase in zip(rows, phases)]
 
-    w_ref: i32 [rows, 32], ROWS_128: 256 codes a row, of which 64-chunks first .. first + chunks - 1 are decoded.
-    s_ref: the scales of the same rows, `scale_row` bytes a row; ROWS_128 where that is 128, else plain. unit: which
-    16 bytes of a row belong to these 256 codes. wg: the warpgroup (i32). other: None, or, where two operands interleave
-    (gate and up), how far on the second one lies: rows of w_ref (a multiple of 8), bytes of s_ref (of 1024 if swizzled).
+    def load_scales(first, chunks):
+        """Of both rows, the words of 64-chunks first .. first + chunks - 1."""
+        if scale_row % 16:
+            return [[load_shared(at, 4 * (first + t), 1)[0] for t in range(chunks)] for at in scale_at]
+        return [load_shared(at, 4 * first, chunks) for at in scale_at]
+
+    def load_codes(chunk):
+        return [load_shared(bit_xor(at, 32 * chunk), h * 128 * further_rows, 2) for h, at in enumerate(bases)]
+
+    def decode(codes, scales):
+        factors = asm(SCALE_PAIR, [*scales, selector], "rr", effects=False)
+        decoded = [[decode_codes(word, factors[h]) for word in codes[h]] for h in range(2)]
+        return [[decoded[h][i][step] for i in range(2) for h in range(2)] for step in range(4)]
+
+    return load_scales, load_codes, decode
+
+
+def multiply_decoded(acc, w_ref, s_ref, x_ref, wg, unit, *, first, chunks, part, tokens, scale_row, other=None, in_flight=0):
+    """acc f32 (64, tokens) + decoded weights times tokens over 64-chunks first .. first + chunks - 1 of 256 codes.
+
+    The weights are A of wgmma, from registers, times 2**-7. w_ref: i32 [rows, 32], ROWS_128: 256 codes a row. s_ref: the scales
+    of the same rows, `scale_row` bytes a row; ROWS_128 where that is 128, else plain. unit: which 16 bytes of a row belong to
+    these codes. x_ref: bf16 [chunks, >= tokens, 64] of a `token_ring`. wg: the warpgroup (i32). other: None, or, where two
+    operands interleave (gate and up), how far on the second one lies: rows of w_ref (a multiple of 8), bytes of s_ref (of 1024
+    if swizzled). part: chunks between two waits; in_flight: parts that may still run at the end (0 or 1), see `settle`.
     """
-    swizzled_scales = scale_row == 128
-
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(ROWS_128), plgpu.RefType(ROWS_128 if swizzled_scales else ()), SPLAT, SPLAT),
-        return_type=(plgpu.ShapeDtypeStruct((64, 64), jnp.bfloat16, layout=WGMMA),) * chunks)
-    def f(ctx, w, s, wg, unit):
+        arg_types=(WGMMA, plgpu.RefType(ROWS_128), plgpu.RefType(ROWS_128 if scale_row == 128 else ()),
+                   plgpu.RefType(ROWS_128), SPLAT, SPLAT),
+        return_type=plgpu.ShapeDtypeStruct((64, tokens), jnp.float32, layout=WGMMA))
+    def f(ctx, acc, w, s, x, wg, unit):
         del ctx
-        wg, unit = scalar(wg), scalar(unit)
-        warp, quad, _, weight_row = lanes(bool(other))
-        rows_wg, rows_warp = (32, 8) if other else (64, 16)
-        row = add(add(mul(wg, rows_wg), mul(warp, rows_warp)), weight_row)
-        rows = [row, add(row, 0 if other else 1)]  # of fragment rows r and r + 8
-        further_rows, further_scales = other or (0, 0)
-        phases = [bit_and(r, 7) for r in rows]  # of the swizzle
+        load_scales, load_codes, decode = _fragment_reader(w, s, scalar(wg), scalar(unit), scale_row=scale_row, other=other)
+        i64 = ir.IntegerType.get_signless(64)
+        stride = ir.MemRefType(x.type).shape[-2] * 128  # bytes of a 64-chunk of tokens
+        # Of rows of 128 swizzled bytes in groups of 8: address / 16, 1, 1024 / 16 between groups, 128-byte swizzle.
+        address = arith.extui(i64, shift_right(bit_and(smem_address(x), 0x3FFFF), 4))
+        descriptor = llvm.or_(address, arith.constant(i64, (1 << 62) | (64 << 32) | (1 << 16)))
+        sums = [v for register in acc.registers.flat for v in elements(register)]
+        scales = load_scales(first, chunks)
+        codes = [load_codes(first + t) for t in range(min(part, chunks))]
+        for start in range(0, chunks, part):
+            decoded = [decode(codes[t], [scales[h][start + t] for h in range(2)]) for t in range(part)]
+            if start + part < chunks:
+                codes = [load_codes(first + start + part + t) for t in range(part)]
+            sums = _wgmma(sums, decoded, descriptor, tokens, [start + t for t in range(part)], stride, in_flight)
+        registers = np.array([pair(*sums[i:i + 2]) for i in range(0, len(sums), 2)], dtype=object)
+        return wgmma_array(registers, (64, tokens))
 
-        scales = []
-        for h, (r, phase) in enumerate(zip(rows, phases)):
-            at = add(smem_address(s), add(mul(r, scale_row), 4 * first + h * further_scales))
-            at = add(at, mul(bit_xor(unit, phase) if swizzled_scales else unit, 16))
-            scales.append([load_shared(at, 4 * t, 1)[0] for t in range(chunks)] if scale_row % 16 else
-                          load_shared(at, 0, chunks))
-        selector = asm("mad.lo.u32 $0,$1,0x1111,0x4400;", [quad], effects=False)  # byte `quad` of both words
-        base = add(smem_address(w), mul(rem(quad, 2), 8))
-        # The unit of 64-chunk c is (2 c + quad / 2) ^ phase: 2 c is xored into the whole address.
-        bases = [add(add(base, mul(r, 128)), mul(bit_xor(div(quad, 2), phase), 16)) for r, phase in zip(rows, phases)]
-        offsets = [0, 128 * further_rows]
-        out = np.empty((chunks, 8, 2), dtype=object)
-        bf16_pair = ir.VectorType.get((2,), ir.BF16Type.get())
-        for t in range(chunks):
-            factors = asm(SCALE_PAIR, [scales[0][t], scales[1][t], selector], "rr", effects=False)
-            for h in range(2):
-                for i, word in enumerate(load_shared(bit_xor(bases[h], 32 * (first + t)), offsets[h], 2)):
-                    for j, register in enumerate(decode_codes(word, factors[h])):
-                        out[t, 2 * j + i, h] = utils.bitcast(register, bf16_pair)
-        return tuple(wgmma_array(o, (64, 64)) for o in out)
+    return f(acc, w_ref, s_ref, x_ref, wg, unit)
 
-    return f(w_ref, s_ref, wg, unit)
+
+def _wgmma(sums, decoded, descriptor, tokens, chunks, stride, in_flight):
+    """Adds decoded[chunk][k16 step] times the tokens, and waits until `in_flight` such groups run."""
+    f32, n = ir.F32Type.get(), len(sums)
+    left = [register for chunk in decoded for step in chunk for register in step]
+    text = ["{.reg .b64 d; .reg .pred p; setp.eq.u32 p,0,0; wgmma.fence.sync.aligned;"]
+    accumulator = "{" + ",".join(f"${i}" for i in range(n)) + "}"
+    for i in range(len(left) // 4):
+        a = ",".join(f"${2 * n + 4 * i + j}" for j in range(4))
+        offset = (chunks[i // 4] * stride + 32 * (i % 4)) >> 4
+        text.append(f"add.s64 d,${2 * n + len(left)},{offset}; wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16 "
+                    f"{accumulator},{{{a}}},d,p,1,1,0;")
+    text.append(f"wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned {in_flight};}}")
+    constraints = ",".join(["=f"] * n + [str(i) for i in range(n)] + ["r"] * len(left) + ["l"])
+    struct = llvm.inline_asm(llvm.StructType.get_literal([f32] * n), [*sums, *left, descriptor], "\n".join(text), constraints,
+                             has_side_effects=True)
+    return [llvm.extractvalue(f32, struct, [i]) for i in range(n)]
+
+
+def settle(acc):
+    """Waits for the wgmmas that `multiply_decoded` left in flight."""
+    @plgpu.inline_mgpu(arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=WGMMA))
+    def f(ctx, acc):
+        del ctx
+        sums = [v for register in acc.registers.flat for v in elements(register)]
+        sums = _tied("wgmma.wait_group.sync.aligned 0;", sums)
+        registers = np.array([pair(*sums[i:i + 2]) for i in range(0, len(sums), 2)], dtype=object)
+        return wgmma_array(registers, acc.shape)
+    return f(acc)
+
+
+def _tied(text, values):
+    """Inline PTX that f32 values pass through."""
+    f32, n = ir.F32Type.get(), len(values)
+    constraints = ",".join(["=f"] * n + [str(i) for i in range(n)])
+    struct = llvm.inline_asm(llvm.StructType.get_literal([f32] * n), values, text, constraints, has_side_effects=True)
+    return [llvm.extractvalue(f32, struct, [i]) for i in range(n)]
 
 
 SILU_MUL = ("{.reg .f32 e; mul.f32 e,$1,0fBFB8AA3B; ex2.approx.ftz.f32 e,e; add.f32 e,e,0f3F800000; "
@@ -328,7 +388,7 @@ STORE = "{{.reg .pred p; setp.gt.s32 p,$2,{token}; @p st.global.{kind} [$0+{offs
 def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, width, gated=False, masked=True):
     """f32 (64, tokens), decoded weights x tokens -> out[row + t, channel...] of token t < count; out [M, width].
 
-    acc: the WGMMA accumulator over `decode_fragments` (its row order is undone here). factor: f32 scalar; row_scale:
+    acc: the WGMMA accumulator of `multiply_decoded` (its row order is undone here). factor: f32 scalar; row_scale:
     None or f32 [M, 1] in global memory: token t is multiplied by row_scale[row + t] * factor. out: bf16 or f32. gated:
     bf16 silu(r) * (r + 8) of 32 channels, else 64 channels. channel: the warpgroup's first. masked: channels may reach
     past `width`.
@@ -422,6 +482,28 @@ def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, wi
 
 # --- MLIR: per-thread programs (loops and branches inside one `plgpu.inline_mgpu`) ----------------------------------
 
+def thread_kernel(program, names, out_types, *, grid, warps, cluster=1, shared_words=0):
+    """A kernel that is one thread's program, written with the functions of this section.
+
+    program: refs by name -> None; names: of the inputs, the outputs, and "shared" (i32 [shared_words] of the CTA's shared
+    memory) where shared_words > 0. grid: CTAs, in clusters of `cluster`. -> a function of the inputs, a tuple of outputs.
+    """
+    def body(*refs):
+        @plgpu.inline_mgpu(arg_types=(REF,) * len(refs))
+        def inline(ctx, *refs):
+            del ctx
+            program(dict(zip(names, refs)))
+
+        inline(*refs)
+
+    axes = dict(grid=(grid // cluster,), grid_names=("cta",))
+    if cluster > 1:
+        axes |= dict(cluster=(cluster,), cluster_names=("rank",))
+    return plgpu.kernel(
+        body, out_type=tuple(out_types), scratch_types=(plgpu.SMEM((shared_words,), jnp.int32),) if shared_words else (),
+        num_threads=warps // 4, thread_name="wg", compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True), **axes)
+
+
 def thread_index():
     """i32 index of this thread in its CTA."""
     return utils.thread_idx()
@@ -449,6 +531,32 @@ def branch(condition, body):
         body()
         scf.yield_([])
 
+
 def offset_address(address, size):
     """An i64 address plus a constant number of bytes."""
     return arith.addi(address, arith.constant(ir.IntegerType.get_signless(64), int(size)))
+
+
+def select(condition, a, b):
+    """a where the i32 condition is not zero, else b; i32 registers or ints."""
+    a, b = (v if isinstance(v, ir.Value) else i32(v) for v in (a, b))
+    return arith.select(_integers(lambda x, y: arith.cmpi(arith.CmpIPredicate.ne, x, y))(condition, 0), a, b)
+
+
+def load_global(address, words, condition, form="b32"):
+    """`words` i32 registers (1, or a multiple of 4) of read-only global memory, zeros where the i32 condition is zero."""
+    registers = [f"${i}" for i in range(words)]
+    zeros = "".join(f"mov.b32 {r},0;" for r in registers)
+    loads = f"@p ld.global.nc.{form} $0,[$1];" if words == 1 else "".join(
+        f"@p ld.global.nc.v4.b32 {{{','.join(registers[i:i + 4])}}},[${words}+{4 * i}];" for i in range(0, words, 4))
+    out = asm(f"{{.reg .pred p; setp.ne.u32 p,${words + 1},0; {zeros} {loads}}}", [address, condition], "r" * words)
+    return [out] if words == 1 else out
+
+
+def store_global(address, values, condition, form="b32"):
+    """Stores 1, 2 or 4 i32 registers to global memory where the i32 condition is not zero."""
+    registers = ",".join(f"${i}" for i in range(1, len(values) + 1))
+    vector_form = f".v{len(values)}" if len(values) > 1 else ""
+    target = f"{{{registers}}}" if len(values) > 1 else registers
+    asm(f"{{.reg .pred p; setp.ne.u32 p,${len(values) + 1},0; @p st.global{vector_form}.{form} [$0],{target};}}",
+        [address, *values, condition], "")

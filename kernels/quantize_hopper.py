@@ -19,8 +19,6 @@ import struct
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from nvfp4jax import numerics
 from nvfp4jax.kernels import mosaic as mg
@@ -44,13 +42,6 @@ def _list(first: int, count: int) -> str:
 
 
 # --- inline PTX: every register is an untyped i32 --------------------------------------------------------------------
-
-def _load_text(words):
-    """`words` i32 from address $words, zeros unless $words+1."""
-    zeros = "".join(f"mov.b32 ${i},0;" for i in range(words))
-    loads = "".join(f"@p ld.global.nc.v4.b32 {{{_list(i, 4)}}},[${words}+{4 * i}];" for i in range(0, words, 4))
-    return f"{{.reg .pred p; setp.ne.u32 p,${words + 1},0; {zeros} {loads}}}"
-
 
 # A pair of bf16 with -0 made +0: adding +0 does, where a product with 1 would not.
 CANONICAL = "{.reg .b32 o,z; mov.b32 o,0x3F803F80; mov.b32 z,0; fma.rn.bf16x2 $0,$1,o,z;}"
@@ -190,17 +181,8 @@ def _error_text(kind):
 
 SPLIT = "and.b32 $0,$2,0x7FFFFF; or.b32 $0,$0,0x3F800000; and.b32 $1,$2,0x7F800000;"
 CHOOSE = "{.reg .pred p; setp.lt.f32 p,$1,$2; selp.b32 $0,$3,$4,p;}"  # $3 where $1 < $2, else $4
-SELECT = "{.reg .pred p; setp.ne.u32 p,$1,0; selp.b32 $0,$2,$3,p;}"
 STORE_SHARED = "st.shared.b32 [$0],$1;"
 LOAD_SHARED = "ld.shared.b32 $0,[$1];"
-LOAD_GLOBAL = "{.reg .pred p; setp.ne.u32 p,$2,0; mov.b32 $0,0; @p ld.global.nc.b32 $0,[$1];}"
-LOAD_BYTE = "{.reg .pred p; setp.ne.u32 p,$2,0; mov.b32 $0,0; @p ld.global.nc.u8 $0,[$1];}"
-
-
-def _store_text(form, values):
-    """Stores `values` registers from $1 at address $0 where the last argument is not zero."""
-    registers = f"{{{_list(1, values)}}}" if values > 1 else "$1"
-    return f"{{.reg .pred p; setp.ne.u32 p,${values + 1},0; @p st.global.{form} [$0],{registers};}}"
 
 
 # --- how rows lie over threads ---------------------------------------------------------------------------------------
@@ -319,7 +301,7 @@ def _program(refs, spec: _Spec, plan: _Plan):
             n = 16 if spec.single else 8
             for j in range(blocks):
                 address = mg.offset_address(first, j * per_row * WARP * 16 * itemsize)
-                out += asm(_load_text(n), [address, ok if full else mg.bit_and(ok, inside[j])], "r" * n)
+                out += mg.load_global(address, n, ok if full else mg.bit_and(ok, inside[j]))
         return out
 
     def produce(raw, parity):
@@ -334,7 +316,7 @@ def _program(refs, spec: _Spec, plan: _Plan):
             rsqrt = row_rsqrt(raw, parity)
             first = mg.gmem_element(refs["weight"], mg.i32(0), 0, mul(add(mul(part, WARP), lane), 16), 2)
             for j in range(blocks):
-                weight = asm(_load_text(8), [mg.offset_address(first, j * per_row * WARP * 32), inside[j]], "r" * 8)
+                weight = mg.load_global(mg.offset_address(first, j * per_row * WARP * 32), 8, inside[j])
                 raw[j] = [asm(NORM, [word, rsqrt, w], **pure) for word, w in zip(raw[j], weight)]
         return [[asm(CANONICAL, [word], **pure) for word in block] for block in raw]
 
@@ -403,8 +385,8 @@ def _program(refs, spec: _Spec, plan: _Plan):
         found = maximum([finite for _, finite in maxima])
         if spec.masked:
             row = add(mul(group, rows), row_of_group)
-            valid = asm(LOAD_BYTE, [mg.gmem_element(refs["valid"], row, 1, mg.i32(0), 1), mg.flag("lt", row, m)])
-            found = asm(SELECT, [valid, found, mg.i32(0)], **pure)
+            valid, = mg.load_global(mg.gmem_element(refs["valid"], row, 1, mg.i32(0), 1), 1, mg.flag("lt", row, m), form="u8")
+            found = mg.select(valid, found, 0)
         return found
 
     def scan(order, start, stop, step, best, parity):
@@ -436,7 +418,7 @@ def _program(refs, spec: _Spec, plan: _Plan):
                 block = asm(_unpack_text(), block, "r" * 16, **pure)
             base = asm(WANTED_SIX, [finite, g], **pure)
             parts = asm(SPLIT, [amax], "rr", **pure)
-            parts[0] = asm(SELECT, [amax, parts[0], mg.i32(0)], **pure)
+            parts[0] = mg.select(amax, parts[0], 0)
             tried = []
             for wanted in (base, asm(TIMES_1_5, [base], **pure)):
                 bits, value, multiplier = candidate(wanted, power, mantissa)
@@ -452,7 +434,7 @@ def _program(refs, spec: _Spec, plan: _Plan):
     def write_operand(row, ok, j, words, bits, poisoned):
         """Decodes and stores a warp's 32 blocks: a quad's 4 blocks are a 64-chunk, which the permutation mixes."""
         factor = asm(mg.SCALE, [bits, mg.i32(0x4440)], **pure)
-        factor = asm(SELECT, [poisoned, mg.i32(0x7FC07FC0), factor], **pure)
+        factor = mg.select(poisoned, 0x7FC07FC0, factor)
         base = add(transpose, mul(warp, 4 * TRANSPOSE_WORDS))
         at = add(base, add(mul(div(lane, 4), 144), mul(rem(lane, 4), 4)))
         for h, word in enumerate(words):
@@ -466,7 +448,7 @@ def _program(refs, spec: _Spec, plan: _Plan):
         for i in range(2):
             values = asm(f"ld.shared.v4.b32 {{$0,$1,$2,$3}},[$4+{i * 4 * 144}];", [source], "rrrr")
             here = ok if full else mg.bit_and(ok, mg.flag("lt", add(chunk, add(mul(div(lane, 8), 4), 16 * i)), blocks_of_row))
-            asm(_store_text("v4.b32", 4), [mg.offset_address(start, 512 * i), *values, here], "")
+            mg.store_global(mg.offset_address(start, 512 * i), values, here)
         asm("bar.warp.sync -1;", outputs="")
 
     def quantize_group(group, raw, parity, scaled):
@@ -481,25 +463,25 @@ def _program(refs, spec: _Spec, plan: _Plan):
         if spec.amax == "row":
             scaled = scales(finite_max)
         elif spec.amax == "rows":
-            scaled = scales(asm(LOAD_GLOBAL, [mg.gmem_element(refs["amax"], row, 1, mg.i32(0), 4), ok]))
+            scaled = scales(*mg.load_global(mg.gmem_element(refs["amax"], row, 1, mg.i32(0), 4), 1, ok))
         if spec.amax in ("row", "rows"):
             first = mg.bit_and(ok, mg.flag("eq", add(part, lane), 0))
-            asm(_store_text("b32", 1), [mg.gmem_element(refs["global_scale"], row, 1, mg.i32(0), 4), scaled[0], first], "")
+            mg.store_global(mg.gmem_element(refs["global_scale"], row, 1, mg.i32(0), 4), scaled[:1], first)
         for j, (block, (_, finite)) in enumerate(zip(produced, maxima)):
             here = ok if full else mg.bit_and(ok, inside[j])
             if spec.values:
                 address = mg.gmem_element(refs["values"], row, k, mul(index[j], 16), 2)
                 for i in range(2):
-                    asm(_store_text("v4.b32", 4), [mg.offset_address(address, 16 * i), *block[4 * i:4 * i + 4], here], "")
+                    mg.store_global(mg.offset_address(address, 16 * i), block[4 * i:4 * i + 4], here)
             bits, words = quantize_block(block, finite, scaled)
             if spec.emit == "operand":
                 write_operand(row, ok, j, words, bits, poisoned)
                 continue
-            words = [asm(SELECT, [poisoned, mg.i32(0), word], **pure) for word in words]
-            bits = asm(SELECT, [poisoned, mg.i32(numerics.E4M3_NAN), bits], **pure)
+            words = [mg.select(poisoned, 0, word) for word in words]
+            bits = mg.select(poisoned, numerics.E4M3_NAN, bits)
             address = mg.gmem_element(refs["packed"], row, k // 2, mul(index[j], BLOCK_BYTES), 1)
-            asm(_store_text("v2.b32", 2), [address, *words, here], "")
-            asm(_store_text("u8", 1), [mg.gmem_element(refs["scale"], row, k // 16, index[j], 1), bits, here], "")
+            mg.store_global(address, words, here)
+            mg.store_global(mg.gmem_element(refs["scale"], row, k // 16, index[j], 1), [bits], here, form="u8")
 
     def quantize_groups(first, step, scaled, reverse=False):
         order = (lambda group: mg.sub(groups - 1, group)) if reverse else (lambda group: group)
@@ -520,7 +502,7 @@ def _program(refs, spec: _Spec, plan: _Plan):
         scaled = scales(amax)
         if spec.emit != "amax":
             first = mg.flag("eq", add(cta, tid), 0)
-            asm(_store_text("b32", 1), [mg.gmem_address(refs["global_scale"]), scaled[0], first], "")
+            mg.store_global(mg.gmem_address(refs["global_scale"]), scaled[:1], first)
         return scaled
 
     cta = asm("mov.u32 $0,%ctaid.x;")
@@ -544,15 +526,16 @@ def _program(refs, spec: _Spec, plan: _Plan):
         quantize_produced(own, produced, maxima, mg.i32(0), scalar_scales(best, cta))
     elif spec.emit == "amax":
         best = cta_maximum(scan(lambda i: i, cta, groups, plan.grid, mg.i32(0), mg.i32(0)))
-        asm(_store_text("b32", 1), [mg.gmem_element(refs["partials"], cta, 1, mg.i32(0), 4), best, mg.flag("eq", tid, 0)], "")
+        mg.store_global(mg.gmem_element(refs["partials"], cta, 1, mg.i32(0), 4), [best], mg.flag("eq", tid, 0))
     elif spec.amax == "partials":
         def reduced():
-            loads = [asm(LOAD_GLOBAL, [mg.gmem_element(refs["amax"], add(lane, WARP * i), 1, mg.i32(0), 4),
-                                       mg.flag("lt", add(lane, WARP * i), spec.partials)]) for i in range(-(-spec.partials // WARP))]
+            positions = [add(lane, WARP * i) for i in range(-(-spec.partials // WARP))]
+            loads = [mg.load_global(mg.gmem_element(refs["amax"], p, 1, mg.i32(0), 4), 1, mg.flag("lt", p, spec.partials))[0]
+                     for p in positions]
             return scalar_scales(asm(WARP_MAX, [maximum(loads)]), cta)
         quantize_groups(cta, plan.grid, reduced, reverse=True)
     elif spec.amax in ("scalar", "static"):
-        quantize_groups(cta, plan.grid, lambda: scalar_scales(asm(LOAD_GLOBAL, [mg.gmem_address(refs["amax"]), mg.i32(1)]), cta))
+        quantize_groups(cta, plan.grid, lambda: scalar_scales(*mg.load_global(mg.gmem_address(refs["amax"]), 1, mg.i32(1)), cta))
     else:
         quantize_groups(cta, plan.grid, None)
 
@@ -587,21 +570,8 @@ def _kernel(spec: _Spec, plan: _Plan):
             outputs["values"] = jax.ShapeDtypeStruct((spec.m, spec.k), jnp.bfloat16)
     names = [*inputs, *outputs, "shared"]
 
-    def body(*refs):
-        @plgpu.inline_mgpu(arg_types=(mg.REF,) * len(refs))
-        def program(ctx, *refs):
-            del ctx
-            _program(dict(zip(names, refs)), spec, plan)
-
-        program(*refs)
-
-    grid = dict(grid=(plan.grid // plan.cluster,), grid_names=("cta",))
-    if plan.cluster > 1:
-        grid |= dict(cluster=(plan.cluster,), cluster_names=("rank",))
-    call = plgpu.kernel(
-        body, out_type=tuple(outputs.values()),
-        scratch_types=(plgpu.SMEM((_offsets(spec, plan)[-1],), jnp.int32),), num_threads=plan.warps // 4, thread_name="wg",
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True), **grid)
+    call = mg.thread_kernel(lambda refs: _program(refs, spec, plan), names, outputs.values(), grid=plan.grid, warps=plan.warps,
+                            cluster=plan.cluster, shared_words=_offsets(spec, plan)[-1])
     return lambda arguments: dict(zip(outputs, call(*(arguments[name] for name in inputs))))
 
 
