@@ -1,0 +1,23 @@
+# make demo, make test: each sets up .venv by itself (Python >= 3.12, no GPU needed).
+PYTHON ?= $(shell command -v python3.12 || command -v python3)
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+CHECKPOINT ?= tests/data/qwen3-moe-tiny/bf16
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test setup
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 12) else "Python 3.12 or newer is needed, found " + sys.version.split()[0] + "; name one with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[test,aot]'
+	touch $@
+
+demo: $(VENV)/.ready
+	$(VENV)/bin/python -m nvfp4jax.demo $(CHECKPOINT)
+
+test: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
