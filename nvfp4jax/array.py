@@ -8,7 +8,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from nvfp4jax import numerics, scaling as scaling_modes
+from nvfp4jax import numerics
+from nvfp4jax import scaling as scaling_modes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ if os.environ.get("NVFP4JAX_TEST_GPU") != "1":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
-from jaxtyping import install_import_hook
+from jaxtyping import install_import_hook  # noqa: E402
 
 # Before nvfp4jax is imported: annotations of these modules are enforced while tests run.
 install_import_hook(
@@ -20,9 +20,9 @@ install_import_hook(
     "beartype.beartype",
 )
 
-import hypothesis
-import jax
-import jaxtyping
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
