@@ -80,7 +80,7 @@ def _input_scale(weights: Sequence[PackedWeight], checkpoint: Checkpoint, name: 
     """The input scale of weights that see the same activation: the largest."""
     if any(w.input_scale is None for w in weights):
         raise CheckpointError(f"{checkpoint.directory}: {name!r} has no input_scale, which activation='static' needs; use an online mode")
-    return np.max([w.input_scale for w in weights])
+    return np.asarray(np.max([w.input_scale for w in weights]), np.float32)
 
 
 def _linear(checkpoint: Checkpoint, path: Sequence[Any], layer: NVFP4Linear) -> dict[str, np.ndarray]:
@@ -181,8 +181,8 @@ def abstract_model(
     model = models.build(checkpoint.config, dtype)
     layers = quantizable(model)
     packed = {path for path, module in layers.items() if is_packed(checkpoint, path, module)}
-    taken = set() if not rules else set(layers) - set(quantizable(quantize_model(model, rules)))
-    rules = [*rules, *(Rule(re.escape(path_string(path)), activation=activation) for path in layers if path in packed - taken)]
+    decided = {path for path in packed if any(re.fullmatch(rule.module_path, path_string(path)) for rule in rules)}
+    rules = [*rules, *(Rule(re.escape(path_string(path)), activation=activation) for path in layers if path in packed - decided)]
     if not rules:
         return model
     qmodel = quantize_model(model, rules)

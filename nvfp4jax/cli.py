@@ -1,0 +1,284 @@
+"""The command line: quantize, rollout, inspect. Bad input ends with exit code 2 and one line on stderr."""
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="NVFP4 checkpoints and rollouts in JAX.")
+
+# jax is imported inside the commands: `--help` answers at once.
+MODES = ("none", "static", "tensor", "tensor_pow2", "token", "expert")
+
+
+def _activation(name: str) -> str | None:
+    if name not in MODES:
+        raise ValueError(f"--activation {name}: one of {', '.join(MODES)}")
+    return None if name == "none" else name
+
+
+@app.command()
+def quantize(
+    model_dir: Annotated[Path, typer.Option(help="Hugging Face folder (bf16, FP8 by blocks, NVFP4), or an Orbax folder of ours.")],
+    save_dir: Annotated[Path, typer.Option(help="Folder to make; it must not exist.")],
+    output: Annotated[str, typer.Option(help="orbax, modelopt or compressed-tensors.")] = "orbax",
+    keep_first_n: Annotated[int, typer.Option(help="First layers that stay in bfloat16.")] = 0,
+    keep_last_n: Annotated[int, typer.Option(help="Last layers that stay in bfloat16.")] = 0,
+    exclude: Annotated[list[str] | None, typer.Option(help="Regular expression, searched in 'layers/0/mlp/up_proj'. May repeat.")] = None,
+    experts_only: Annotated[bool, typer.Option(help="Quantize experts and nothing else.")] = False,
+    four_over_six: Annotated[str | None, typer.Option(help="mse or mae: four-over-six for weights.")] = None,
+    activation: Annotated[str, typer.Option(help="Mode of the layers: none, static, tensor, tensor_pow2, token, expert.")] = "token",
+    activation_four_over_six: Annotated[str | None, typer.Option(help="mse or mae: four-over-six for activations.")] = None,
+) -> None:
+    """Quantize a model to NVFP4, shard by shard; a run that was interrupted goes on when it is started again."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from nvfp4jax.checkpoint import convert
+
+    selection = convert.Selection(
+        keep_first_n, keep_last_n, tuple(exclude or ()), experts_only, four_over_six, _activation(activation), activation_four_over_six
+    )
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+        report = convert.quantize_folder(
+            model_dir, save_dir, selection, output=output,
+            progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
+        )  # fmt: skip
+    errors = sorted(((row["relative_error"], row["name"]) for row in report if row.get("relative_error") is not None), reverse=True)
+    print(f"{save_dir}: {len(report)} weights in NVFP4 ({output})")
+    if errors:
+        mean = sum(error for error, _ in errors) / len(errors)
+        print(f"relative error: mean {mean:.4f}, worst {errors[0][0]:.4f} ({errors[0][1]}); each weight's: {convert.REPORT}")
+
+
+def _token_rows(texts: Sequence[str]) -> list[list[int]]:
+    rows = []
+    for text in texts:
+        try:
+            rows.append([int(part) for part in text.replace(",", " ").split()])
+        except ValueError:
+            raise ValueError(f"--token-ids {text!r}: integers separated by commas are needed") from None
+    return rows
+
+
+def _tokenizer(checkpoint: Path):
+    from tokenizers import Tokenizer
+
+    file = checkpoint / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file, so text cannot be turned into tokens; pass --token-ids")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"{file}: cannot be read as a tokenizer ({' '.join(str(error).split())[:200]})") from error
+
+
+def _stop_tokens(checkpoint: Path) -> list[int]:
+    from nvfp4jax.checkpoint.safetensors import read_json
+
+    file = checkpoint / "generation_config.json"
+    found = read_json(file).get("eos_token_id") if file.is_file() else None
+    found = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(type(token) is int for token in found):
+        raise ValueError(f"{file}: eos_token_id must be an integer or a list of them")
+    return found
+
+
+@app.command()
+def rollout(
+    checkpoint: Annotated[Path, typer.Option(help="Hugging Face folder or Orbax folder.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may repeat.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file of prompts, one a line.")] = None,
+    token_ids: Annotated[list[str] | None, typer.Option(help='A prompt as token ids, "1,2,3"; may repeat.')] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to sample for each prompt.")] = 32,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = None,
+    num_samples: Annotated[int, typer.Option(help="Samples a prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the random key.")] = 0,
+    stop_token: Annotated[list[int] | None, typer.Option(help="Token that ends a sample; default: the folder's eos tokens.")] = None,
+    cache_length: Annotated[int | None, typer.Option(help="Slots of the KV cache.")] = None,
+    activation: Annotated[str | None, typer.Option(help="Mode of the NVFP4 layers, where not the stored one.")] = None,
+    scan_layers: Annotated[bool, typer.Option(help="Scan equal layers: compiles faster, runs slower.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a sample.")] = False,
+) -> None:
+    """Sample continuations of prompts."""
+    import jax
+    import numpy as np
+
+    from nvfp4jax.checkpoint import load_model
+    from nvfp4jax.rollout import generate
+
+    texts = list(prompt or ())
+    if prompt_file is not None:
+        try:
+            texts += [line for line in prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompt-file {prompt_file}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from error
+    rows = _token_rows(token_ids or ())
+    if not texts and not rows:
+        raise ValueError("no prompt: pass --prompt, --prompt-file or --token-ids")
+    if not checkpoint.is_dir():
+        raise ValueError(f"{checkpoint}: no such folder")
+    tokenizer = _tokenizer(checkpoint) if texts else None
+    if tokenizer is not None:
+        rows = [tokenizer.encode(text).ids for text in texts] + rows
+    if empty := [number for number, row in enumerate(rows) if not row]:
+        raise ValueError(f"prompt {empty[0]} has no token")
+    options = {} if activation is None else {"activation": _activation(activation)}
+    model = load_model(checkpoint, scan_layers=scan_layers, **options)
+    length = max(map(len, rows))
+    ids, mask = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        ids[i, length - len(row) :], mask[i, length - len(row) :] = row, True
+    result = generate(
+        model, ids, mask, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, key=jax.random.key(seed),
+        num_samples=num_samples, stop_tokens=_stop_tokens(checkpoint) if stop_token is None else stop_token, cache_length=cache_length,
+    )  # fmt: skip
+    tokens, lengths, logprobs = (np.asarray(v) for v in (result.tokens, result.lengths, result.logprobs))
+    for i in range(tokens.shape[0]):
+        new = tokens[i, : lengths[i]].tolist()
+        text = None if tokenizer is None else tokenizer.decode(new)
+        if as_json:
+            record = {"prompt": i // num_samples, "sample": i % num_samples, "tokens": new, "logprobs": logprobs[i, : lengths[i]].tolist()}
+            print(json.dumps(record if text is None else record | {"text": text}))
+        else:
+            print(f"[{i // num_samples}.{i % num_samples}] " + (",".join(map(str, new)) if text is None else text))
+
+
+def _grouped(names: Sequence[str]) -> dict[str, list[str]]:
+    """Names that differ in layer and expert numbers alone, under one pattern."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"(?<=[./])\d+(?=[./]|$)", "*", name), []).append(name)
+    return groups
+
+
+def _range(values: Sequence[float]) -> str:
+    return "" if not len(values) else f"{min(values):.3g}" if min(values) == max(values) else f"{min(values):.3g}..{max(values):.3g}"
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in [header, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _print_total(nbytes: int, elements: int) -> None:
+    print(f"total: {nbytes:,} bytes, {elements:,} weights, {8 * nbytes / max(elements, 1):.2f} bits a weight")
+
+
+@app.command()
+def inspect(directory: Annotated[Path, typer.Argument(help="Hugging Face folder or Orbax folder.")]) -> None:
+    """Print the layers of a checkpoint: formats, shapes, scales, sizes."""
+    from nvfp4jax.checkpoint import orbax
+
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such folder")
+    if orbax.exists(directory):
+        _inspect_orbax(directory)
+    else:
+        _inspect_huggingface(directory)
+
+
+def _inspect_huggingface(directory: Path) -> None:
+    from nvfp4jax.checkpoint import formats
+
+    checkpoint = formats.open_checkpoint(directory)
+    tensors, quantization = checkpoint.tensors, checkpoint.quantization
+    described = quantization.method or "none"
+    if quantization.method is not None:
+        described += f" ({'weights only, ' if quantization.weight_only else ''}{len(quantization.exclude)} exclude patterns, KV cache {quantization.kv_cache or 'unquantized'})"
+    print(f"{directory}: Hugging Face, {' '.join(map(str, checkpoint.config.get('architectures') or ['?']))}, quantization: {described}")
+    rows, elements = [], 0
+    scales = (".weight_scale", ".weight_scale_2", ".weight_global_scale", ".input_scale", ".input_global_scale", ".weight_scale_inv")
+    weights = [name for name in tensors if not name.endswith(scales)]
+    for pattern, names in _grouped(weights).items():
+        info = tensors[names[0]]
+        module = names[0].removesuffix(".weight").removesuffix(".weight_packed")
+        modules = [name.removesuffix(".weight").removesuffix(".weight_packed") for name in names]
+        packed = formats.is_packed(checkpoint, module)
+        shape = (*info.shape[:-1], 2 * info.shape[-1]) if packed else info.shape
+        parts = [tensors[f"{m}{scale}"] for m in modules for scale in scales if f"{m}{scale}" in tensors]
+        globals_, inputs = [], []
+        for m in modules if packed else ():
+            for name, found in ((f"{m}.weight_scale_2", globals_), (f"{m}.input_scale", inputs)):
+                if name in tensors:
+                    found.append(float(formats.read_scalar(checkpoint, name)))
+            for name, found in ((f"{m}.weight_global_scale", globals_), (f"{m}.input_global_scale", inputs)):
+                if name in tensors:
+                    found.append(float(formats.reciprocal(formats.read_scalar(checkpoint, name))))
+        nbytes = sum(tensors[name].nbytes for name in names) + sum(part.nbytes for part in parts)
+        count = sum(tensors[name].nbytes // info.dtype.itemsize for name in names) * (2 if packed else 1)
+        elements += count
+        kind = "nvfp4" if packed else str(info.dtype)
+        rows.append([pattern, str(len(names)), kind, str(list(shape)), _range(globals_), _range(inputs), f"{nbytes:,}"])
+    _print_table(["tensor", "count", "format", "shape", "global scale", "input scale", "bytes"], rows)
+    _print_total(sum(info.nbytes for info in tensors.values()), elements)
+
+
+def _inspect_orbax(directory: Path) -> None:
+    import numpy as np
+
+    from nvfp4jax.checkpoint import orbax
+
+    metadata, shapes = orbax.read_metadata(directory), orbax.read_shapes(directory)
+    config = metadata.get("config") if isinstance(metadata.get("config"), dict) else {}
+    print(f"{directory}: Orbax, format {metadata['format_version']}, {' '.join(map(str, config.get('architectures') or ['?']))}, "
+          f"recipe {metadata.get('recipe')}")  # fmt: skip
+    rules: Any = metadata.get("rules")
+    for rule in rules[:12] if isinstance(rules, list) else ():
+        print(f"  rule {rule}")
+    if isinstance(rules, list) and len(rules) > 12:
+        print(f"  ... {len(rules) - 12} more rules")
+    suffixes = ("_global_scale", "_input_scale", "/input_scale")
+    scales = orbax.restore_leaves(directory, {name: leaf for name, leaf in shapes.items() if name.endswith(suffixes)}, subset=True)
+    values = {name: np.asarray(value).reshape(-1).tolist() for name, value in scales.items()}
+    rows, elements = [], 0
+    weights = [name for name in shapes if not name.endswith((*suffixes, "_scale"))]
+    for pattern, names in _grouped(weights).items():
+        leaf = shapes[names[0]]
+        packed = leaf.dtype == np.uint8
+        parts = [f"{name}{suffix}" for name in names for suffix in ("_scale", "_global_scale", "_input_scale") if f"{name}{suffix}" in shapes]
+        inputs = [f"{name.rpartition('/')[0]}/input_scale" for name in names] if packed and names[0].endswith("/kernel") else []
+        inputs = [name for name in inputs if name in shapes] + [part for part in parts if part.endswith("_input_scale")]
+        globals_ = [v for part in parts if part.endswith("_global_scale") for v in values[part]]
+        nbytes = sum(shapes[name].size * shapes[name].dtype.itemsize for name in {*names, *parts, *inputs})
+        elements += sum(shapes[name].size for name in names) * (2 if packed else 1)
+        shape = (*leaf.shape[:-1], 2 * leaf.shape[-1]) if packed else leaf.shape
+        kind = "nvfp4" if packed else str(leaf.dtype)
+        rows.append([pattern, str(len(names)), kind, str(list(shape)), _range(globals_), _range([v for n in inputs for v in values[n]]), f"{nbytes:,}"])
+    _print_table(["leaf", "count", "format", "shape", "global scale", "input scale", "bytes"], rows)
+    _print_total(sum(leaf.size * leaf.dtype.itemsize for leaf in shapes.values()), elements)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits: 0, or 2 with one line on stderr for bad input, 130 when interrupted."""
+    logging.basicConfig(level=logging.WARNING, format="nvfp4jax: %(message)s")
+    command = typer.main.get_command(app)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        code = command.main(args=arguments, prog_name="nvfp4jax", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        print("nvfp4jax: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    except Exception as error:
+        message = getattr(error, "format_message", None)  # what typer raises for bad usage has one
+        if message is None and not isinstance(error, ValueError | NotImplementedError):
+            raise
+        print(f"nvfp4jax: {' '.join((str(error) if message is None else message()).split())}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()

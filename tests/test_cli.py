@@ -1,0 +1,135 @@
+"""The command line: what it prints, and one line with exit code 2 for what is wrong."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from checkpoint import folders
+from conftest import DATA
+
+from nvfp4jax import cli
+from nvfp4jax.checkpoint import load_model
+from nvfp4jax.rollout import generate
+
+MOE = DATA / "qwen3-moe-tiny"
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments, code=0):
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert end.value.code == code, captured.err
+        return captured.err if code else captured.out
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "out"
+    with pytest.raises(SystemExit) as end:
+        cli.main(["quantize", "--model-dir", str(MOE / "bf16"), "--save-dir", str(path), "--keep-last-n", "1", "--exclude", "k_proj"])
+    assert end.value.code == 0
+    return path
+
+
+def test_inspect_orbax(run, quantized):
+    text = run("inspect", quantized)
+    assert "Qwen3MoeForCausalLM" in text and "te-exact/token" in text
+    row = next(line for line in text.splitlines() if line.startswith("layers/*/mlp/experts/gate_up"))
+    assert row.split()[1:3] == ["3", "nvfp4"] and "[8, 2, 64, 128]" in row
+    row = next(line for line in text.splitlines() if line.startswith("layers/*/self_attn/k_proj/kernel"))
+    assert row.split()[1:3] == ["4", "bfloat16"]
+    assert f"{3 * 8 * 2 * 64 * (64 + 8) + 3 * 8 * 4:,}" in text  # codes, block scales and global scales of gate_up
+
+
+@pytest.mark.parametrize("form", ["bf16", "modelopt-nvfp4", "compressed-tensors-nvfp4"])
+def test_inspect_hugging_face(run, form):
+    text = run("inspect", MOE / form)
+    row = next(line for line in text.splitlines() if "experts.*.down_proj" in line)
+    assert row.split()[1:3] == ["32", "bfloat16" if form == "bf16" else "nvfp4"] and "[128, 64]" in row
+    total = sum(value.nbytes for value in folders.tensors(MOE / form).values())
+    assert f"total: {total:,} bytes" in text and "1,119,616 weights" in text
+
+
+def test_rollout_of_token_ids(run, quantized):
+    lines = run(
+        "rollout", "--checkpoint", quantized, "--token-ids", "1,2,3", "--token-ids", "7 8 9 10 11", "--max-new-tokens", 5, "--json",
+        "--num-samples", 2,
+    ).splitlines()  # fmt: skip
+    records = [json.loads(line) for line in lines]
+    assert [(r["prompt"], r["sample"]) for r in records] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    expected = generate(load_model(quantized), np.array([[1, 2, 3]]), max_new_tokens=5)
+    assert records[0]["tokens"] == records[1]["tokens"] == np.asarray(expected.tokens)[0].tolist()
+    np.testing.assert_allclose(records[0]["logprobs"], np.asarray(expected.logprobs)[0], atol=2e-2)
+    text = run("rollout", "--checkpoint", quantized, "--token-ids", "1,2,3", "--max-new-tokens", 5, "--stop-token", records[0]["tokens"][1])
+    assert text == f"[0.0] {records[0]['tokens'][0]},{records[0]['tokens'][1]}\n"
+
+
+def test_rollout_of_text(run, tmp_path, quantized):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {"[UNK]": 0} | {f"w{i}": i for i in range(1, 512)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path / "with"
+    shutil.copytree(quantized, folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (tmp_path / "prompts.txt").write_text("w1 w2 w3\n\nw9\n")
+    text = run("rollout", "--checkpoint", folder, "--prompt", "w1 w2 w3", "--prompt-file", tmp_path / "prompts.txt", "--max-new-tokens", 3)
+    lines = text.splitlines()
+    assert len(lines) == 3 and lines[0].removeprefix("[0.0] ") == lines[1].removeprefix("[1.0] ")
+    expected = generate(load_model(folder), np.array([[1, 2, 3]]), max_new_tokens=3)
+    assert lines[0] == "[0.0] " + " ".join(f"w{i}" for i in np.asarray(expected.tokens)[0])
+
+
+def test_sampling_depends_on_the_seed_alone(run, quantized):
+    call = lambda seed: run("rollout", "--checkpoint", quantized, "--token-ids", "1,2", "--max-new-tokens", 8, "--temperature", 2.0, "--seed", seed)  # noqa: E731
+    assert call(0) == call(0) != call(1)
+
+
+BAD = {
+    "no folder": (["inspect", "{tmp}/absent"], "no such folder"),
+    "empty folder": (["inspect", "{tmp}/empty"], "config.json"),
+    "truncated": (["inspect", "{tmp}/cut"], "model.safetensors.*truncated"),
+    "save-dir exists": (["quantize", "--model-dir", str(MOE / "bf16"), "--save-dir", "{tmp}/empty"], "exists already"),
+    "unknown mode": (["quantize", "--model-dir", str(MOE / "bf16"), "--save-dir", "{tmp}/x", "--activation", "fast"], "--activation fast: one of"),
+    "exclude nothing": (["quantize", "--model-dir", str(MOE / "bf16"), "--save-dir", "{tmp}/x", "--exclude", "zzz"], "'zzz' matches no layer"),
+    "architecture": (["quantize", "--model-dir", "{tmp}/llama", "--save-dir", "{tmp}/x"], "architectures"),
+    "usage": (["quantize", "--model-dir", "x"], "save-dir"),
+    "no such option": (["rollout", "--nonsense"], "nonsense"),
+    "no such command": (["train"], "train"),
+    "a number": (["quantize", "--model-dir", "x", "--save-dir", "y", "--keep-first-n", "two"], "keep-first-n"),
+    "no prompt": (["rollout", "--checkpoint", str(MOE / "bf16")], "no prompt"),
+    "no tokenizer": (["rollout", "--checkpoint", str(MOE / "bf16"), "--prompt", "hello"], "tokenizer.json.*--token-ids"),
+    "bad tokenizer": (["rollout", "--checkpoint", "{tmp}/llama", "--prompt", "hello"], "cannot be read as a tokenizer"),
+    "ids": (["rollout", "--checkpoint", str(MOE / "bf16"), "--token-ids", "1,x"], "integers"),
+    "no ids": (["rollout", "--checkpoint", str(MOE / "bf16"), "--token-ids", ""], "no token"),
+    "vocabulary": (["rollout", "--checkpoint", str(MOE / "bf16"), "--token-ids", "1,512"], "vocabulary"),
+    "prompt file": (["rollout", "--checkpoint", str(MOE / "bf16"), "--prompt-file", "{tmp}/absent.txt"], "prompt-file.*absent.txt"),
+    "cache": (["rollout", "--checkpoint", str(MOE / "bf16"), "--token-ids", "1,2,3", "--cache-length", "16"], "cache_length=16"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_code_2(run, tmp_path, case):
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(MOE / "bf16", tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    folders.copy(MOE / "bf16", tmp_path / "llama", config={"architectures": ["LlamaForCausalLM"]})
+    (tmp_path / "llama" / "tokenizer.json").write_text("{")
+    arguments, message = BAD[case]
+    error = run(*(argument.format(tmp=tmp_path) for argument in arguments), code=2)
+    # A progress bar may have cleared its line.
+    line = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", error).strip()
+    assert re.search(message, line) and "\n" not in line and line.startswith("nvfp4jax: "), error
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_help(run):
+    assert "quantize" in run("--help") and "rollout" in run("rollout", "--help")
