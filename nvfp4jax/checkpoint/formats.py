@@ -70,6 +70,56 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
 
 
+# Keys of a config that size or shape a model: what their values must be. Absent and null are left to the model.
+_COUNTS = (
+    "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "num_experts", "num_local_experts", "num_experts_per_tok", "decoder_sparse_step",
+    "n_routed_experts", "n_shared_experts", "n_group", "topk_group", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
+    "qk_rope_head_dim", "v_head_dim", "first_k_dense_replace", "moe_layer_freq", "max_position_embeddings",
+)  # fmt: skip
+_NUMBERS = ("rms_norm_eps", "rope_theta", "routed_scaling_factor")
+_SWITCHES = ("tie_word_embeddings", "attention_bias", "norm_topk_prob", "use_sliding_window")
+_WORDS = ("model_type", "hidden_act", "scoring_func", "topk_method")
+_LARGEST_COUNT = 2**24
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e30
+
+
+def check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], where: str) -> None:
+    """CheckpointError for a config.json whose values have the wrong type, or describe more than the folder's tensors could hold."""
+
+    def is_list(value, kind) -> bool:
+        return isinstance(value, list) and len(value) <= 10_000 and all(type(item) is kind for item in value)
+
+    tests = dict.fromkeys(_COUNTS, ("a count", lambda v: type(v) is int and 0 <= v <= _LARGEST_COUNT))
+    tests |= dict.fromkeys(_NUMBERS, ("a number of at least 0", _is_number))
+    tests |= dict.fromkeys(_SWITCHES, ("true or false", lambda v: isinstance(v, bool)))
+    tests |= dict.fromkeys(_WORDS, ("a string", lambda v: isinstance(v, str)))
+    tests |= dict.fromkeys(("architectures", "layer_types"), ("a list of strings", lambda v: is_list(v, str)))
+    tests["mlp_only_layers"] = ("a list of integers", lambda v: is_list(v, int))
+    for key in ("rope_parameters", "rope_scaling"):
+        tests[key] = ("an object", lambda v: isinstance(v, Mapping))
+    for key, (wanted, test) in tests.items():
+        if config.get(key) is not None and not test(config[key]):
+            raise CheckpointError(f"{where}: {key}={str(config[key])[:80]} must be {wanted}")
+    for key in ("rope_parameters", "rope_scaling"):
+        for name, value in (config.get(key) or {}).items():
+            if isinstance(value, bool | str) or value is None or _is_number(value) or is_list(value, int) or is_list(value, float):
+                continue
+            raise CheckpointError(f"{where}: {key}: {str(name)[:80]!r} has a value that cannot be read")
+        theta = (config.get(key) or {}).get("rope_theta")
+        if theta is not None and not _is_number(theta):
+            raise CheckpointError(f"{where}: {key}: rope_theta={str(theta)[:80]} must be a number of at least 0")
+    # A model is built of as many modules as this says: bounded by the file's size, not by what the config claims.
+    layers = config.get("num_hidden_layers") or 0
+    experts = max(config.get(key) or 0 for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+    first_axes = [info.shape[0] for info in tensors.values() if len(info.shape) == 3]
+    if layers > len(tensors) or experts > max([len(tensors), *first_axes]):
+        raise CheckpointError(f"{where}: {layers} layers and {experts} experts, but the folder has {len(tensors)} tensors")
+
+
 def open_checkpoint(directory: str | Path) -> Checkpoint:
     """Config, quantization and tensor table of a folder, checked. CheckpointError names the file and what is wrong with it."""
     directory = Path(directory)
@@ -84,7 +134,9 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         quantization = parse_quantization(read_json(path) | {"quant_method": "modelopt"}, str(path))
     else:
         quantization = Quantization()
-    return Checkpoint(directory, config, quantization, read_folder(directory))
+    tensors = read_folder(directory)
+    check_config(config, tensors, str(directory / "config.json"))
+    return Checkpoint(directory, config, quantization, tensors)
 
 
 def _get(table: Mapping, key: str, kind: type | tuple[type, ...], where: str, default=None):

@@ -6,6 +6,7 @@ keep their own bytes. Modules are read one at a time, experts one expert at a ti
 
 import dataclasses
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -83,6 +84,13 @@ def _input_scale(weights: Sequence[PackedWeight], checkpoint: Checkpoint, name: 
     return np.asarray(np.max([w.input_scale for w in weights]), np.float32)
 
 
+def _check_size(checkpoint: Checkpoint, name: str, shape: tuple[int, int, int]) -> None:
+    """Before memory is taken for all experts of a layer: the folder must hold as much."""
+    weights = 3 * math.prod(shape)
+    if weights > 2 * sum(info.nbytes for info in checkpoint.tensors.values()):
+        raise CheckpointError(f"{checkpoint.directory}: {name!r}: {shape[0]} experts of {shape[1:]} are more than the folder holds")
+
+
 def _linear(checkpoint: Checkpoint, path: Sequence[Any], layer: NVFP4Linear) -> dict[str, np.ndarray]:
     name = module_name(path)
     w = formats.read_weight(checkpoint, name, (layer.out_features, layer.in_features))
@@ -105,6 +113,7 @@ def gate_up(checkpoint: Checkpoint, experts: str, index: int, shape: tuple[int, 
 
 def _experts(checkpoint: Checkpoint, path: Sequence[Any], layer: NVFP4Experts, notes: Notes) -> dict[str, np.ndarray]:
     name, e, h, i = module_name(path), layer.num_experts, layer.hidden, layer.intermediate
+    _check_size(checkpoint, name, (e, h, i))
     leaves = {
         "gate_up": np.empty((e, 2, i, h // 2), np.uint8),
         "gate_up_scale": np.empty((e, 2, i, h // BLOCK), E4M3),
@@ -137,6 +146,7 @@ def _experts(checkpoint: Checkpoint, path: Sequence[Any], layer: NVFP4Experts, n
 
 def _float_experts(checkpoint: Checkpoint, path: Sequence[Any], layer: Experts) -> dict[str, np.ndarray]:
     name, e = module_name(path), layer.num_experts
+    _check_size(checkpoint, name, layer.gate_proj.shape)
     leaves = {}
     for projection in ("gate_proj", "up_proj", "down_proj"):
         param = getattr(layer, projection)

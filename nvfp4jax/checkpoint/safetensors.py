@@ -44,7 +44,10 @@ TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written; the message is one line that names the file or tensor."""
+    """A checkpoint that cannot be read or written; the message is one printable line that names the file or tensor."""
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:1500]))
 
 
 @dataclass(frozen=True)
