@@ -12,15 +12,19 @@ from nvfp4jax.models.qwen3 import Qwen3, Qwen3Config
 from nvfp4jax.models.stacking import depths, stack_layers, stack_state, unstack_layers, unstack_state
 
 __all__ = [
-    "ARCHITECTURES", "KVCache", "Qwen3", "Qwen3Config", "build", "depths", "stack_layers", "stack_state", "unstack_layers",
-    "unstack_state",
+    "ARCHITECTURES", "KVCache", "Qwen3", "Qwen3Config", "build", "depths", "stack_layers", "stack_state",
+    "unstack_layers", "unstack_state",
 ]  # fmt: skip
 
 ARCHITECTURES = {"Qwen3ForCausalLM": (Qwen3, Qwen3Config), "Qwen3MoeForCausalLM": (Qwen3, Qwen3Config)}
 
 
 def build(
-    config: Mapping[str, Any], dtype: DTypeLike = jnp.bfloat16, *, param_dtype: DTypeLike | None = None, rngs: nnx.Rngs | None = None
+    config: Mapping[str, Any],
+    dtype: DTypeLike = jnp.bfloat16,
+    *,
+    param_dtype: DTypeLike | None = None,
+    rngs: nnx.Rngs | None = None,
 ) -> nnx.Module:
     """The model that a Hugging Face config.json describes, with random weights, or abstract where `rngs` is None.
 

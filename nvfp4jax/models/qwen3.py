@@ -49,7 +49,7 @@ class Qwen3Config:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Qwen3Config":
-        """Reads a config.json of either spelling: `num_experts` / `num_local_experts`, `rope_theta` / `rope_parameters`.
+        """Reads a config.json, `num_experts` or `num_local_experts`, `rope_theta` or `rope_parameters`.
 
         ValueError, naming the key, for a missing one and for what this model does not compute: another architecture,
         rope type or activation function, a sliding window.
@@ -298,8 +298,8 @@ class Qwen3(nnx.Module):
         positions: i32 [B, T], for the rotary embedding; those of padding do not matter.
         cache: None, or what `init_cache` or the last call gave; the call writes its T tokens at slot `cache.index`,
             which must leave room for them (a slot past the end cannot be seen under jit).
-        attention_mask: bool or int, [B, S] over key slots (S = T without a cache), made causal here, or [B, T, S], taken
-            as it is. Padding it marks takes no part in any NVFP4 amax. None: no padding.
+        attention_mask: bool or int, [B, S] over key slots (S = T without a cache), made causal here, or [B, T, S],
+            taken as it is. Padding it marks takes no part in any NVFP4 amax. None: no padding.
         decode_only_last_token: logits [B, 1, V], of the last token alone.
         """
         tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)

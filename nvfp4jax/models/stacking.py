@@ -1,8 +1,8 @@
-"""Layers of equal structure stacked in a leading axis and run by one `lax.scan`, so that compile time does not grow with depth.
+"""Layers of equal structure stacked in a leading axis and run by one `lax.scan`: compile time does not grow with depth.
 
 A stacked entry of `model.layers` is one layer whose Params hold an extra leading axis L, and whose `depth` is L. NVFP4
-weights stay whole inside the scan and their modules get a `layer_index` instead, so that a kernel reads its layer in place;
-every other Param is sliced.
+weights stay whole inside the scan and their modules get a `layer_index` instead, so that a kernel reads its layer in
+place; every other Param is sliced.
 """
 
 import re
@@ -26,7 +26,7 @@ def depths(model: nnx.Module) -> tuple[int | None, ...]:
 def run_stack(
     layer: nnx.Module, x: jax.Array, cache: LayerCache | None, inputs: StepInputs
 ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
-    """Runs the `layer.depth` layers stacked in `layer`; as the call of one layer, with what it reports in a leading axis."""
+    """Runs the `layer.depth` layers stacked in `layer`: as the call of one layer, experts with a leading axis."""
     selecting = {tuple(path) for path, module in nnx.iter_modules(layer) if hasattr(module, "layer_index")}
     graphdef, whole, sliced = nnx.split(layer, nnx.All(NVFP4Param, lambda path, _: tuple(path[:-1]) in selecting), ...)
 
@@ -72,7 +72,9 @@ def unstack_layers(model: nnx.Module) -> nnx.Module:
     """The inverse of `stack_layers`: a model with one module a layer."""
     lengths = [d or 1 for d in depths(model)]
     skeleton = nnx.clone(model)
-    skeleton.layers = nnx.List([nnx.clone(layer) for layer, n in zip(skeleton.layers, lengths, strict=True) for _ in range(n)])
+    skeleton.layers = nnx.List(
+        [nnx.clone(layer) for layer, n in zip(skeleton.layers, lengths, strict=True) for _ in range(n)]
+    )
     for i, layer in enumerate(skeleton.layers):
         layer.depth = None
         _name_modules(layer, str(i))
@@ -80,22 +82,28 @@ def unstack_layers(model: nnx.Module) -> nnx.Module:
 
 
 def stack_state(state: Mapping, lengths: Sequence[int]) -> Mapping:
-    """The nnx.State of an unrolled model -> that of the stacked model with `lengths` layers in its entries. Pure, jittable."""
+    """The nnx.State of an unrolled model -> that of the model with `lengths` layers in its entries. Pure, jittable."""
     flat = dict(nnx.to_flat_state(state))
     place = [(group, i) for group, length in enumerate(lengths) for i in range(length)]
     members: dict[tuple, list] = {}
-    for path, value in sorted(flat.items(), key=lambda item: (item[0][0] == "layers", item[0][1] if item[0][0] == "layers" else 0)):
+    for path, value in sorted(
+        flat.items(), key=lambda item: (item[0][0] == "layers", item[0][1] if item[0][0] == "layers" else 0)
+    ):
         if path[0] != "layers":
             members[path] = [value]
             continue
         if path[1] >= len(place):
-            raise ValueError(f"stack_state: the state has a layer {path[1]}, but lengths {tuple(lengths)} make {len(place)}")
+            raise ValueError(
+                f"stack_state: the state has a layer {path[1]}, but lengths {tuple(lengths)} make {len(place)}"
+            )
         members.setdefault(("layers", place[path[1]][0], *path[2:]), []).append(value)
     out = {}
     for path, values in members.items():
         length = lengths[path[1]] if path[0] == "layers" else 1
         if len(values) != length:
-            raise ValueError(f"stack_state: {'/'.join(map(str, path))} exists in {len(values)} of the {length} layers of its stack")
+            raise ValueError(
+                f"stack_state: {'/'.join(map(str, path))} exists in {len(values)} of the {length} layers of its stack"
+            )
         out[path] = values[0] if length == 1 else jax.tree.map(_stack, *values)
     return nnx.from_flat_state(out)
 

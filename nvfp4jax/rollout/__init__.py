@@ -4,5 +4,6 @@ from nvfp4jax.rollout.decoding import Controls, DecodeState, Rollout, Settings, 
 from nvfp4jax.rollout.sampling import Sampling, row_keys, sample
 
 __all__ = [
-    "Controls", "DecodeState", "Rollout", "Sampling", "Settings", "decode", "generate", "prefill", "rollout", "row_keys", "sample",
+    "Controls", "DecodeState", "Rollout", "Sampling", "Settings", "decode", "generate", "prefill", "rollout",
+    "row_keys", "sample",
 ]  # fmt: skip

@@ -31,8 +31,8 @@ class Rollout:
 
     tokens: i32 [B * num_samples, max_new_tokens], pad_id after the end.
     lengths: i32 [B * num_samples], tokens of each row, its stop token included.
-    logprobs: f32 like tokens, of each sampled token under softmax(logits / temperature), before top-k and top-p; 0 after
-        the end.
+    logprobs: f32 like tokens, of each sampled token under softmax(logits / temperature), before top-k and top-p; 0
+        after the end.
     experts: None, or i32 [L_moe, B * num_samples, max_new_tokens, k], the experts that each new token was routed to as
         the model read it: -1 where it never did (a row's last token, and after the end).
     prompt_experts: None, or i32 [L_moe, B, T, k], those of the prompts' tokens, -1 at padding.

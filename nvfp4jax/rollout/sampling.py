@@ -18,7 +18,7 @@ class Sampling:
 
 
 def row_keys(key: jax.Array, rows: int, samples: int) -> jax.Array:
-    """Keys [rows * samples], each made of the row's and the sample's index alone, never of what else is in the batch."""
+    """Keys [rows * samples], each made of the row's and the sample's index alone, never of the rest of the batch."""
     row, sample = (jnp.arange(n, dtype=jnp.uint32) for n in (rows, samples))
     of_row = jax.vmap(jax.random.fold_in, (None, 0))(key, row)
     return jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, sample))(of_row).reshape(-1)
@@ -33,9 +33,10 @@ def sample(
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """(tokens i32 [B], logprobs f32 [B]).
 
-    The logprob is that of the whole softmax of logits / temperature, before top-k and top-p; of the logits where greedy.
-    top-k keeps the k largest logits; top-p then keeps the most probable tokens until their probabilities, taken among what
-    top-k has left, reach p, the one that crosses it included (arXiv 1904.09751). Of equal logits the lower token comes first.
+    The logprob is that of the whole softmax of logits / temperature, before top-k and top-p; of the logits where
+    greedy. top-k keeps the k largest logits; top-p then keeps the most probable tokens until their probabilities, taken
+    among what top-k has left, reach p, the one that crosses it included (arXiv 1904.09751). Of equal logits the lower
+    token comes first.
     keys: one a row.
     """
     logits = logits.astype(jnp.float32)

@@ -5,7 +5,7 @@ import numpy as np
 
 
 def forward(weights: dict[str, np.ndarray], config: dict, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(logits [T, V], experts of each token for each mixture layer [T, k]); weights by their Hugging Face names, [out, in]."""
+    """(logits [T, V], experts of each token [T, k] for each mixture layer); weights [out, in] by Hugging Face names."""
     get = lambda name: np.asarray(weights[name], np.float64)  # noqa: E731
 
     def norm(x, name):

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import loading, oracle
 
 import nvfp4jax
+from models import loading, oracle
 from nvfp4jax import models
 
 NAMES = ("qwen3-tiny", "qwen3-moe-tiny")
@@ -46,7 +46,7 @@ def test_logits_equal_the_reference(name, scan, graph):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_oracle_and_float32_frequencies(name):
-    """The oracle reproduces the reference too; with exact rotary frequencies (the default) the model agrees with the oracle."""
+    """The oracle equals the reference; with float32 rotary frequencies (the default) the model equals the oracle."""
     ref = loading.reference(name)
     config = {"mlp_only_layers": []} | loading.config(name)
     row, mask = ref["input_ids"][1], ref["attention_mask"][1] == 1
@@ -62,22 +62,41 @@ def test_oracle_and_float32_frequencies(name):
 
 
 MIXED = dict(
-    architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", vocab_size=64, hidden_size=32, intermediate_size=48,
-    moe_intermediate_size=16, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=1, head_dim=16, rms_norm_eps=1e-5,
-    num_experts=5, num_experts_per_tok=3, norm_topk_prob=False, mlp_only_layers=[3], decoder_sparse_step=2, attention_bias=True,
-    tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 5e3},
-)  # fmt: skip
+    architectures=["Qwen3MoeForCausalLM"],
+    model_type="qwen3_moe",
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=16,
+    rms_norm_eps=1e-5,
+    num_experts=5,
+    num_experts_per_tok=3,
+    norm_topk_prob=False,
+    mlp_only_layers=[3],
+    decoder_sparse_step=2,
+    attention_bias=True,
+    tie_word_embeddings=False,
+    rope_parameters={"rope_type": "default", "rope_theta": 5e3},
+)
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, dict(norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[0], tie_word_embeddings=True)], ids=["a", "b"]
+    "changes",
+    [{}, dict(norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[0], tie_word_embeddings=True)],
+    ids=["a", "b"],
 )
 def test_every_config_key_counts(changes):
-    """Dense layers among sparse ones, biases, unnormalized routing, tied or not: against the oracle, unrolled and stacked."""
+    """Dense layers among sparse ones, biases, raw routing weights, tied or not, unrolled and stacked: the oracle's."""
     config = MIXED | changes
     model = models.build(config, jnp.float32, rngs=nnx.Rngs(3))
     key = jax.random.key(1)
-    for i, (path, leaf) in enumerate(nnx.to_flat_state(nnx.state(model))):  # biases and norms start at 0 and 1: make them count
+    for i, (path, leaf) in enumerate(
+        nnx.to_flat_state(nnx.state(model))
+    ):  # biases and norms start at 0 and 1: make them count
         if path[-1] in ("bias", "scale"):
             leaf.set_value(leaf.get_value() + 0.3 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape))
     tokens = np.arange(11) * 7 % 64
@@ -92,11 +111,32 @@ def test_every_config_key_counts(changes):
 
 
 # From the published config.json and the totals of the published weights (the tied head counted once).
-DENSE = dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3", vocab_size=151936, head_dim=128, rope_theta=1000000,
-             rms_norm_eps=1e-06, rope_scaling=None, sliding_window=None, use_sliding_window=False, max_window_layers=28,
-             attention_bias=False, hidden_act="silu", torch_dtype="bfloat16", num_key_value_heads=8)  # fmt: skip
-SPARSE = DENSE | dict(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", num_experts=128, num_experts_per_tok=8,
-                      norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[], num_key_value_heads=4)  # fmt: skip
+DENSE = dict(
+    architectures=["Qwen3ForCausalLM"],
+    model_type="qwen3",
+    vocab_size=151936,
+    num_key_value_heads=8,
+    head_dim=128,
+    rope_theta=1000000,
+    rope_scaling=None,
+    rms_norm_eps=1e-06,
+    attention_bias=False,
+    hidden_act="silu",
+    sliding_window=None,
+    use_sliding_window=False,
+    max_window_layers=28,
+    torch_dtype="bfloat16",
+)
+SPARSE = DENSE | dict(
+    architectures=["Qwen3MoeForCausalLM"],
+    model_type="qwen3_moe",
+    num_key_value_heads=4,
+    num_experts=128,
+    num_experts_per_tok=8,
+    norm_topk_prob=True,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+)
 
 
 def sizes(layers, hidden, heads, intermediate, tied=False, **more):
@@ -149,7 +189,10 @@ def test_both_spellings():
         (dict(rope_scaling={"type": "linear", "factor": 4.0}), "rope_scaling.*linear"),
         (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6}), "rope_parameters.*yarn"),
         (dict(rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e6}}), "rope_parameters"),
-        (dict(rope_parameters={"rope_theta": 1e6, "partial_rotary_factor": 0.5}), "rope_parameters.*partial_rotary_factor"),
+        (
+            dict(rope_parameters={"rope_theta": 1e6, "partial_rotary_factor": 0.5}),
+            "rope_parameters.*partial_rotary_factor",
+        ),
         (dict(use_sliding_window=True, sliding_window=4096), "use_sliding_window"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types.*sliding_attention"),
         (dict(hidden_act="gelu"), "hidden_act='gelu'"),
@@ -195,7 +238,10 @@ def test_attention_in_blocks():
     """Blocks of queries, the last one not full: what all at once gives."""
     from nvfp4jax.models.attention import attend
 
-    parts = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 45, 4, 8), (2, 2, 50, 8), (2, 2, 50, 8)])]
+    parts = [
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(2, 45, 4, 8), (2, 2, 50, 8), (2, 2, 50, 8)])
+    ]
     mask = jax.random.bernoulli(jax.random.key(3), 0.5, (2, 45, 50))
     whole = attend(*parts, mask, jax.lax.Precision.HIGHEST)
     assert whole.shape == (2, 45, 4, 8)
@@ -226,7 +272,9 @@ def test_masks():
         model(jnp.asarray(tokens), positions_of(mask), None, None, return_experts=True)
 
 
-@pytest.mark.parametrize("name, scan", [("qwen3-tiny", False), ("qwen3-moe-tiny", True)], ids=["unrolled", "scanned-moe"])
+@pytest.mark.parametrize(
+    "name, scan", [("qwen3-tiny", False), ("qwen3-moe-tiny", True)], ids=["unrolled", "scanned-moe"]
+)
 def test_padding_takes_no_part_in_an_nvfp4_amax(name, scan):
     """Per-tensor scales: other tokens in the padding change no bit of a valid row; without the mask they do."""
     ref = loading.reference(name)
@@ -242,7 +290,9 @@ def test_padding_takes_no_part_in_an_nvfp4_amax(name, scan):
     seen = np.tril(np.ones((24, 24), bool)) & (mask[:, None] == 1)
     call = jax.jit(lambda state, *args: nnx.merge(graphdef, state)(*args)[0])
     for pairs, same in ((seen, True), (seen | np.eye(24, dtype=bool), False)):
-        one, two = (np.asarray(call(state, jnp.asarray(t), positions_of(mask), None, jnp.asarray(pairs))) for t in (quiet, loud))
+        one, two = (
+            np.asarray(call(state, jnp.asarray(t), positions_of(mask), None, jnp.asarray(pairs))) for t in (quiet, loud)
+        )
         assert (one[mask == 1] == two[mask == 1]).all() == same
         assert (one[mask == 0] != two[mask == 0]).any()
     if not scan:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import loading
 
 import nvfp4jax
+from models import loading
 from nvfp4jax import models
 
 RULES = [
@@ -49,7 +49,7 @@ def test_round_trip(graph):
 
 
 def test_states_convert_under_jit():
-    """What a hot reload needs: the state of an unrolled model into that of a stacked one, and back, without the model."""
+    """What a hot reload needs: the state of an unrolled model into that of a stacked one, and back, without a model."""
     model = quantized_moe()
     lengths = (1, 3)
     state = jax.jit(lambda s: models.stack_state(s, lengths))(nnx.state(model))
@@ -84,12 +84,22 @@ def test_stacking_and_quantizing_commute():
 
 
 def test_scanned_equals_unrolled():
-    """Static scales that differ from layer to layer, biases, experts scaled on their own: the scan gives each layer its own."""
+    """Static scales that differ from layer to layer, biases, experts' own scales: the scan gives each layer its own."""
     config = dict(
-        architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", vocab_size=64, hidden_size=32, intermediate_size=32,
-        moe_intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4,
-        num_experts_per_tok=2, attention_bias=True,
-    )  # fmt: skip
+        architectures=["Qwen3MoeForCausalLM"],
+        model_type="qwen3_moe",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        attention_bias=True,
+    )
     rules = [
         nvfp4jax.Rule(r".*/gate|lm_head", skip=True),
         nvfp4jax.Rule(r".*/self_attn/.*", activation="static"),
@@ -102,21 +112,21 @@ def test_scanned_equals_unrolled():
             linear.input_scale = nnx.Param(jnp.float32(0.002 * (1 + i) + 0.001 * j))
             linear.bias.set_value(jax.random.normal(jax.random.key(4 * i + j), linear.bias.shape))
     stacked = models.stack_layers(model)
-    assert models.depths(stacked) == (3,)
-    assert stacked.layers[0].self_attn.k_proj.input_scale.shape == (3,)
+    assert models.depths(stacked) == (2,)
+    assert stacked.layers[0].self_attn.k_proj.input_scale.shape == (2,)
     tokens = jnp.arange(10, dtype=jnp.int32)[None]
-    logits = []
-    for candidate in (model, stacked):
-        graphdef, state = nnx.split(candidate)
-        logits.append(np.asarray(jax.jit(lambda s: nnx.merge(graphdef, s)(tokens, tokens, None, None)[0])(state)))  # noqa: B023
+
+    def logits_of(model):
+        graphdef, state = nnx.split(model)
+        return np.asarray(jax.jit(lambda s: nnx.merge(graphdef, s)(tokens, tokens, None, None)[0])(state))
+
+    logits = [logits_of(model), logits_of(stacked)]
     np.testing.assert_allclose(*logits, atol=1e-4)
     # Layers in another order are another model: each layer's place counts.
     swapped = models.stack_layers(model)
     codes = swapped.layers[0].mlp.experts.down
     codes.set_value(codes.get_value()[::-1])
-    graphdef, state = nnx.split(swapped)
-    other = np.asarray(jax.jit(lambda s: nnx.merge(graphdef, s)(tokens, tokens, None, None)[0])(state))
-    assert np.abs(other - logits[1]).max() > 1e-2
+    assert np.abs(logits_of(swapped) - logits[1]).max() > 1e-2
 
 
 def compiled_step(model, slots: int = 40) -> str:
@@ -133,13 +143,15 @@ def compiled_step(model, slots: int = 40) -> str:
 
 
 def outside_fusions(text: str):
-    """(opcode, dtype, shape) of what the program itself materializes: its instructions but for those inside a fusion."""
+    """(opcode, dtype, shape) of what the program itself materializes: its instructions but for those in a fusion."""
     fused = set(re.findall(r"fusion\(.*calls=%([\w.\-]+)", text))
     computation, found = None, []
     for line in text.splitlines():
         if header := re.match(r"(?:ENTRY )?%([\w.\-]+) \(.*\) -> .* \{$", line):
             computation = header[1]
-        elif (m := re.match(r"\s+(?:ROOT )?%[\w.\-]+ = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(", line)) and computation not in fused:
+        elif (
+            m := re.match(r"\s+(?:ROOT )?%[\w.\-]+ = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(", line)
+        ) and computation not in fused:
             found.append((m[3], m[1], tuple(int(d) for d in m[2].split(",") if d)))
     return found
 
@@ -156,17 +168,21 @@ def test_the_scan_copies_no_packed_weight():
     squeezed = lambda shape: tuple(d for d in shape if d != 1)  # noqa: E731
     # The stack itself, a layer of it, and an expert of that: none may be written anywhere.
     forbidden = {squeezed(shape[i:]) for shape in packed for i in range(len(shape) - 1)}
-    copies = [(op, dtype, shape) for op, dtype, shape in program if dtype in ("u8", "f8e4m3fn") and squeezed(shape) in forbidden]
+    copies = [
+        (op, dtype, shape)
+        for op, dtype, shape in program
+        if dtype in ("u8", "f8e4m3fn") and squeezed(shape) in forbidden
+    ]
     assert {op for op, _, _ in copies} >= {"parameter", "get-tuple-element"}  # the shapes are those of this program
     assert not [c for c in copies if c[0] not in FREE]
     # The same program does write decoded weights, so the check sees what is materialized.
-    assert any(op == "fusion" and dtype == "bf16" and shape == (128, 128) for op, dtype, shape in program)
+    assert any(op == "fusion" and dtype in ("bf16", "f32") and shape == (128, 128) for op, dtype, shape in program)
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_a_step_copies_no_cache(scan):
     """The donated cache is updated in place: no instruction copies it whole."""
-    model = loading.load("qwen3-tiny", jnp.bfloat16, scan_layers=scan)
+    model = loading.load("qwen3-tiny", scan_layers=scan)  # float32: a CPU converts a bfloat16 cache to multiply with it
     cache = jax.eval_shape(lambda: model.init_cache(3, 40))
     program = outside_fusions(compiled_step(model))
     shapes = {x.shape for x in (*cache.keys, *cache.values)}
@@ -187,7 +203,11 @@ def test_the_check_for_copies_can_fail():
         return jax.lax.scan(body, x, w)[0]
 
     text = f.lower(jnp.ones((4, 128, 128), jnp.uint8), jnp.ones((3, 128))).compile().as_text()
-    assert [op for op, dtype, shape in outside_fusions(text) if dtype == "u8" and shape[-2:] == (128, 128) and op not in FREE]
+    assert [
+        op
+        for op, dtype, shape in outside_fusions(text)
+        if dtype == "u8" and shape[-2:] == (128, 128) and op not in FREE
+    ]
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
@@ -201,7 +221,9 @@ def test_program_size_against_depth(scan):
         graphdef, state = nnx.split(model)
         cache = jax.eval_shape(lambda: model.init_cache(3, 40))  # noqa: B023
         tokens, mask = jnp.zeros((3, 1), jnp.int32), jnp.ones((3, 40), bool)
-        jaxpr = jax.make_jaxpr(lambda state, cache: nnx.merge(graphdef, state)(tokens, tokens, cache, mask))(state, cache)  # noqa: B023
+        jaxpr = jax.make_jaxpr(lambda state, cache: nnx.merge(graphdef, state)(tokens, tokens, cache, mask))(
+            state, cache
+        )  # noqa: B023
         sizes.append(str(jaxpr).count("\n"))
     assert (sizes[1] < sizes[0] * 1.05) == scan
     assert scan or sizes[1] > 1.7 * sizes[0]

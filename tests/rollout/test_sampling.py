@@ -1,4 +1,4 @@
-"""Sampling: frequencies against exact probabilities, the sets that top-k and top-p leave, logprobs, independent rows."""
+"""Sampling: frequencies against exact probabilities, the sets top-k and top-p leave, logprobs, independent rows."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,9 @@ DRAWS = 20_000
 
 def draw(logits, keys, *, temperature=1.0, top_p=1.0, **how):
     sampling = Sampling(greedy=False, top_p=top_p < 1, **how)
-    return jax.jit(sample, static_argnums=4)(jnp.asarray(logits, jnp.float32), keys, jnp.float32(temperature), jnp.float32(top_p), sampling)
+    return jax.jit(sample, static_argnums=4)(
+        jnp.asarray(logits, jnp.float32), keys, jnp.float32(temperature), jnp.float32(top_p), sampling
+    )
 
 
 def log_softmax(x):
@@ -35,7 +37,16 @@ def kept(p: np.ndarray, top_k: int | None, top_p: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "temperature, top_k, top_p", [(1.0, None, 1.0), (0.5, None, 1.0), (2.0, 5, 1.0), (1.0, None, 0.7), (1.3, 6, 0.8), (1.0, 1, 1.0), (1.0, 99, 0.01)]
+    "temperature, top_k, top_p",
+    [
+        (1.0, None, 1.0),
+        (0.5, None, 1.0),
+        (2.0, 5, 1.0),
+        (1.0, None, 0.7),
+        (1.3, 6, 0.8),
+        (1.0, 1, 1.0),
+        (1.0, 99, 0.01),
+    ],
 )
 def test_frequencies(temperature, top_k, top_p, key):
     """Chi-square of 20000 draws against the exact distribution; a token outside the kept set is never drawn."""
@@ -66,7 +77,9 @@ def test_a_wrong_distribution_is_noticed(key):
 
 def test_greedy_takes_the_first_maximum():
     logits = jnp.asarray([[0.0, 3.0, 3.0, -1.0], [5.0, 5.0, 5.0, 5.0]], jnp.float32)
-    tokens, logprobs = sample(logits, jax.random.split(jax.random.key(0), 2), jnp.float32(1), jnp.float32(1), Sampling())
+    tokens, logprobs = sample(
+        logits, jax.random.split(jax.random.key(0), 2), jnp.float32(1), jnp.float32(1), Sampling()
+    )
     assert tokens.tolist() == [1, 0]
     np.testing.assert_allclose(logprobs, log_softmax(logits)[[0, 1], [1, 0]], rtol=1e-6)
 
