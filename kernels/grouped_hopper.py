@@ -1,7 +1,7 @@
 """Grouped (ragged) NVFP4 matmuls for experts on Hopper: gate+up with SiLU, and down.
 
 Rows of `operand` are sorted by expert and nothing is padded. A block is up to a token tile of rows of one expert; `plan` lists
-the blocks from `group_sizes` in traced code. A persistent CTA an SM walks over (block, tile of weight rows): a producer
+the blocks from `group_sizes` in the kernel itself. A persistent CTA an SM walks over (block, tile of weight rows): a producer
 warpgroup (TMA) and consumer warpgroups of 64 weight rows each that share the tokens, decode in registers and feed wgmma.
 
 A row's sum over K is one chain of k16 steps in one f32 accumulator, whatever the tile: its bits depend on nothing but its own
@@ -46,9 +46,9 @@ def config(m, experts, n, k, *, gated):
     Every choice gives the same bits.
     """
     rows = 128 if gated else 256  # output channels of a tile of 4 warpgroups
-    active = min(m, experts)
     mean = m / experts
-    if active * -(-n // rows) < 2 * SMS and mean <= 8:  # too few tiles to fill the SMs: 64 rows a CTA, two CTAs an SM
+    most = mean + 2 * mean**0.5  # 19 of 20 experts have fewer, where tokens choose evenly
+    if min(m, experts) * -(-n // rows) < 2 * SMS and mean <= 8:  # too few tiles: 64 rows a CTA, two CTAs an SM
         return Config((8,), (8,), warpgroups=1, per_sm=2, overlap=True)
     if mean <= 1:
         return Config((8,), (8,))
@@ -56,32 +56,72 @@ def config(m, experts, n, k, *, gated):
         return Config((8, 16), (8, 16))
     if mean <= 20:
         return Config((8, 16, 24, 32), (8, 16, 24, 32))
-    if gated:
-        return Config((48, 64, 80, 96), (48, 64, 80, 96))
-    return Config((48, 56, 64, 72, 80), (80,), overlap=True)
+    if most <= 96:
+        low, high = (-(-int(rows) // 8) * 8 for rows in (mean, most))
+        return Config(tuple(range(max(8, low - 16), high + 1, 8)), (low, high))
+    # Tokens bind: two warpgroups of 64 rows with up to 256 tokens; the smaller tile is what an even split of `most` gives.
+    low = -(-int(most / -(-most // 256)) // 16) * 16
+    return Config((low - 32, low, 256), (low, 256), warpgroups=2, x_chunks=1)
 
 
-def plan(group_sizes, m, tiles):
-    """i32 [E] -> blocks i32 [B, 4] (expert, first row, rows, index of the tile that holds them), how many are used i32 [1].
+def _table_words(experts):
+    """i32 words of the plan in shared memory: two blocks' fields, `ends` [E], `starts` [E + 1], and room to work in."""
+    return 8 + experts + experts + 1 + 3 + 8 * -(-experts // mosaic.WARPGROUP)
 
-    B is the most blocks that M rows of E experts can make. An expert's rows are split evenly, in multiples of 8.
+
+def _plan(sizes, table, *, experts, largest):
+    """The producer warpgroup's first act: i32 [E] rows of each expert, in global memory -> in shared memory, blocks up to and
+    with each expert, ends [E], and rows before it, starts [E + 1]."""
+    @plgpu.inline_mgpu(arg_types=(mosaic.REF,) * 2)
+    def f(ctx, sizes, table):
+        del ctx
+        tid = mosaic.rem(mosaic.thread_index(), mosaic.WARPGROUP)
+        lane, warp = mosaic.rem(tid, 32), mosaic.div(tid, 32)
+        ends = mosaic.smem_address(table, 4 * 8)
+        starts, totals = mosaic.add(ends, 4 * experts), mosaic.add(ends, (8 * experts + 4 + 15) // 16 * 16)
+        before = [mosaic.i32(0)] * 2  # blocks and rows of the experts of earlier rounds
+        mosaic.store_shared(starts, before[:1], mosaic.flag("eq", tid, 0))
+        for first in range(0, experts, mosaic.WARPGROUP):
+            expert = mosaic.add(tid, first)
+            inside = mosaic.flag("lt", expert, experts)
+            rows, = mosaic.load_global(mosaic.gmem_address(sizes, mosaic.mul(expert, 4)), 1, inside)
+            scans = [mosaic.warp_scan(v) for v in (mosaic.div(mosaic.add(rows, largest - 1), largest), rows)]
+            here = mosaic.add(totals, 4 * 8 * (first // mosaic.WARPGROUP))
+            mosaic.store_shared(mosaic.add(here, mosaic.mul(warp, 8)), scans, mosaic.flag("eq", lane, 31))
+            mosaic.warpgroup_barrier()
+            sums = [mosaic.load_shared(here, 8 * w, 2) for w in range(4)]
+            for i, out in enumerate((ends, mosaic.add(starts, 4))):
+                value = mosaic.add(before[i], scans[i])
+                for w in range(3):
+                    value = mosaic.add(value, mosaic.select(mosaic.flag("lt", w, warp), sums[w][i], 0))
+                mosaic.store_shared(mosaic.add(out, mosaic.mul(expert, 4)), [value], inside)
+                for w in range(4):
+                    before[i] = mosaic.add(before[i], sums[w][i])
+        mosaic.warpgroup_barrier()
+
+    f(sizes, table)
+
+
+def _block(table, number, *, experts, tiles):
+    """Block `number` of the plan -> expert, first row, rows, index of the tile that holds them.
+
+    An expert's rows are split evenly over its blocks, in multiples of 8.
     """
-    largest, experts = jnp.int32(tiles[-1]), group_sizes.shape[0]
-    most = min(experts, m) + m // tiles[-1]
-    sizes = group_sizes.astype(jnp.int32)
-    pieces = lax.div(sizes + (largest - 1), largest)
-    # Sums over a triangle: they fuse, where XLA's cumsum is a kernel of its own.
-    below = jnp.arange(experts)[:, None] >= jnp.arange(experts)[None, :]
-    ends, row_ends = (jnp.sum(jnp.where(below, v[None, :], 0), 1, dtype=jnp.int32) for v in (pieces, sizes))
-    block = jnp.arange(most, dtype=jnp.int32)
-    expert = jnp.sum(ends[None, :] <= block[:, None], 1, dtype=jnp.int32)
+    ends, starts = (lambda i: table[8 + i]), (lambda i: table[8 + experts + i])
+    expert = jnp.int32(0)  # how many experts end at or before this block: their ends are sorted
+    for bit in reversed(range(experts.bit_length())):
+        ahead = expert + (1 << bit)
+        last = ends(jnp.minimum(ahead, experts) - 1)
+        expert = jnp.where((ahead <= experts) & (last <= number), ahead, expert)
     expert = jnp.minimum(expert, experts - 1)
-    size, parts = sizes[expert], jnp.maximum(pieces[expert], 1)
-    share = lax.div(lax.div(size + parts - 1, parts) + 7, jnp.int32(8)) * 8
-    before = (block - (ends - pieces)[expert]) * share  # rows of the expert in earlier blocks
-    rows = jnp.clip(size - before, 0, share)
-    tile = jnp.sum(rows[:, None] > jnp.array(tiles, jnp.int32)[None, :], 1, dtype=jnp.int32)
-    return jnp.stack([expert, (row_ends - sizes)[expert] + before, rows, tile], 1), ends[-1:]
+    before = jnp.where(expert == 0, 0, ends(jnp.maximum(expert - 1, 0)))
+    blocks, start = ends(expert) - before, starts(expert)
+    size = starts(expert + 1) - start
+    share = lax.div(lax.div(size + blocks - 1, blocks) + 7, jnp.int32(8)) * 8
+    earlier = (number - before) * share
+    rows = jnp.minimum(share, size - earlier)
+    tile = sum(((rows > t).astype(jnp.int32) for t in tiles[:-1]), jnp.int32(0))
+    return expert, start + earlier, rows, tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,18 +135,22 @@ class _Layout:
     s_stages: int
 
 
-def _layout(c, k, halves):
+def _layout(c, k, halves, experts):
     """The rings that fit. Raises NotImplementedError where K is too long for rows of scales that TMA cannot cut."""
-    rows, largest = c.warpgroups * 64, c.tiles[-1]
+    rows, groups = c.warpgroups * 64, STEP // CHUNK // c.x_chunks
     scale_row = k // 16 if k % STEP else min(k // 16, SCALE_BLOCK // 16)
-    x_bytes, w_bytes, free = c.x_chunks * CHUNK * 2 * largest, rows * STEP // 2, mosaic.SHARED_MEMORY // c.per_sm - 3072
+    x_bytes, w_bytes = c.x_chunks * CHUNK * 2 * c.tiles[-1], rows * STEP // 2
+    # Pallas aligns arrays to 1024 bytes; the last 1024 are for the barriers.
+    free = mosaic.SHARED_MEMORY // c.per_sm - 1024 - -(-_table_words(experts) * 4 // 1024) * 1024
     for s_stages in ((2, 1) if c.per_sm == 1 else (1,)):
-        left = free - s_stages * _scale_words(rows // halves, scale_row, k) * 4 * halves
-        w_stages = max(2, min(8, left // (w_bytes + x_bytes * (STEP // CHUNK // c.x_chunks))))
-        x_stages = min(8, (left - w_stages * w_bytes) // x_bytes)
-        if x_stages >= 2:
-            if c.x_chunks * CHUNK == STEP:
-                x_stages = min(x_stages, w_stages)
+        left = free - s_stages * -(-halves * _scale_words(rows // halves, scale_row, k) * 4 // 1024) * 1024
+        if groups > 1:
+            w_stages = 2
+            x_stages = min(8, (left - w_stages * w_bytes) // x_bytes)
+        else:  # tokens come from the L2: a stage less of them does not delay the weights
+            w_stages = min(8, (left + x_bytes) // (w_bytes + x_bytes))
+            x_stages = min(w_stages, (left - w_stages * w_bytes) // x_bytes)
+        if w_stages >= 2 and x_stages >= 2:
             return _Layout(rows, scale_row, w_stages, x_stages, s_stages)
     raise NotImplementedError(f"K = {k} is too long: {rows} rows of scales do not fit the shared memory; a multiple of "
                               f"{STEP} is cut into pieces, other K go up to about 20000")
@@ -117,58 +161,66 @@ def _scale_words(rows, scale_row, k):
     return rows * scale_row // 4 if k % STEP == 0 else -(-(rows * scale_row // 4 + 4) // 256) * 256
 
 
-def _grouped(layers, experts, n, k, m, blocks, c, *, gated, row_scaled, out_dtype, interpret=False):
+def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, interpret=False):
     """layer i32 [1], w i32 [L, E * halves, N, K/8], s i32 [L, E * halves, N, K/64] (flat where K % 256), x bf16 [M, K],
-    row_scale f32 [M, 1], blocks i32 [B, 4] and count i32 [1] of `plan`, factor f32 [B] (a block's global scale times
-    DECODE_FACTOR) -> [M, N]; halves is 2 where gate and up lie behind each other (gated), else 1."""
+    row_scale f32 [M, 1], sizes i32 [E] (rows of each expert), factor f32 [E] (global scale times DECODE_FACTOR) -> [M, N]; halves is 2 where gate and up lie behind each other (gated), else 1."""
     halves = 2 if gated else 1
-    r = _layout(c, k, halves)
+    r = _layout(c, k, halves, experts)
     rows, wgs = r.rows // halves, c.warpgroups
     tiles, steps = -(-n // rows), -(-k // STEP)
     scale_blocks, block_steps = (1, steps) if k % STEP else (-(-k // SCALE_BLOCK), min(steps, SCALE_BLOCK // STEP))
     scale_words = _scale_words(rows, r.scale_row, k)
+    largest = c.tiles[-1]
     flat, groups = bool(k % STEP), STEP // CHUNK // c.x_chunks
     lag = int(c.overlap)  # a stage of tokens is released a stage late: wgmma may still read it
     consumer_registers, producer_registers = mosaic.register_budget(wgs, per_sm=c.per_sm)
     grid = c.sms * c.per_sm
 
-    def kernel(layer, w, s, x, row_scale, meta, count, factor, o, w_sm, s_sm, x_sm, w_full, w_empty, x_full, x_empty,
-               s_full, s_empty, a_sm=None):
-        x_fill, x_use = (x_sm, x_sm) if interpret else x_sm
+    def kernel(layer, w, s, x, row_scale, sizes, factor, o, w_sm, s_sm, x_sm, table, w_full, w_empty, x_full,
+               x_empty, s_full, s_empty, planned, m_full, m_empty, a_sm=None):
         wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
 
         def div_rem(a, b):
             return lax.div(a, jnp.int32(b)), lax.rem(a, jnp.int32(b))
 
-        def block_of(linear):
-            return jnp.minimum(div_rem(linear, tiles)[0], jnp.int32(blocks - 1))
+        def own_tiles():
+            return lax.div(table[7 + experts] * tiles + (grid - 1) - sm, jnp.int32(grid))
 
-        def block(linear, *columns):
-            values = [meta[block_of(linear), i] for i in columns]
-            return values[0] if len(values) == 1 else tuple(values)
-
-        def over_steps(before, step, after):
-            """before and after(block of scales), step(block, step in it, step)."""
-            if scale_blocks == 1:
-                before(0)
-                pl.loop(0, steps)(lambda i: step(0, i, i))
-                after(0)
-                return
-
-            @pl.loop(0, scale_blocks)
-            def _(b):
+        def over_steps(before, step, after, carry=None):
+            """before and after(block of scales), carry = step(block, step in it, step, carry)."""
+            def over_block(b, carry):
                 first = b * block_steps
                 before(b)
-                pl.loop(0, jnp.minimum(block_steps, steps - first))(lambda i: step(b, i, first + i))
+                size = steps if scale_blocks == 1 else jnp.minimum(block_steps, steps - first)
+                carry = lax.fori_loop(0, size, lambda i, carry: step(b, i, first + i, carry), carry)
                 after(b)
+                return carry
+
+            if scale_blocks == 1:
+                return over_block(0, carry)
+            return lax.fori_loop(0, scale_blocks, over_block, carry)
 
         def produce():
             at_layer = layer[0]
+            if interpret:
+                pieces = lax.div(sizes[...] + (largest - 1), jnp.int32(largest))
+                table[pl.ds(8, experts)] = jnp.cumsum(pieces)
+                table[8 + experts] = jnp.int32(0)
+                table[pl.ds(9 + experts, experts)] = jnp.cumsum(sizes[...])
+            else:
+                _plan(sizes, table, experts=experts, largest=largest)
+            plgpu.barrier_arrive(planned)
 
-            def tile_of(info, carry):
-                (linear,), (tile, (e, start, load)) = info.index, carry
-                after = block(linear + grid, 0, 1, 3)
-                first = div_rem(linear, tiles)[1] * rows
+            def tile_of(tile):
+                linear = sm + tile * grid
+                number, within = div_rem(linear, tiles)
+                first = within * rows
+                e, start, rows_used, load = _block(table, number, experts=experts, tiles=c.tiles)
+                m_slot = div_rem(tile, 2)[1]
+                pl.when(tile >= 2)(lambda: plgpu.barrier_wait(m_empty.at[m_slot]))
+                for i, value in enumerate((e, start, rows_used, load)):
+                    table[m_slot * 4 + i] = value
+                plgpu.barrier_arrive(m_full.at[m_slot])
                 channels = pl.ds(first, rows)
 
                 def scales(b):
@@ -186,7 +238,7 @@ def _grouped(layers, experts, n, k, m, blocks, c, *, gated, row_scaled, out_dtyp
                             words = pl.ds(b * (SCALE_BLOCK // 64), r.scale_row // 4)
                             plgpu.copy_gmem_to_smem(s.at[at_layer, expert, channels, words], s_sm.at[slot, h], s_full.at[slot])
 
-                def step(_b, _i, at):
+                def step(_b, _i, at, _carry):
                     it = tile * steps + at
                     st = div_rem(it, r.w_stages)[1]
                     pl.when(it >= r.w_stages)(lambda: plgpu.barrier_wait(w_empty.at[st]))
@@ -201,19 +253,18 @@ def _grouped(layers, experts, n, k, m, blocks, c, *, gated, row_scaled, out_dtyp
                         def tokens(t):
                             for q in range(c.x_chunks):
                                 ks = pl.ds(at * STEP + (g * c.x_chunks + q) * CHUNK, CHUNK)
-                                plgpu.copy_gmem_to_smem(x.at[pl.ds(start, t), ks], x_fill.at[xst, q, pl.ds(0, t)], x_full.at[xst])
+                                plgpu.copy_gmem_to_smem(x.at[pl.ds(start, t), ks], x_sm.at[xst, q, pl.ds(0, t)], x_full.at[xst])
 
                         for index, t in enumerate(c.tiles):
                             pl.when(load == index)(lambda t=t: tokens(t))
 
                 over_steps(scales, step, lambda b: None)
-                return tile + 1, after
 
-            tile, _ = plgpu.nd_loop(
-                (count[0] * tiles,), collective_axes="sm", init_carry=(jnp.int32(0), block(sm, 0, 1, 3)))(tile_of)
+            tile = own_tiles()
+            pl.loop(0, tile)(tile_of)
             if interpret:  # it wants every completed phase of a barrier observed
                 for barrier, uses, stages in ((w_empty, tile * steps, r.w_stages), (s_empty, tile * scale_blocks, r.s_stages),
-                                              (x_empty, tile * (steps * groups), r.x_stages - lag)):
+                                              (x_empty, tile * (steps * groups), r.x_stages - lag), (m_empty, tile, 2)):
                     size = stages + (lag if barrier is x_empty else 0)
 
                     @pl.loop(jnp.maximum(uses, stages), uses + stages)
@@ -221,57 +272,60 @@ def _grouped(layers, experts, n, k, m, blocks, c, *, gated, row_scaled, out_dtyp
                         plgpu.barrier_wait(barrier.at[div_rem(use, size)[1]])
 
         def consume():
-            def load_of(linear):
-                return block(linear, 3) if len(c.computes) > 1 else jnp.int32(0)
+            plgpu.barrier_wait(planned)
 
-            def tile_of(info, carry):
-                (linear,), (tile, load) = info.index, carry
-                after = load_of(linear + grid)  # a tile ahead: it decides where to go; the rest is not waited for
-                start, rows_used, scale = block(linear, 1), block(linear, 2), factor[block_of(linear)]
+            def tile_of(tile):
+                linear = sm + tile * grid
+                m_slot = div_rem(tile, 2)[1]
+                plgpu.barrier_wait(m_full.at[m_slot])
+                e, start, rows_used, load = (table[m_slot * 4 + i] for i in range(4))
+                plgpu.barrier_arrive(m_empty.at[m_slot])
+                scale = factor[e]
 
                 def run(t):
-                    parts = max(groups, (2 if t <= 32 else 4) if c.overlap else (1 if t <= 16 else 2 if t <= 64 else 4))
-                    chunks = 4 // parts  # that a wgmma_wait covers
+                    per_stage = c.x_chunks
+                    if not interpret:
+                        lane_values = mosaic.fragment_lanes(
+                            wg, scale_row=r.scale_row, other=(rows, scale_words * 4) if gated else None)
+                    part = min(per_stage, (2 if t <= 32 else 1) if c.overlap else (4 if t <= 16 else 2 if t <= 64 else 1))
 
                     def slot(b):
                         return div_rem(tile * scale_blocks + b, r.s_stages)[1]
 
-                    def step(acc, s_at, i, at):
+                    def step(b, i, at, acc):
                         it = tile * steps + at
                         st = div_rem(it, r.w_stages)[1]
                         plgpu.barrier_wait(w_full.at[st])
-                        for p in range(parts):
-                            g, first = p * groups // parts, p * chunks
+                        for g in range(groups):
                             xi = it * groups + g
-                            xst, opens = div_rem(xi, r.x_stages)[1], p * groups % parts == 0
+                            xst = div_rem(xi, r.x_stages)[1]
+                            plgpu.barrier_wait(x_full.at[xst])
                             if interpret:
-                                a = _decode_interpreted(w_sm.at[st], s_at, wg, i, first, chunks, rows, r.scale_row)
-                                a_sm[wg, pl.ds(0, chunks)] = a
-                                plgpu.commit_smem()
-                                a = [a_sm.at[wg, q] for q in range(chunks)]
+                                _multiply_interpreted(acc, a_sm.at[wg], w_sm.at[st], s_sm.at[slot(b)], x_sm.at[xst, :, pl.ds(0, t)],
+                                                      wg, i, g * per_stage, per_stage, rows, r.scale_row)
                             else:
-                                a = mosaic.decode_fragments(
-                                    w_sm.at[st], s_at, wg, i, chunks=chunks, first=first, scale_row=r.scale_row,
-                                    other=(rows, scale_words * 4) if gated else None)
-                            if opens:
-                                plgpu.barrier_wait(x_full.at[xst])
-                            for q in range(chunks):
-                                plgpu.wgmma(acc, a[q], x_use.at[xst, (first + q) % c.x_chunks, pl.ds(0, t)].T)
-                            if p == parts - 1:  # decoded: the codes are in registers
-                                plgpu.barrier_arrive(w_empty.at[st])
-                            plgpu.wgmma_wait(chunks if c.overlap else 0)
-                            if c.overlap and opens:  # the stage before; unconditional, or ptxas serializes the wgmmas
-                                plgpu.barrier_arrive(x_empty.at[div_rem(xi + (r.x_stages - 1), r.x_stages)[1]])
-                            elif not c.overlap and (p + 1) * groups % parts == 0:
-                                plgpu.barrier_arrive(x_empty.at[xst])
+                                acc = mosaic.multiply_decoded(
+                                    acc, lane_values, w_sm.at[st], s_sm.at[slot(b)], x_sm.at[xst], i, first=g * per_stage,
+                                    chunks=per_stage, part=part, tokens=t, scale_row=r.scale_row, in_flight=lag)
+                            released = xst if not lag else div_rem(xi + (r.x_stages - 1), r.x_stages)[1]
+                            plgpu.barrier_arrive(x_empty.at[released])
+                        plgpu.barrier_arrive(w_empty.at[st])
+                        return None if interpret else acc
 
-                    def body(acc):
-                        over_steps(lambda b: plgpu.barrier_wait(s_full.at[slot(b)]),
-                                   lambda b, i, at: step(acc, s_sm.at[slot(b)], i, at),
-                                   lambda b: plgpu.barrier_arrive(s_empty.at[slot(b)]))
-                        return acc[...]
+                    def over_k(acc):
+                        return over_steps(lambda b: plgpu.barrier_wait(s_full.at[slot(b)]),
+                                          step if not interpret else lambda b, i, at, _: step(b, i, at, acc),
+                                          lambda b: plgpu.barrier_arrive(s_empty.at[slot(b)]),
+                                          None if interpret else acc)
 
-                    acc = pl.run_scoped(body, plgpu.ACC((64, t), jnp.float32))
+                    if interpret:
+                        def interpreted(acc):
+                            over_k(acc)
+                            return acc[...]
+                        acc = pl.run_scoped(interpreted, plgpu.ACC((64, t), jnp.float32))
+                    else:
+                        acc = over_k(plgpu.layout_cast(jnp.zeros((64, t), jnp.float32), mosaic.WGMMA))
+                        acc = mosaic.settle(acc) if lag else acc
                     first = div_rem(linear, tiles)[1] * rows + wg * (64 // halves)
                     if interpret:
                         _store_interpreted(acc, scale, row_scale if row_scaled else None, o, start, rows_used, first, gated=gated)
@@ -287,9 +341,8 @@ def _grouped(layers, experts, n, k, m, blocks, c, *, gated, row_scaled, out_dtyp
                         last = max(i for i, size in enumerate(c.tiles) if size <= t)
                         pl.when((load > below) & (load <= last))(lambda t=t: run(t))
                         below = last
-                return tile + 1, after
 
-            plgpu.nd_loop((count[0] * tiles,), collective_axes="sm", init_carry=(jnp.int32(0), load_of(sm)))(tile_of)
+            pl.loop(0, own_tiles())(tile_of)
 
         @pl.when(wg == wgs)
         def _():
@@ -307,13 +360,16 @@ def _grouped(layers, experts, n, k, m, blocks, c, *, gated, row_scaled, out_dtyp
         w_sm=plgpu.SMEM((r.w_stages, r.rows, STEP // 8), jnp.int32, transforms=mosaic.ROWS_128),
         s_sm=plgpu.SMEM((r.s_stages, halves, scale_words) if flat else (r.s_stages, halves, rows, r.scale_row // 4), jnp.int32,
                         transforms=mosaic.ROWS_128 if r.scale_row == 128 and not flat else ()),
-        x_sm=mosaic.token_ring(r.x_stages, c.x_chunks, c.tiles[-1], CHUNK),
+        x_sm=plgpu.SMEM((r.x_stages, c.x_chunks, c.tiles[-1], CHUNK), jnp.bfloat16, transforms=mosaic.ROWS_128),
+        table=plgpu.SMEM((_table_words(experts),), jnp.int32),
         w_full=plgpu.Barrier(num_arrivals=halves, num_barriers=r.w_stages),
         w_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=r.w_stages),
         x_full=plgpu.Barrier(num_arrivals=c.x_chunks, num_barriers=r.x_stages),
         x_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=r.x_stages),
         s_full=plgpu.Barrier(num_arrivals=halves * (scale_words // 256 if flat else 1), num_barriers=r.s_stages),
-        s_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=r.s_stages))
+        s_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=r.s_stages),
+        planned=plgpu.Barrier(num_arrivals=1), m_full=plgpu.Barrier(num_arrivals=1, num_barriers=2),
+        m_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=2))
     width = n
     if interpret:  # it has no wgmma from registers and no rows past an edge
         width = tiles * rows
@@ -326,21 +382,25 @@ def _grouped(layers, experts, n, k, m, blocks, c, *, gated, row_scaled, out_dtyp
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True))
 
 
-def _decode_interpreted(w, s, wg, unit, first, chunks, rows, scale_row):
-    """`mosaic.decode_fragments` for the interpreter -> bf16 (chunks, 64, 64); gated: 32 rows of gate, then 32 of up."""
+def _multiply_interpreted(acc, a_sm, w, s, x, wg, unit, first, chunks, rows, scale_row):
+    """`mosaic.multiply_decoded` for the interpreter, by way of shared memory; gated: 32 rows of gate, then 32 of up."""
     halves = s.shape[0]
-    own = pl.ds(wg * (64 // halves), 64 // halves)
+    height = 64 // halves
     words, scales = [], []
     for h in range(halves):
-        words.append(w[pl.ds(h * rows + wg * (64 // halves), 64 // halves), pl.ds(first * 8, chunks * 8)])
+        words.append(w[pl.ds(h * rows + wg * height, height), pl.ds(first * 8, chunks * 8)])
         if len(s.shape) == 2:
-            table = s[h, pl.ds(0, rows * scale_row // 4)].reshape(rows, scale_row // 4)
-            table = jnp.pad(table, ((0, 0), (0, 4)))
-            scales.append(lax.dynamic_slice(table, (wg * (64 // halves), unit * 4 + first), (64 // halves, chunks)))
+            table = jnp.pad(s[h, pl.ds(0, rows * scale_row // 4)].reshape(rows, scale_row // 4), ((0, 0), (0, 4)))
+            scales.append(lax.dynamic_slice(table, (wg * height, unit * 4 + first), (height, chunks)))
         else:
-            scales.append(s[h, own, pl.ds(unit * 4 + first, chunks)])
+            scales.append(s[h, pl.ds(wg * height, height), pl.ds(unit * 4 + first, chunks)])
     decoded = mosaic.decode_words(jnp.concatenate(words), jnp.concatenate(scales))
-    return decoded.reshape(64, chunks, CHUNK).transpose(1, 0, 2)
+    for q in range(chunks):
+        a_sm[q] = decoded[:, q * CHUNK:(q + 1) * CHUNK]
+    plgpu.commit_smem()
+    for q in range(chunks):
+        plgpu.wgmma(acc, a_sm.at[q], x.at[q].T)
+    plgpu.wgmma_wait(0)
 
 
 def _store_interpreted(acc, factor, row_scale, out, row, count, channel, *, gated):
@@ -394,8 +454,7 @@ def _run(name, operand, row_scale, packed, scale, global_scale, group_sizes, *, 
         factor = row_scale.astype(jnp.float32) * factor
         row_scale = jnp.zeros((1, 1), jnp.float32)
     use = use or config(m, experts, n, k, gated=gated)
-    blocks, count = plan(group_sizes, m, use.tiles)
-    kernel = _grouped(layers, experts, n, k, m, blocks.shape[0], use, gated=gated, row_scaled=row_scaled, out_dtype=out_dtype,
+    kernel = _grouped(layers, experts, n, k, m, use, gated=gated, row_scaled=row_scaled, out_dtype=out_dtype,
                       interpret=interpret)
     if interpret:
         rows = use.warpgroups * 64 // halves
@@ -403,7 +462,7 @@ def _run(name, operand, row_scale, packed, scale, global_scale, group_sizes, *, 
         w = _pad(w, *w.shape[:2], wide, long // 8)
         s = jnp.pad(s, (0, rows * (k // 64) + 256)) if flat else _pad(s, *s.shape[:2], wide, -(-k // SCALE_BLOCK) * 32)
         operand = _pad(operand, m + use.tiles[-1], long)
-    out = kernel(layer, w, s, operand, row_scale.astype(jnp.float32), blocks, count, factor[blocks[:, 0]])
+    out = kernel(layer, w, s, operand, row_scale.astype(jnp.float32), group_sizes.astype(jnp.int32), factor)
     return out[:, :n] if interpret else out
 
 

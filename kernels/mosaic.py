@@ -106,15 +106,9 @@ def swizzled(itemsize):
     """Transforms of a shared memory operand of wgmma, K in 128-byte rows.
 
     An array of these and one of ROWS_128 hold the same bytes while a row is 128 bytes, but Pallas fills this one only
-    from rows at multiples of 8 of an array that has a multiple of 8: see `token_ring`.
+    from rows at multiples of 8 of an array that has a multiple of 8.
     """
     return plgpu.TilingTransform((8, 128 // itemsize)), plgpu.SwizzleTransform(128)
-
-
-def token_ring(*shape):
-    """Scratch of bf16 [..., tokens, 64]: a pair of refs to the same memory, one to fill by TMA and one for wgmma."""
-    fill, use = (plgpu.SMEM(shape, jnp.bfloat16, transforms=t) for t in (ROWS_128, swizzled(2)))
-    return plgpu.RefUnion(fill, use)
 
 
 def register_budget(consumers, *, per_sm=1, producer=32):
@@ -266,64 +260,71 @@ def lanes(interleaved, *, pinned=False):
     return warp, rem(lane, 4), row, weight_row
 
 
-def _fragment_reader(w, s, wg, unit, *, scale_row, other):
-    """-> load(chunk), what the lane needs of a 64-chunk from shared memory, and decode(that): [k16 step][4 registers]."""
-    warp, quad, _, weight_row = lanes(bool(other))
-    rows_wg, rows_warp = (32, 8) if other else (64, 16)
-    row = add(add(mul(wg, rows_wg), mul(warp, rows_warp)), weight_row)
-    rows = [row, add(row, 0 if other else 1)]  # of fragment rows r and r + 8
-    further_rows, further_scales = other or (0, 0)
-    phases = [bit_and(r, 7) for r in rows]  # of the swizzle
-    scale_at = []
-    for h, (r, phase) in enumerate(zip(rows, phases)):
-        at = add(smem_address(s), add(mul(r, scale_row), h * further_scales))
-        scale_at.append(add(at, mul(bit_xor(unit, phase) if scale_row == 128 else unit, 16)))
-    selector = asm("mad.lo.u32 $0,$1,0x1111,0x4400;", [quad], effects=False)  # byte `quad` of both words
-    base = add(smem_address(w), mul(rem(quad, 2), 8))
-    # The unit of 64-chunk c is (2 c + quad / 2) ^ phase: 2 c is xored into the whole address.
-    bases = [add(add(base, mul(r, 128)), mul(bit_xor(div(quad, 2), phase), 16)) for r, phase in zip(rows, phases)]
+def fragment_lanes(wg, *, scale_row, other=None):
+    """What `multiply_decoded` wants of a thread: PER_THREAD values, computed where it stands (outside the loop over K).
 
-    def load_scales(first, chunks):
-        """Of both rows, the words of 64-chunks first .. first + chunks - 1."""
-        if scale_row % 16:
-            return [[load_shared(at, 4 * (first + t), 1)[0] for t in range(chunks)] for at in scale_at]
-        return [load_shared(at, 4 * first, chunks) for at in scale_at]
+    wg: the warpgroup (i32), of 64 weight rows, or, where two operands interleave (gate and up), 32 of each. other: None, or
+    how far on the second one lies: rows of w_ref (a multiple of 8), bytes of s_ref (of 1024 if swizzled).
+    """
+    @plgpu.inline_mgpu(arg_types=(SPLAT,), return_type=(plgpu.ShapeDtypeStruct((128,), jnp.int32, layout=PER_THREAD),) * 5)
+    def f(ctx, wg):
+        del ctx
+        warp, quad, _, weight_row = lanes(bool(other), pinned=True)
+        rows_wg, rows_warp = (32, 8) if other else (64, 16)
+        row = add(add(mul(scalar(wg), rows_wg), mul(warp, rows_warp)), weight_row)
+        codes, scales = [], []
+        for h, r in enumerate((row, add(row, 0 if other else 1))):  # of fragment rows r and r + 8
+            further_rows, further_scales = other if other and h else (0, 0)
+            phase = bit_and(r, 7)  # of the swizzle
+            # The unit of 64-chunk c is (2 c + quad / 2) ^ phase: 2 c is xored into the whole address later.
+            unit = add(mul(bit_xor(div(quad, 2), phase), 16), mul(rem(quad, 2), 8))
+            codes.append(add(add(mul(r, 128), unit), further_rows * 128))
+            scales.append(add(add(mul(r, scale_row), mul(phase, 16) if scale_row == 128 else 0), further_scales))
+        selector = asm("mad.lo.u32 $0,$1,0x1111,0x4400;", [quad], effects=False)  # byte `quad` of both words
+        return tuple(per_thread(v) for v in (*codes, *scales, selector))
 
-    def load_codes(chunk):
-        return [load_shared(bit_xor(at, 32 * chunk), h * 128 * further_rows, 2) for h, at in enumerate(bases)]
-
-    def decode(codes, scales):
-        factors = asm(SCALE_PAIR, [*scales, selector], "rr", effects=False)
-        decoded = [[decode_codes(word, factors[h]) for word in codes[h]] for h in range(2)]
-        return [[decoded[h][i][step] for i in range(2) for h in range(2)] for step in range(4)]
-
-    return load_scales, load_codes, decode
+    return f(wg)
 
 
-def multiply_decoded(acc, w_ref, s_ref, x_ref, wg, unit, *, first, chunks, part, tokens, scale_row, other=None, in_flight=0):
+def multiply_decoded(acc, lane_values, w_ref, s_ref, x_ref, unit, *, first, chunks, part, tokens, scale_row, in_flight=0):
     """acc f32 (64, tokens) + decoded weights times tokens over 64-chunks first .. first + chunks - 1 of 256 codes.
 
-    The weights are A of wgmma, from registers, times 2**-7. w_ref: i32 [rows, 32], ROWS_128: 256 codes a row. s_ref: the scales
-    of the same rows, `scale_row` bytes a row; ROWS_128 where that is 128, else plain. unit: which 16 bytes of a row belong to
-    these codes. x_ref: bf16 [chunks, >= tokens, 64] of a `token_ring`. wg: the warpgroup (i32). other: None, or, where two
-    operands interleave (gate and up), how far on the second one lies: rows of w_ref (a multiple of 8), bytes of s_ref (of 1024
-    if swizzled). part: chunks between two waits; in_flight: parts that may still run at the end (0 or 1), see `settle`.
+    The weights are A of wgmma, from registers, times 2**-7. lane_values: `fragment_lanes`. w_ref: i32 [rows, 32], ROWS_128:
+    256 codes a row. s_ref: the scales of the same rows, `scale_row` bytes a row; ROWS_128 where that is 128, else plain.
+    unit: which 16 bytes of a row of scales belong to these codes (i32). x_ref: bf16 [chunks, >= tokens, 64], ROWS_128.
+    part: chunks between two waits; in_flight: parts that may still run at the end (0 or 1), see `settle`.
     """
     @plgpu.inline_mgpu(
-        arg_types=(WGMMA, plgpu.RefType(ROWS_128), plgpu.RefType(ROWS_128 if scale_row == 128 else ()),
-                   plgpu.RefType(ROWS_128), SPLAT, SPLAT),
+        arg_types=(WGMMA, *[PER_THREAD] * 5, plgpu.RefType(ROWS_128), plgpu.RefType(ROWS_128 if scale_row == 128 else ()),
+                   plgpu.RefType(ROWS_128), SPLAT),
         return_type=plgpu.ShapeDtypeStruct((64, tokens), jnp.float32, layout=WGMMA))
-    def f(ctx, acc, w, s, x, wg, unit):
+    def f(ctx, acc, code0, code1, scale0, scale1, selector, w, s, x, unit):
         del ctx
-        load_scales, load_codes, decode = _fragment_reader(w, s, scalar(wg), scalar(unit), scale_row=scale_row, other=other)
+        code0, code1, scale0, scale1, selector = map(of_thread, (code0, code1, scale0, scale1, selector))
+        unit = mul(scalar(unit), 16)
+        # The stage is a multiple of 1024 bytes on: what is xored in does not meet it.
+        code_at = [add(smem_address(w), v) for v in (code0, code1)]
+        scale_at = [add(smem_address(s), bit_xor(v, unit) if scale_row == 128 else add(v, unit)) for v in (scale0, scale1)]
+
+        def load_codes(chunk):
+            return [load_shared(bit_xor(at, 32 * chunk), 0, 2) for at in code_at]
+
+        def decode(codes, scales):
+            factors = asm(SCALE_PAIR, [*scales, selector], "rr", effects=False)
+            decoded = [[decode_codes(word, factors[h]) for word in codes[h]] for h in range(2)]
+            return [[decoded[h][i][step] for i in range(2) for h in range(2)] for step in range(4)]
+
         i64 = ir.IntegerType.get_signless(64)
         stride = ir.MemRefType(x.type).shape[-2] * 128  # bytes of a 64-chunk of tokens
         # Of rows of 128 swizzled bytes in groups of 8: address / 16, 1, 1024 / 16 between groups, 128-byte swizzle.
         address = arith.extui(i64, shift_right(bit_and(smem_address(x), 0x3FFFF), 4))
         descriptor = llvm.or_(address, arith.constant(i64, (1 << 62) | (64 << 32) | (1 << 16)))
         sums = [v for register in acc.registers.flat for v in elements(register)]
-        scales = load_scales(first, chunks)
-        codes = [load_codes(first + t) for t in range(min(part, chunks))]
+        if scale_row % 16:
+            scales = [[load_shared(at, 4 * (first + t), 1)[0] for t in range(chunks)] for at in scale_at]
+        else:
+            scales = [load_shared(at, 4 * first, chunks) for at in scale_at]
+        codes = [load_codes(first + t) for t in range(part)]
         for start in range(0, chunks, part):
             decoded = [decode(codes[t], [scales[h][start + t] for h in range(2)]) for t in range(part)]
             if start + part < chunks:
@@ -332,7 +333,7 @@ def multiply_decoded(acc, w_ref, s_ref, x_ref, wg, unit, *, first, chunks, part,
         registers = np.array([pair(*sums[i:i + 2]) for i in range(0, len(sums), 2)], dtype=object)
         return wgmma_array(registers, (64, tokens))
 
-    return f(acc, w_ref, s_ref, x_ref, wg, unit)
+    return f(acc, *lane_values, w_ref, s_ref, x_ref, unit)
 
 
 def _wgmma(sums, decoded, descriptor, tokens, chunks, stride, in_flight):
@@ -560,3 +561,24 @@ def store_global(address, values, condition, form="b32"):
     target = f"{{{registers}}}" if len(values) > 1 else registers
     asm(f"{{.reg .pred p; setp.ne.u32 p,${len(values) + 1},0; @p st.global{vector_form}.{form} [$0],{target};}}",
         [address, *values, condition], "")
+
+
+def store_shared(address, values, condition):
+    """Stores 1, 2 or 4 i32 registers at an i32 shared memory address where the i32 condition is not zero."""
+    registers = ",".join(f"${i}" for i in range(1, len(values) + 1))
+    form, target = (f".v{len(values)}", f"{{{registers}}}") if len(values) > 1 else ("", registers)
+    asm(f"{{.reg .pred p; setp.ne.u32 p,${len(values) + 1},0; @p st.shared{form}.b32 [$0],{target};}}",
+        [address, *values, condition], "")
+
+
+def warp_scan(value):
+    """Inclusive sum of an i32 register over the lanes of a warp."""
+    for distance in (1, 2, 4, 8, 16):
+        value = asm("{.reg .b32 t; .reg .pred q; shfl.sync.up.b32 t|q,$1," + str(distance) + ",0,-1; "
+                    "@!q mov.b32 t,0; add.s32 $0,$1,t;}", [value])
+    return value
+
+
+def warpgroup_barrier():
+    """Waits for the other threads of the warpgroup, and for what they wrote to shared memory."""
+    utils.warpgroup_barrier()
