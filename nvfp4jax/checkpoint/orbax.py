@@ -291,8 +291,13 @@ def recipe_id(rules: Sequence[Rule]) -> str:
     return f"te-exact/{','.join(modes)}{''.join(extras)}"
 
 
+def has_layers(model: nnx.Module) -> bool:
+    """Whether a model is built as ours are, so that its layers may be stacked."""
+    return hasattr(model, "layers") and all(hasattr(layer, "depth") for layer in model.layers)
+
+
 def _unstacked(model: nnx.Module) -> nnx.Module:
-    stacked = any(depth is not None for depth in models.depths(model))
+    stacked = has_layers(model) and any(depth is not None for depth in models.depths(model))
     return models.unstack_layers(model) if stacked else model
 
 
@@ -355,7 +360,7 @@ def restore_state(path: str | Path, model: nnx.Module) -> nnx.State:
     Use it as `nnx.update(model, state)`, or pass it to a jitted rollout, which does not retrace.
     """
     state = nnx.state(model, nnx.Not(nnx.RngState))
-    if not hasattr(model, "layers") or all(depth is None for depth in models.depths(model)):
+    if not has_layers(model) or all(depth is None for depth in models.depths(model)):
         return restore(path, state)
     lengths = [depth or 1 for depth in models.depths(model)]
     wanted = {}

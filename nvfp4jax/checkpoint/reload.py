@@ -1,0 +1,256 @@
+"""New weights for a rollout that runs: published by a trainer step by step, found, checked and staged by a reader beside it.
+
+    trainer:  publish(directory, step, model, config)             bf16 or NVFP4; a step appears whole or not at all
+    rollout:  with Reader(directory, model) as reader:
+                  weights = reader.take()                         between decode steps; None, or newer checked weights
+                  if weights is not None: params = weights.state  one reference; tokens from here on have version weights.step
+
+Equal shapes, dtypes and shardings, so nothing is compiled again; the weights in use are untouched until the reference is swapped,
+and remain whole for who still holds them. A step that fails a check is named once in the log and never tried again, the next
+older one is (if it is newer than what serves), and the old weights keep serving.
+"""
+
+import logging
+import re
+import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from nvfp4jax import models
+from nvfp4jax.checkpoint import orbax
+from nvfp4jax.checkpoint.digest import unhealthy
+from nvfp4jax.checkpoint.safetensors import CheckpointError
+from nvfp4jax.swap import quantize_params
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of one step: `state` has the tree, shapes, dtypes and shardings of the live model's."""
+
+    step: int
+    state: nnx.State
+
+
+def steps(directory: str | Path) -> list[int]:
+    """The published steps of a directory, ascending. Unfinished ones have other names and do not count."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in directory.iterdir() if re.fullmatch(r"\d{1,18}", entry.name) and entry.is_dir())
+
+
+def publish(
+    directory: str | Path, step: int, model: nnx.Module, config: Mapping[str, Any], *, keep: int = 5, **metadata: Any
+) -> Path:
+    """Saves a model (float or quantized) as the next step of a directory, and removes all but the newest `keep` steps.
+
+    config: the Hugging Face config.json. Further `metadata` must be JSON. A reader sees the step once it is complete.
+    CheckpointError where the step is not after the newest one, or a weight is not finite.
+    """
+    directory = Path(directory)
+    present = steps(directory)
+    if present and step <= present[-1]:
+        raise CheckpointError(f"{directory}: step {step} is not after step {present[-1]}, which is published already")
+    if step < 0 or keep < 1:
+        raise ValueError(f"publish: step={step} must not be negative, keep={keep} must be at least 1")
+    orbax.save_model(directory / str(step), model, config, step=step, **metadata)
+    for old in [*present, step][:-keep]:
+        # Out of sight at once: no reader may start on half a step.
+        hidden = directory / f".removed-{old}"
+        (directory / str(old)).rename(hidden)
+        shutil.rmtree(hidden)
+    return directory / str(step)
+
+
+def _shapes_of(state: nnx.State) -> nnx.State:
+    """The state without its values, with its shardings."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+
+
+def _input_scales(state: nnx.State) -> dict[tuple, Any]:
+    return {path: leaf for path, leaf in nnx.to_flat_state(state) if str(path[-1]).endswith("input_scale")}
+
+
+class Quantizer:
+    """bfloat16 (or float32) weights in memory -> the live model's NVFP4 weights, by one compiled function.
+
+    The bits are those of the offline route. Weights may lie in any sharding over the live model's devices.
+    """
+
+    def __init__(self, model: nnx.Module):
+        """model: the live, quantized model; only its structure, shardings and static input scales are kept."""
+        graphdef, state = nnx.split(model)
+        self._abstract = _shapes_of(state)
+        self._model = nnx.merge(graphdef, self._abstract)
+        self._input_scales = _input_scales(state)
+        self._lengths = [depth or 1 for depth in models.depths(model)] if orbax.has_layers(model) else []
+        target = {path: (leaf.get_value().shape, leaf.get_value().dtype) for path, leaf in nnx.to_flat_state(self._abstract)}
+        self._target = target
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self._abstract)
+        self._run = jax.jit(self._quantize, donate_argnums=0, out_shardings=shardings)
+
+    def _quantize(self, kept: dict, consumed: dict, input_scales: dict) -> nnx.State:
+        state = nnx.from_flat_state(kept | consumed)
+        if self._lengths and max(path[1] for path in kept | consumed if path[0] == "layers") + 1 != len(self._lengths):
+            state = models.stack_state(state, self._lengths)
+        return quantize_params(nnx.from_flat_state(dict(nnx.to_flat_state(state)) | input_scales), self._model)
+
+    def __call__(self, state: nnx.State | nnx.Module, *, donate: bool = False) -> nnx.State:
+        """state: that of the float model, its layers stacked as the live model's or single. donate: its arrays are given up.
+
+        CheckpointError that names the leaf where the result is not finite.
+        """
+        flat = dict(nnx.to_flat_state(nnx.state(state, nnx.Param) if isinstance(state, nnx.Module) else state))
+        reusable = {path for path, leaf in flat.items() if donate and self._target.get(path) == (leaf.shape, leaf.dtype)}
+        kept = {path: leaf for path, leaf in flat.items() if path in reusable}
+        consumed = {path: leaf for path, leaf in flat.items() if path not in reusable}
+        made = self._run(kept, consumed, self._input_scales)
+        if complaints := unhealthy(orbax.flatten(made)):
+            raise CheckpointError(f"weights in memory: {complaints[0]}")
+        if donate:
+            for leaf in consumed.values():
+                leaf.get_value().delete()
+        return made
+
+
+class Reader:
+    """Looks for newer steps in a directory, in a thread of its own, and keeps the newest good one ready.
+
+    model: the live model; its state's tree, shapes, dtypes and shardings are what every step must fit. Only its structure is kept.
+    float_model: for steps in floating point, the float model (abstract will do) in the shardings that its weights are to be loaded in;
+        built from the step's own config where None, on one device or replicated over the live model's mesh. Such steps are quantized
+        on the device, by the function that quantizes weights from memory.
+    poll_seconds: between two looks. active_step: steps up to this one are not wanted.
+
+    `failures` tells why each bad step was refused.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        model: nnx.Module,
+        *,
+        float_model: nnx.Module | None = None,
+        poll_seconds: float = 1.0,
+        active_step: int = -1,
+    ):
+        self.directory = Path(directory).absolute()
+        self.active_step = active_step
+        self.failures: dict[int, str] = {}
+        graphdef, state = nnx.split(model)
+        self._model = nnx.merge(graphdef, _shapes_of(state))
+        self._quantizer = Quantizer(model)
+        self._float_model = float_model
+        self._global_scales = self._scales_of(state)
+        self._poll_seconds = poll_seconds
+        self._staged: Weights | None = None
+        self._lock = threading.Lock()
+        self._looking = threading.Lock()  # one look at a time
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Reader":
+        self._thread = threading.Thread(target=self._watch, name="nvfp4jax-reader", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            self.poll()
+            self._stop.wait(self._poll_seconds)
+
+    def poll(self) -> int | None:
+        """Looks once, in the caller's thread; the step that is ready afterwards, or None."""
+        with self._looking:
+            with self._lock:
+                newest = self.active_step if self._staged is None else self._staged.step
+            for step in reversed(steps(self.directory)):
+                if step <= newest:
+                    break
+                if step in self.failures:
+                    continue
+                try:
+                    weights = Weights(step, self._load(self.directory / str(step)))
+                except Exception as error:  # whatever happens here, the old weights keep serving
+                    reason = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+                    self.failures[step] = reason
+                    _log.warning("step %d is refused, the weights of step %d keep serving: %s", step, newest, reason)
+                    continue
+                with self._lock:
+                    self._staged = weights
+                break
+            with self._lock:
+                return None if self._staged is None else self._staged.step
+
+    def take(self) -> Weights | None:
+        """The newest checked weights, once; None where there are none newer than those taken last. Never waits for a load."""
+        with self._lock:
+            weights, self._staged = self._staged, None
+            if weights is not None:
+                self.active_step = weights.step
+        if weights is not None:
+            self._global_scales = self._scales_of(weights.state)
+        return weights
+
+    def from_memory(self, step: int, state: nnx.State | nnx.Module, *, donate: bool = False) -> Weights:
+        """Weights of a float state in memory, made active. CheckpointError where the step is not newer, or a weight is not finite."""
+        if step <= self.active_step:
+            raise CheckpointError(f"step {step} is not after step {self.active_step}, which serves")
+        weights = Weights(step, self._quantizer(state, donate=donate))
+        with self._lock:
+            self.active_step = step
+            if self._staged is not None and self._staged.step <= step:
+                self._staged = None
+        self._global_scales = self._scales_of(weights.state)
+        return weights
+
+    def _load(self, path: Path) -> nnx.State:
+        metadata = orbax.read_metadata(path)
+        if metadata.get("step", int(path.name)) != int(path.name):
+            raise CheckpointError(f"{path}: the metadata say step {metadata['step']}")
+        if metadata.get("recipe") == "float":
+            state = self._quantizer(orbax.restore_state(path, self._float(path, metadata)), donate=True)
+        else:
+            state = orbax.restore_state(path, self._model)
+        self._check_against_live(path, state)
+        return state
+
+    def _float(self, path: Path, metadata: Mapping[str, Any]) -> nnx.Module:
+        if self._float_model is None:
+            model = orbax.abstract_model(path, metadata)
+            shardings = [leaf.sharding for leaf in jax.tree.leaves(nnx.state(self._model))]
+            meshes = [sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)]
+            sharding = NamedSharding(meshes[0], PartitionSpec()) if meshes else SingleDeviceSharding(next(iter(shardings[0].device_set)))
+            graphdef, state = nnx.split(model)
+            state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
+            self._float_model = nnx.merge(graphdef, state)
+        return self._float_model
+
+    @staticmethod
+    def _scales_of(state: nnx.State) -> dict[str, np.ndarray]:
+        scales = {path: leaf for path, leaf in orbax.flatten(state).items() if path.endswith("_global_scale")}
+        return dict(zip(scales, jax.device_get(list(scales.values())), strict=True))
+
+    def _check_against_live(self, path: Path, state: nnx.State) -> None:
+        """An inverted global scale (2688 / amax for amax / 2688) is close to one over the live one."""
+        for name, scale in self._scales_of(state).items():
+            live = self._global_scales[name]
+            product = np.median(np.abs(np.log2(scale * live)))
+            if product < 2 and np.median(np.abs(np.log2(live))) > 3:
+                raise CheckpointError(f"{path}: {name} is about one over the live weights' scale: is it inverted? (it multiplies: amax / 2688)")
+
