@@ -1,0 +1,647 @@
+"""Dense NVFP4 matmul on Hopper: y[M, N] = x[M, K] @ dequantized(W)[N, K].T, from one token to prefill.
+
+The operand is bf16 whatever the activations were (q * s for W4A4, x itself for W4A16), its K in `permute_k` order; the
+weights are read in the checkpoint's layout and decoded in registers.
+
+A row of the result has the same bits for every M, position and neighbours. A sum over K is made of `slices(N, K)` chains of
+m16n8k16 / k16 steps in float32, one a contiguous slice of K, added from left to right; both kernels make that sum:
+
+- `_narrow` (few tokens, weights of few rows): mma.sync. A CTA owns 16 to 128 rows and all of K, one slice a warp,
+  so that all SMs and all warps have work; the partial sums meet in shared memory.
+- `_wide`: wgmma, persistent. Warpgroups of 64 rows share the tokens; the slices follow one another in time.
+
+(mma.sync and wgmma round alike: checked on the GPU by the tests.)
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from nvfp4jax.kernels import mosaic as mo
+
+SMS = 132
+STEP = 256  # K of a pipeline step: 128 bytes of codes and 16 of scales a row
+SCALE_STEPS = 8  # steps in 128 bytes of scales
+_MMA = ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{$0,$1,$2,$3},{$4,$5,$6,$7},{$8,$9},{$10,$11,$12,$13};")
+
+
+# --- rules: from the shape to the schedule --------------------------------------------------------------------------
+
+def slices(n: int, k: int) -> int:
+    """Into how many slices a sum over K is split. From the weight's shape alone, or rows would not keep their bits.
+
+    Weights of few rows need it: a warp decodes 16 rows, and the 132 SMs want about 8 busy warps each.
+    """
+    wanted = 8 if n <= 2048 else 4 if n <= 10240 else 2 if n <= 16384 else 1
+    steps = -(-k // STEP)
+    while wanted > steps:
+        wanted //= 2
+    return wanted
+
+
+def _slice_steps(n, k):
+    return -(-(-(-k // STEP)) // slices(n, k))
+
+
+def _narrow_tiles(n, k):
+    """16-row tiles of a CTA of `_narrow`: one wave of CTAs where they fit, whole warpgroups."""
+    tiles = min(-(-n // 16 // SMS), 8)
+    return tiles if slices(n, k) % 4 == 0 else tiles + tiles % 2
+
+
+def _tokens(m, most):
+    """The token tile: a multiple of 8, the rows of M spread evenly over tiles of at most `most`."""
+    return -(-(-(-m // (-(-m // most)))) // 8) * 8
+
+
+def _bytes(*shape, itemsize=1):
+    return int(np.prod(shape)) * itemsize
+
+
+# --- epilogue -------------------------------------------------------------------------------------------------------
+
+def _load_bias(ref, index, dtype):
+    """Inside inline_mgpu: bias[index] as f32."""
+    pointer = mo.gmem_address(ref, mo.mul(index, dtype.itemsize))
+    if dtype == jnp.float32:
+        return mo.asm("ld.global.nc.f32 $0,[$1];", [pointer], "f")
+    return mo.asm("{.reg .b16 h; ld.global.nc.b16 h,[$1]; mov.b32 $0,{0,h};}", [pointer], "f")
+
+
+def _scaled(v, factor, bias):
+    """acc * factor + bias with one rounding each way: the same instruction in both kernels."""
+    if bias is None:
+        return mo.asm("mul.rn.f32 $0,$1,$2;", [v, factor], "f", effects=False)
+    return mo.asm("fma.rn.f32 $0,$1,$2,$3;", [v, factor, bias], "f", effects=False)
+
+
+# --- few tokens -----------------------------------------------------------------------------------------------------
+
+def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, twin=False):
+    """w i32 [(L,) N, K/8], s i32 [(L,) N, K/64], x bf16 [M, K], row_scale f32 [1] or [M], g f32 [1 or L], bias
+    [(L,) N] or f32 [1], layer i32 [1] -> [M, N]. tiles: 16-row tiles of a CTA. twin: jnp in place of PTX."""
+    rows, warps = 16 * tiles, tiles * slices
+    wgs = warps // 4
+    groups = -(-m // 8)
+    mp = 8 * groups
+    steps = -(-k // STEP)
+    rounds = -(-steps // slices)  # steps of a slice
+    pitch = rows + 4  # of the partial sums: 8-byte stores without bank conflicts
+    scale_blocks = -(-rounds * slices // SCALE_STEPS)
+    box = rows * STEP // 2 + mp * STEP * 2
+    sums = slices * mp * pitch * 4
+    room = mo.SHARED_MEMORY - 2048 - sums
+    resident = rounds * slices * box + scale_blocks * rows * 128 <= room
+    stages = rounds if resident else min(8, room // (slices * (box + rows * 16)))
+    if wgs * 4 != warps or warps > 24 or stages < 2 and not resident:
+        raise NotImplementedError(f"dense_hopper: no schedule for weights [{n}, {k}] at M={m}")
+    # x by whole 8-row groups in one copy where M allows it, else a 64-chunk a copy: the same bytes in another order.
+    x_tiled = m <= 8 or m % 8 == 0
+    x_chunks = rounds * slices * (STEP // 64) if resident else STEP // 64  # of a copy
+    x_lead = () if resident else (stages, slices)
+    x_shape = (*x_lead, mp, x_chunks * 64) if x_tiled else (*x_lead, x_chunks, mp, 64)
+    chunk_bytes, group_bytes = (1024, x_chunks * 1024) if x_tiled else (mp * 128, 1024)
+    slice_bytes = mp * STEP * 2 if not resident else rounds * (STEP // 64) * chunk_bytes
+    x_transforms = mo.swizzled(2) if x_tiled else mo.ROWS_128
+
+    def kernel(w, s, x, row_scale, g, bias, layer, o, w_sm, s_sm, x_sm, red, full, empty, x_full, s_full, done):
+        wg = lax.axis_index("wg")
+        zero = lax.axis_index("n") * 0  # jax 0.12 refuses static slices that reach past the end
+        first = lax.axis_index("n") * rows
+        own = pl.ds(first, rows)
+        at = (layer[0],) if stacked else ()
+
+        def fetch_weights(i, stage):
+            for p in range(slices):
+                step = p * rounds + i + zero
+                plgpu.copy_gmem_to_smem(
+                    w.at[(*at, own, pl.ds(step * (STEP // 8), STEP // 8))], w_sm.at[stage, p], full.at[stage])
+
+        def fetch_tokens(start, target, barrier):
+            """64-chunks of K from `start` on, as many as `target` holds."""
+            tokens = pl.ds(zero, mp)
+            if x_tiled:
+                plgpu.copy_gmem_to_smem(x.at[tokens, pl.ds(start * 64, x_chunks * 64)], target, barrier)
+            else:
+                for c in range(x_chunks):
+                    plgpu.copy_gmem_to_smem(x.at[tokens, pl.ds((start + c) * 64, 64)], target.at[c], barrier)
+
+        if resident:
+            @pl.when(wg == 0)
+            def _():
+                for b in range(scale_blocks):
+                    plgpu.copy_gmem_to_smem(s.at[(*at, own, pl.ds(b * 32 + zero, 32))], s_sm.at[b], s_full)
+                for i in range(rounds):
+                    fetch_weights(i, i)
+
+            @pl.when(wg == wgs - 1)
+            def _():
+                fetch_tokens(zero, x_sm, x_full)
+        else:
+            @pl.when(wg == wgs)
+            def _():
+                @pl.loop(0, rounds)
+                def _(i):
+                    stage = lax.rem(i, jnp.int32(stages))
+
+                    @pl.when(i >= stages)
+                    def _():
+                        plgpu.barrier_wait(empty.at[stage])
+
+                    fetch_weights(i, stage)
+                    for p in range(slices):
+                        step = p * rounds + i
+                        plgpu.copy_gmem_to_smem(s.at[(*at, own, pl.ds(step * 4, 4))], s_sm.at[stage, p], full.at[stage])
+                        fetch_tokens(step * (STEP // 64), x_sm.at[stage, p], full.at[stage])
+
+                if twin:  # the interpreter wants every phase of a barrier observed
+                    for stage in range(min(stages, rounds)):
+                        plgpu.barrier_wait(empty.at[(rounds + stage) % stages if rounds > stages else stage])
+
+        @pl.when(wg < wgs)
+        def _():
+            factor = g[layer[0] if stacked else 0] * mo.DECODE_FACTOR
+            if twin:
+                addresses = None
+                acc = jnp.zeros((64, mp), jnp.float32)
+            else:
+                addresses = prepare(w_sm, s_sm, x_sm, red)
+                # Each warp's 16 x M sums stand as its 16 rows of a (64, M) array.
+                acc = plgpu.layout_cast(jnp.zeros((64, mp), jnp.float32), mo.WGMMA)
+
+            def round_(acc, i, stage):
+                if twin:
+                    return add_twin(acc, wg, i, stage, w_sm, s_sm, x_sm)
+                return add_round(acc, i, stage, addresses)
+
+            if resident:
+                plgpu.barrier_wait(s_full)
+                plgpu.barrier_wait(x_full)
+                for i in range(rounds):
+                    plgpu.barrier_wait(full.at[i])
+                    acc = round_(acc, i, i)
+            else:
+                def body(i, acc):
+                    stage = lax.rem(i, jnp.int32(stages))
+                    plgpu.barrier_wait(full.at[stage])
+                    acc = round_(acc, i, stage)
+                    if twin:  # the interpreter orders reads before the next copy by this fence; the hardware by the barrier
+                        plgpu.commit_smem()
+                    plgpu.barrier_arrive(empty.at[stage])
+                    return acc
+
+                acc = lax.fori_loop(0, rounds, body, acc)
+
+            if twin:
+                finish_twin(acc, wg, factor, row_scale, bias, at, first, o, red, done)
+            else:
+                put_sums(acc, addresses[0], red)
+                plgpu.barrier_arrive(done)
+                plgpu.barrier_wait(done)
+                bias_at = layer[0] * n if stacked else jnp.int32(0)
+                finish(factor, row_scale, bias, bias_at, first, o, red)
+
+    # --- of a thread: its warp's 16-row tile and slice
+    def place():
+        tid = mo.thread_index()
+        lane, warp = mo.rem(tid, 32), mo.div(tid, 32)
+        r, quad = mo.div(lane, 4), mo.rem(lane, 4)
+        return lane, mo.rem(warp, tiles), mo.div(warp, tiles), r, quad
+
+    register = plgpu.ShapeDtypeStruct((128,), jnp.int32, layout=mo.PER_THREAD)
+    scale_addresses = rounds if resident else 1
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(mo.ROWS_128), plgpu.RefType(mo.ROWS_128 if resident else ()),
+                   plgpu.RefType(x_transforms), mo.REF),
+        return_type=(register,) * (5 + scale_addresses))
+    def prepare(ctx, w_sm, s_sm, x_sm, red):
+        """Addresses, computed before the data arrive: of the partial sums, the codes of fragment rows r and r + 8 (weight
+        rows 2r and 2r + 1), two of the tokens, and the scales."""
+        del ctx
+        lane, tile, p, r, quad = place()
+        row = mo.add(mo.mul(tile, 16), mo.mul(r, 2))
+        out = [mo.smem_address(red, mo.mul(mo.add(mo.mul(mo.add(mo.mul(p, mp), mo.mul(quad, 2)), pitch), row), 4))]
+        for h in range(2):
+            phase = mo.bit_and(mo.add(mo.mul(r, 2), h), 7)
+            line = mo.add(mo.mul(mo.add(mo.mul(p, rows), row), 128), 128 * h)
+            unit = mo.add(mo.mul(mo.bit_xor(mo.div(quad, 2), phase), 16), mo.mul(mo.rem(quad, 2), 8))
+            out.append(mo.smem_address(w_sm, mo.add(line, unit)))
+        t, matrix = mo.rem(lane, 8), mo.div(lane, 8)
+        for half in range(2):
+            unit = mo.bit_xor(mo.add(matrix, 4 * half), t)
+            out.append(mo.smem_address(x_sm, mo.add(mo.mul(p, slice_bytes), mo.add(mo.mul(t, 128), mo.mul(unit, 16)))))
+        if resident:
+            for i in range(rounds):
+                step = mo.add(mo.mul(p, rounds), i)
+                unit = mo.bit_xor(mo.rem(step, SCALE_STEPS), mo.rem(row, 8))
+                line = mo.add(mo.mul(mo.div(step, SCALE_STEPS), rows), row)
+                out.append(mo.smem_address(s_sm, mo.add(mo.mul(line, 128), mo.mul(unit, 16))))
+        else:
+            out.append(mo.smem_address(s_sm, mo.mul(mo.add(mo.mul(p, rows), row), 16)))
+        return tuple(mo.per_thread(a) for a in out)
+
+    def add_round(acc, i, stage, addresses):
+        """One step of the warp's slice: 16 weight rows x 256 of K, four mma for each 64 and 8 tokens."""
+        _, *a = addresses
+        scale_address = a[4 + i] if resident else a[4]
+        offset = 0 if resident else stage  # a static round, or the stage of the ring
+
+        @plgpu.inline_mgpu(
+            arg_types=(mo.WGMMA, mo.SPLAT) + (mo.PER_THREAD,) * 5,
+            return_type=plgpu.ShapeDtypeStruct((64, mp), jnp.float32, layout=mo.WGMMA))
+        def f(ctx, acc, stage, *addresses):
+            del ctx
+            w0, w1, x0, x1, sa = map(mo.of_thread, addresses)
+            w_at, x_at = i * slices * rows * 128 if resident else 0, i * (STEP // 64) * chunk_bytes if resident else 0
+            if not resident:
+                stage = mo.scalar(stage)
+                w0, w1 = (mo.add(v, mo.mul(stage, slices * rows * 128)) for v in (w0, w1))
+                x0, x1 = (mo.add(v, mo.mul(stage, slices * slice_bytes)) for v in (x0, x1))
+                sa = mo.add(sa, mo.mul(stage, slices * rows * 16))
+            # rows r and r + 8 are neighbours: their scales' units differ in the lowest bit of the swizzle
+            s0 = mo.load_shared(sa, 0, 4)
+            s1 = mo.load_shared(mo.bit_xor(sa, 16), 128, 4) if resident else mo.load_shared(sa, 16, 4)
+            selector = mo.asm("mad.lo.u32 $0,$1,0x1111,0x4400;", [mo.rem(mo.thread_index(), 4)], effects=False)
+            sums = [[v for part in pair for v in mo.elements(part)] for pair in acc.registers.reshape(groups, 2)]
+            for u in range(STEP // 64):
+                tokens = [[mo.asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3},"
+                                  f"[$4+{x_at + u * chunk_bytes + j * group_bytes}];", [v], "rrrr")
+                           for v in (x0, x1)] for j in range(groups)]
+                factors = mo.asm(mo.SCALE_PAIR, [s0[u], s1[u], selector], "rr", effects=False)
+                a = {}
+                for h, base in enumerate((w0, w1)):
+                    for word_index, word in enumerate(mo.load_shared(mo.bit_xor(base, 32 * u), w_at, 2)):
+                        a[h, word_index] = mo.decode_codes(word, factors[h])
+                for q in range(4):
+                    left = [a[0, 0][q], a[1, 0][q], a[0, 1][q], a[1, 1][q]]
+                    for j in range(groups):
+                        right = tokens[j][q // 2][2 * (q % 2):][:2]
+                        sums[j] = mo.asm(_MMA, [*left, *right, *sums[j]], "ffff", effects=False)
+            out = np.empty((groups, 2), dtype=object)
+            for j, h in np.ndindex(groups, 2):
+                out[j, h] = mo.pair(*sums[j][2 * h:2 * h + 2])
+            return mo.wgmma_array(out, (64, mp))
+
+        return f(acc, jnp.int32(offset), *a[:4], scale_address)
+
+    def put_sums(acc, address, red):
+        @plgpu.inline_mgpu(arg_types=(mo.WGMMA, mo.PER_THREAD, mo.REF))
+        def f(ctx, acc, address, red):
+            del ctx, red
+            for j, (upper, lower) in enumerate(acc.registers.reshape(groups, 2)):
+                for e, values in enumerate(zip(mo.elements(upper), mo.elements(lower))):
+                    mo.asm(f"st.shared.v2.f32 [$0+{(8 * j + e) * pitch * 4}],{{$1,$2}};",
+                           [mo.of_thread(address), *values], "")
+
+        f(acc, address, red)
+
+    def finish(factor, row_scale, bias, bias_at, first, o, red):
+        @plgpu.inline_mgpu(arg_types=(mo.SPLAT, mo.REF, mo.REF, mo.SPLAT, mo.SPLAT, mo.REF, mo.REF))
+        def f(ctx, factor, row_scale, bias, bias_at, first, o, red):
+            del ctx
+            factor, bias_at, first = map(mo.scalar, (factor, bias_at, first))
+            pairs, threads = rows // 2 * m, 128 * wgs
+            for t in range(-(-pairs // threads)):
+                index = mo.add(mo.thread_index(), t * threads)
+                inside = mo.flag("lt", index, pairs)
+                safe = mo.minimum(index, pairs - 1)
+                token, row = mo.div(safe, rows // 2), mo.mul(mo.rem(safe, rows // 2), 2)
+                column = mo.add(first, row)
+                source = mo.smem_address(red, mo.mul(mo.add(mo.mul(token, pitch), row), 4))
+                parts = [mo.asm(f"ld.shared.v2.f32 {{$0,$1}},[$2+{p * mp * pitch * 4}];", [source], "ff")
+                         for p in range(slices)]
+                total = functools.reduce(
+                    lambda a, b: [mo.asm("add.rn.f32 $0,$1,$2;", list(ab), "f", effects=False) for ab in zip(a, b)], parts)
+                of_row = mo.gmem_address(row_scale, mo.mul(token, 4) if per_row else None)
+                scale = mo.asm("{.reg .f32 s; ld.global.nc.f32 s,[$1]; mul.rn.f32 $0,s,$2;}", [of_row, factor], "f")
+                columns = [mo.minimum(mo.add(column, e), n - 1) for e in range(2)]
+                biases = [None if bias_dtype is None else _load_bias(bias, mo.add(bias_at, c), bias_dtype) for c in columns]
+                values = [_scaled(v, scale, b) for v, b in zip(total, biases)]
+                pointer = mo.gmem_element(o, token, n, column, jnp.dtype(out_dtype).itemsize)
+                flags = [mo.bit_and(inside, mo.flag("lt", mo.add(column, e), n)) for e in range(2)]
+                _store_pair(pointer, values, flags, out_dtype, aligned=n % 2 == 0)
+
+        f(factor, row_scale, bias, bias_at, first, o, red)
+
+    # --- the interpreter's twins
+    def warp_twin(wg, v):
+        index = wg * 4 + v
+        return lax.rem(index, jnp.int32(tiles)), lax.div(index, jnp.int32(tiles))
+
+    def add_twin(acc, wg, i, stage, w_sm, s_sm, x_sm):
+        out = []
+        for v in range(4):
+            tile, p = warp_twin(wg, v)
+            own = pl.ds(tile * 16, 16)
+            words = w_sm[stage, p, own]
+            step = p * rounds + i
+            scales = (s_sm[lax.div(step, SCALE_STEPS), own, pl.ds(lax.rem(step, SCALE_STEPS) * 4, 4)] if resident
+                      else s_sm[stage, p, own])
+            at, chunk = ((), step * (STEP // 64)) if resident else ((stage, p), 0)
+            tokens = (x_sm[(*at, slice(None), pl.ds(chunk * 64, STEP))] if x_tiled else
+                      x_sm[(*at, pl.ds(chunk, STEP // 64))].transpose(1, 0, 2).reshape(mp, STEP))
+            out.append(jnp.dot(mo.decode_words(words, scales), tokens.T, preferred_element_type=jnp.float32))
+        return acc + jnp.concatenate(out)
+
+    def finish_twin(acc, wg, factor, row_scale, bias, at, first, o, red, done):
+        for v in range(4):
+            tile, p = warp_twin(wg, v)
+            red[p, :, pl.ds(tile * 16, 16)] = acc[16 * v:16 * v + 16].T
+        plgpu.barrier_arrive(done)
+        plgpu.barrier_wait(done)
+
+        @pl.when(wg == 0)
+        def _():
+            total = functools.reduce(jnp.add, [red[p, pl.ds(0, m), pl.ds(0, rows)] for p in range(slices)])
+            total = total * (row_scale[...].reshape(-1, 1) * factor)
+            if bias_dtype is not None:
+                total = total + bias[(*at, pl.ds(first, rows))].astype(jnp.float32)[None]
+            o[:, pl.ds(first, rows)] = total.astype(out_dtype)
+
+    return plgpu.kernel(
+        kernel, out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
+        scratch_types=dict(
+            w_sm=plgpu.SMEM((stages, slices, rows, STEP // 8), jnp.int32, transforms=mo.ROWS_128),
+            s_sm=(plgpu.SMEM((scale_blocks, rows, 32), jnp.int32, transforms=mo.ROWS_128) if resident else
+                  plgpu.SMEM((stages, slices, rows, STEP // 64), jnp.int32)),
+            x_sm=plgpu.SMEM(x_shape, jnp.bfloat16, transforms=x_transforms),
+            red=plgpu.SMEM((slices, mp, pitch), jnp.float32),
+            full=plgpu.Barrier(
+                num_arrivals=slices if resident else slices * (2 + (1 if x_tiled else STEP // 64)), num_barriers=stages),
+            empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+            x_full=plgpu.Barrier(num_arrivals=1 if x_tiled else x_chunks),
+            s_full=plgpu.Barrier(num_arrivals=scale_blocks),
+            done=plgpu.Barrier(num_arrivals=wgs)),
+        grid=(-(-n // rows),), grid_names=("n",), num_threads=wgs if resident else wgs + 1, thread_name="wg",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True))
+
+
+def _store_pair(pointer, values, flags, dtype, *, aligned):
+    """Two neighbouring results at an address of global memory, each where its flag is not zero."""
+    predicate = "{{.reg .pred p; setp.ne.u32 p,${flag},0; {text}}}"
+    if dtype == jnp.float32:
+        if aligned:
+            mo.asm(predicate.format(flag=3, text="@p st.global.v2.f32 [$0],{$1,$2};"), [pointer, *values, flags[0]], "")
+        else:
+            for e in range(2):
+                mo.asm(predicate.format(flag=2, text=f"@p st.global.f32 [$0+{4 * e}],$1;"), [pointer, values[e], flags[e]], "")
+    elif aligned:
+        mo.asm(predicate.format(flag=3, text=".reg .b32 q; cvt.rn.bf16x2.f32 q,$2,$1; @p st.global.b32 [$0],q;"),
+               [pointer, *values, flags[0]], "")
+    else:
+        for e in range(2):
+            mo.asm(predicate.format(flag=2, text=f".reg .b16 q; cvt.rn.bf16.f32 q,$1; @p st.global.b16 [$0+{2 * e}],q;"),
+                   [pointer, values[e], flags[e]], "")
+
+
+# --- many tokens, or many rows of weights ---------------------------------------------------------------------------
+
+def _wide(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stacked, twin=False):
+    """As `_narrow`, for any M. wgs: warpgroups of 64 rows that share the tokens; tokens: the tile of M, a multiple of 8."""
+    rows = 64 * wgs
+    steps = -(-k // STEP)
+    slice_steps = -(-steps // slices)
+    row_tiles, token_tiles = -(-n // rows), -(-m // tokens)
+    tiles = row_tiles * token_tiles
+    # TMA takes about 2 cycles for each row of a box, however short. While the tensor cores are not the limit, scales come
+    # 128 bytes a row (2048 of K) at a time; else with each step, in less shared memory.
+    blocked = tokens <= 32
+    blocks = -(-steps // SCALE_STEPS)
+    box = rows * STEP // 2 + tokens * STEP * 2 + (0 if blocked else rows * 16)
+    stages = min(8, (mo.SHARED_MEMORY - 2048 - (2 * rows * 128 if blocked else 0)) // box)
+    if stages < 2:
+        raise NotImplementedError(f"dense_hopper: no schedule for weights [{n}, {k}] at M={m}, tiles of {tokens} tokens")
+    part = 4 if tokens <= 16 else 2 if tokens <= 64 else 1  # 64-chunks decoded at once
+    consumer_registers, producer_registers = mo.register_budget(wgs)
+
+    def kernel(w, s, x, row_scale, g, bias, layer, o, w_sm, s_sm, x_sm, full, empty, s_full, s_empty):
+        wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
+        at = (layer[0],) if stacked else ()
+        zero = sm * 0
+
+        def tile_at(linear):
+            if token_tiles == 1:
+                return linear, zero
+            return plgpu.planar_snake(linear, (row_tiles, token_tiles), 0, min(12, row_tiles))
+
+        @pl.when(wg == wgs)
+        def _():
+            if not twin:
+                plgpu.set_max_registers(producer_registers, action="decrease")
+
+            @plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
+            def count(info, carry):
+                row_tile, token_tile = tile_at(info.index[0])
+                own = pl.ds(row_tile * rows, rows)
+
+                @pl.loop(0, steps)
+                def _(i):
+                    it = carry * steps + i
+                    st = lax.rem(it, jnp.int32(stages))
+                    if blocked:
+                        block = carry * blocks + lax.div(i, jnp.int32(SCALE_STEPS))
+                        slot = lax.rem(block, jnp.int32(2))
+
+                        @pl.when(lax.rem(i, jnp.int32(SCALE_STEPS)) == 0)
+                        def _():
+                            pl.when(block >= 2)(lambda: plgpu.barrier_wait(s_empty.at[slot]))
+                            plgpu.copy_gmem_to_smem(s.at[(*at, own, pl.ds(i * 4, 32))], s_sm.at[slot], s_full.at[slot])
+
+                    @pl.when(it >= stages)
+                    def _():
+                        plgpu.barrier_wait(empty.at[st])
+
+                    plgpu.copy_gmem_to_smem(
+                        w.at[(*at, own, pl.ds(i * (STEP // 8), STEP // 8))], w_sm.at[st], full.at[st])
+                    if not blocked:
+                        plgpu.copy_gmem_to_smem(s.at[(*at, own, pl.ds(i * 4, 4))], s_sm.at[st], full.at[st])
+                    for c in range(STEP // 64):
+                        plgpu.copy_gmem_to_smem(
+                            x.at[pl.ds(token_tile * tokens, tokens), pl.ds(i * STEP + c * 64, 64)],
+                            x_sm.at[st, c], full.at[st])
+
+                return carry + 1
+
+            if twin:  # the interpreter wants every completed phase of a barrier observed
+                for back in range(stages):
+                    it = count * steps - 1 - (stages - 1 - back)
+                    pl.when(it >= 0)(lambda it=it: plgpu.barrier_wait(empty.at[lax.rem(it, jnp.int32(stages))]))
+                for back in range(2 if blocked else 0):
+                    block = count * blocks - 2 + back
+                    pl.when(block >= 0)(lambda block=block: plgpu.barrier_wait(s_empty.at[lax.rem(block, jnp.int32(2))]))
+
+        @pl.when(wg < wgs)
+        def _():
+            if not twin:
+                plgpu.set_max_registers(consumer_registers, action="increase")
+            factor = g[layer[0] if stacked else 0] * mo.DECODE_FACTOR
+
+            @plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
+            def _(info, carry):
+                row_tile, token_tile = tile_at(info.index[0])
+
+                def add_step(i, acc):
+                    it = carry * steps + i
+                    st = lax.rem(it, jnp.int32(stages))
+                    if blocked:
+                        slot = lax.rem(carry * blocks + lax.div(i, jnp.int32(SCALE_STEPS)), jnp.int32(2))
+                        unit = lax.rem(i, jnp.int32(SCALE_STEPS))
+                        pl.when(unit == 0)(lambda: plgpu.barrier_wait(s_full.at[slot]))
+                        scales = s_sm.at[slot]
+                    else:
+                        unit, scales = jnp.int32(0), s_sm.at[st]
+                    plgpu.barrier_wait(full.at[st])
+                    if twin:
+                        own = pl.ds(wg * 64, 64)
+                        a = mo.decode_words(w_sm[st, own], scales[own, pl.ds(unit * 4, 4)])
+                        b = x_sm[st].transpose(1, 0, 2).reshape(tokens, STEP)
+                        plgpu.commit_smem()  # as in `_narrow`
+                        acc = acc + jnp.dot(a, b.T, preferred_element_type=jnp.float32)
+                    else:
+                        acc = mo.multiply_decoded(
+                            acc, w_sm.at[st], scales, x_sm.at[st], wg, unit, first=0, chunks=STEP // 64, part=part,
+                            tokens=tokens, scale_row=128 if blocked else 16)
+                    plgpu.barrier_arrive(empty.at[st])
+                    if blocked:
+                        last = (unit == SCALE_STEPS - 1) | (i == steps - 1)
+                        pl.when(last)(lambda: plgpu.barrier_arrive(s_empty.at[slot]))
+                    return acc
+
+                def slice_sum(first, last):
+                    start = jnp.zeros((64, tokens), jnp.float32)
+                    return lax.fori_loop(first, last, add_step, start if twin else plgpu.layout_cast(start, mo.WGMMA))
+
+                if slices == 1:
+                    total = slice_sum(0, steps)
+                else:  # from left to right
+                    def add_slice(p, total):
+                        return total + slice_sum(p * slice_steps, jnp.minimum((p + 1) * slice_steps, steps))
+
+                    start = slice_sum(0, slice_steps)
+                    total = lax.fori_loop(1, -(-steps // slice_steps), add_slice, start)
+                row, channel = token_tile * tokens, row_tile * rows + wg * 64
+                if twin:
+                    scales = row_scale[pl.ds(row, tokens)].reshape(1, -1) if per_row else row_scale[...].reshape(1, 1)
+                    total = total * (scales * factor)
+                    if bias_dtype is not None:
+                        total = total + bias[(*at, pl.ds(channel, 64))].astype(jnp.float32)[:, None]
+                    o[pl.ds(row, tokens), pl.ds(channel, 64)] = total.T.astype(out_dtype)
+                else:
+                    bias_at = layer[0] * n if stacked else jnp.int32(0)
+                    total = scaled(total, factor, row_scale, bias, bias_at, row, channel)
+                    mo.store_tokens(total, jnp.float32(1), None, o, row, m - row, channel,
+                                    tokens=tokens, width=n, masked=n % rows != 0)
+                return carry + 1
+
+    def scaled(acc, factor, row_scale, bias, bias_at, row, channel):
+        """acc * (row_scale * factor) + bias, before `store_tokens`."""
+        @plgpu.inline_mgpu(
+            arg_types=(mo.WGMMA, mo.SPLAT, mo.REF, mo.REF, *[mo.SPLAT] * 3),
+            return_type=plgpu.ShapeDtypeStruct((64, tokens), jnp.float32, layout=mo.WGMMA))
+        def f(ctx, acc, factor, row_scale, bias, bias_at, row, channel):
+            del ctx
+            factor, bias_at, row, channel = map(mo.scalar, (factor, bias_at, row, channel))
+            warp, quad, _, weight_row = mo.lanes(False)
+            channel = mo.add(channel, mo.add(mo.mul(warp, 16), weight_row))
+            biases = [None if bias_dtype is None else
+                      _load_bias(bias, mo.add(bias_at, mo.minimum(mo.add(channel, h), n - 1)), bias_dtype) for h in range(2)]
+            text = "{.reg .f32 s; ld.global.nc.f32 s,[$1]; mul.rn.f32 $0,s,$2;}"
+            if not per_row:
+                scale = mo.asm(text, [mo.gmem_address(row_scale), factor], "f")
+            registers = acc.registers.reshape(tokens // 8, 2)
+            out = np.empty_like(registers)
+            for j in range(tokens // 8):
+                scales = [scale] * 2 if not per_row else [
+                    mo.asm(text, [mo.gmem_address(row_scale, mo.mul(mo.minimum(
+                        mo.add(mo.add(row, mo.mul(quad, 2)), 8 * j + e), m - 1), 4)), factor], "f") for e in range(2)]
+                for h in range(2):
+                    out[j, h] = mo.pair(*(_scaled(v, scales[e], biases[h]) for e, v in enumerate(mo.elements(registers[j, h]))))
+            return mo.wgmma_array(out, (64, tokens))
+
+        return f(acc, factor, row_scale, bias, bias_at, row, channel)
+
+    return plgpu.kernel(
+        kernel, out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
+        scratch_types=dict(
+            w_sm=plgpu.SMEM((stages, rows, STEP // 8), jnp.int32, transforms=mo.ROWS_128),
+            s_sm=(plgpu.SMEM((2, rows, 32), jnp.int32, transforms=mo.ROWS_128) if blocked else
+                  plgpu.SMEM((stages, rows, STEP // 64), jnp.int32)),
+            x_sm=plgpu.SMEM((stages, STEP // 64, tokens, 64), jnp.bfloat16, transforms=mo.ROWS_128),
+            full=plgpu.Barrier(num_arrivals=STEP // 64 + (1 if blocked else 2), num_barriers=stages),
+            empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+            s_full=plgpu.Barrier(num_barriers=2), s_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=2)),
+        grid=(min(SMS, tiles),), grid_names=("sm",), num_threads=wgs + 1, thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True))
+
+
+# --- the operation --------------------------------------------------------------------------------------------------
+
+def _plan(n, k, m):
+    """The kernel for a shape, and its schedule."""
+    count = slices(n, k)
+    if count > 1 and m <= 16:
+        return _narrow, dict(slices=count, tiles=_narrow_tiles(n, k))
+    if count == 1:
+        return _wide, dict(slices=1, wgs=4, tokens=_tokens(m, 128))
+    return _wide, dict(slices=count, wgs=2, tokens=_tokens(m, 128))
+
+
+def matmul(operand, row_scale, packed, scale, global_scale, *, bias=None, out_dtype=jnp.bfloat16, layer=None):
+    """operand @ dequantized(packed, scale, global_scale).T * row_scale + bias, accumulated in float32.
+
+    Args:
+        operand: bf16 [M, K], K in `mosaic.permute_k` order: the activations, or their decoded codes q * s.
+        row_scale: f32 [] or [M, 1], multiplies the rows of the result: the activations' global scale, or ones.
+        packed, scale: uint8 [N, K/2] and float8_e4m3fn [N, K/16], as in a checkpoint. K must be a multiple of 64.
+        global_scale: f32 [], multiplies.
+        bias: f32 or bf16 [N], added in float32.
+        out_dtype: bfloat16 or float32.
+        layer: i32 []: the weights, their scales and the bias have one more leading axis, of which this index is read in place.
+
+    Returns:
+        out_dtype [M, N]. The bits of a row depend on nothing but the row and the weights.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together. NotImplementedError: no schedule for them.
+    """
+    return _matmul(operand, row_scale, packed, scale, global_scale, bias, out_dtype, layer, None, False)
+
+
+def _matmul(operand, row_scale, packed, scale, global_scale, bias, out_dtype, layer, plan, twin):
+    stacked = layer is not None
+    lead, (n, half) = packed.shape[:-2], packed.shape[-2:]
+    k = 2 * half
+    if len(lead) != stacked or operand.ndim != 2 or operand.shape[1] != k:
+        raise ValueError(f"dense_hopper.matmul: operand {operand.shape} and packed {packed.shape} want [M, K] and "
+                         f"[{'layers, ' * stacked}N, K/2]; flatten leading axes, and give `layer` for stacked weights")
+    m = operand.shape[0]
+    if k % 64:
+        raise NotImplementedError(f"dense_hopper.matmul: K must be a multiple of 64, got K={k} of packed {packed.shape}")
+    if m == 0 or n == 0:
+        raise NotImplementedError(f"dense_hopper.matmul: nothing to do for M={m}, N={n}")
+    if operand.dtype != jnp.bfloat16 or packed.dtype != jnp.uint8 or scale.dtype != jnp.float8_e4m3fn:
+        raise ValueError(f"dense_hopper.matmul: want a bfloat16 operand, uint8 codes and float8_e4m3fn scales, got "
+                         f"{operand.dtype}, {packed.dtype}, {scale.dtype}")
+    if row_scale.shape not in ((), (m, 1)) or global_scale.shape != lead or (
+            bias is not None and bias.shape != (*lead, n)):
+        raise ValueError(f"dense_hopper.matmul: row_scale {row_scale.shape} wants [] or {(m, 1)}, global_scale "
+                         f"{global_scale.shape} wants {lead}, bias {None if bias is None else bias.shape} {(*lead, n)}")
+    if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float32) or (
+            bias is not None and bias.dtype not in (jnp.bfloat16, jnp.float32)):
+        raise NotImplementedError(f"dense_hopper.matmul: out_dtype {out_dtype} and bias must be bfloat16 or float32")
+    words, scales = mo.as_words(packed, scale)
+    if scales.shape[-1] % 4:  # TMA wants rows of whole 16 bytes: a copy of the scales, where K is no multiple of 256
+        scales = jnp.pad(scales, [(0, 0)] * (scales.ndim - 1) + [(0, -scales.shape[-1] % 4)])
+    make, settings = plan or _plan(n, k, m)
+    kernel = make(n, k, m, per_row=row_scale.ndim == 2, bias_dtype=None if bias is None else jnp.dtype(bias.dtype),
+                  out_dtype=out_dtype, stacked=stacked, twin=twin, **settings)
+    float32 = lambda a: a.astype(jnp.float32).reshape(-1)
+    return kernel(words, scales, operand, float32(row_scale), float32(global_scale),
+                  float32(global_scale) if bias is None else bias.reshape(-1) if not twin else bias,
+                  jnp.zeros(1, jnp.int32) if layer is None else layer.astype(jnp.int32).reshape(1))

@@ -1,0 +1,233 @@
+"""kernels/dense_hopper.py against float64 products of the decoded operands.
+
+On the CPU: the schedules under the Mosaic GPU interpreter with its race detector, and what the compiler says of the
+kernels for an H200. With `-m gpu`: results on a Hopper GPU.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from nvfp4jax.kernels import aot, dense_hopper, mosaic
+
+VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def weights(rng, n, k, layers=()):
+    """packed, scale (numpy), and their product in float64; every code, every finite scale >= 0, subnormals included."""
+    codes = rng.integers(0, 16, (*layers, n, k)).astype(np.uint8)
+    scale = rng.integers(0, 127, (*layers, n, k // 16)).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
+    packed = codes[..., 0::2] | codes[..., 1::2] << 4
+    return packed, scale, VALUES[codes] * np.repeat(scale.astype(np.float64), 16, -1)
+
+
+def tokens(rng, m, k):
+    return rng.normal(size=(m, k)).astype(ml_dtypes.bfloat16)
+
+
+def check(out, x, dequantized, factor, bias=0.0):
+    """Within the bound of a float32 sum in any order (of the products' magnitudes) and one rounding to out's dtype."""
+    k = x.shape[1]
+    x = x.astype(np.float64)
+    reference = x @ dequantized.T * factor + bias
+    magnitude = np.abs(x) @ np.abs(dequantized).T * np.abs(factor) + np.abs(bias)
+    rounding = 2.0**-8 if out.dtype == ml_dtypes.bfloat16 else 2.0**-23
+    bound = magnitude * (k + 8) * 2.0**-24 + rounding * np.abs(reference) + 1e-30
+    error = np.abs(out.astype(np.float64) - reference)
+    assert np.isfinite(out.astype(np.float64)).all() and (error <= bound).all(), (error / bound).max()
+
+
+def run(plan, x, row_scale, packed, scale, global_scale, *, bias=None, out_dtype=jnp.bfloat16, layer=None, twin=False):
+    f = jax.jit(functools.partial(dense_hopper._matmul, plan=plan, twin=twin), static_argnames="out_dtype")
+    return np.asarray(f(mosaic.permute_k(jnp.asarray(x)), jnp.asarray(row_scale, jnp.float32), packed, scale,
+                        jnp.asarray(global_scale, jnp.float32), bias, out_dtype, layer))
+
+
+# --- rules ----------------------------------------------------------------------------------------------------------
+
+# (N, K) of the linear layers of Qwen3 0.6B to 32B, 30B-A3B, 235B-A22B, DeepSeek-V3 and Mixtral, with fused projections.
+MODEL_SHAPES = [
+    (4096, 1024), (1024, 2048), (6144, 1024), (3072, 1024), (1024, 3072), (2048, 2048), (12288, 2048), (2048, 6144),
+    (6144, 2560), (2560, 4096), (19456, 2560), (2560, 9728), (6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288),
+    (7168, 5120), (5120, 5120), (34816, 5120), (5120, 17408), (10240, 5120), (5120, 8192), (51200, 5120), (5120, 25600),
+    (5120, 2048), (4096, 2048), (2048, 4096), (512, 2048), (151936, 2048), (151936, 5120), (9216, 4096), (4096, 8192),
+    (1536, 7168), (24576, 1536), (576, 7168), (32768, 512), (7168, 16384), (36864, 7168), (7168, 18432), (4096, 7168),
+    (7168, 2048), (129280, 7168), (14336, 4096), (4096, 14336), (32000, 4096), (256, 7168), (33792, 8192)]
+
+
+@pytest.mark.parametrize("n, k", MODEL_SHAPES + [(1, 64), (17, 192), (100, 320), (16385, 64)])
+def test_every_shape_has_a_schedule(n, k):
+    for m in (1, 8, 9, 16, 17, 64, 100, 128, 129, 4096):
+        make, settings = dense_hopper._plan(n, k, m)
+        make(n, k, m, per_row=False, bias_dtype=None, out_dtype=jnp.bfloat16, stacked=False, **settings)
+    steps = -(-k // dense_hopper.STEP)
+    assert 1 <= dense_hopper.slices(n, k) <= steps
+
+
+def test_token_tiles_cover_m_evenly():
+    for m in range(1, 700):
+        tile = dense_hopper._tokens(m, 128)
+        assert tile % 8 == 0 and tile <= 128 and -(-m // tile) == -(-m // 128)
+
+
+def test_errors_name_the_shapes():
+    x, packed, scale = jnp.zeros((4, 128), jnp.bfloat16), jnp.zeros((32, 64), jnp.uint8), jnp.zeros((32, 8), jnp.float8_e4m3fn)
+    one = jnp.float32(1)
+    with pytest.raises(ValueError, match=r"operand \(4, 64\)"):
+        dense_hopper.matmul(x[:, :64], one, packed, scale, one)
+    with pytest.raises(ValueError, match="float32"):
+        dense_hopper.matmul(x.astype(jnp.float32), one, packed, scale, one)
+    with pytest.raises(ValueError, match=r"row_scale \(3, 1\)"):
+        dense_hopper.matmul(x, jnp.ones((3, 1)), packed, scale, one)
+    with pytest.raises(NotImplementedError, match="K=96"):
+        dense_hopper.matmul(x[:, :96], one, packed[:, :48], scale[:, :6], one)
+    with pytest.raises(NotImplementedError, match="M=0"):
+        dense_hopper.matmul(x[:0], one, packed, scale, one)
+
+
+# --- under the interpreter ------------------------------------------------------------------------------------------
+
+NARROW, WIDE = dense_hopper._narrow, dense_hopper._wide
+
+
+@pytest.mark.parametrize("n, k, m, plan", [
+    (64, 512, 8, (NARROW, dict(slices=2, tiles=2))),  # all of K in shared memory
+    (64, 1024, 3, (NARROW, dict(slices=4, tiles=2))),
+    (32, 320, 13, (NARROW, dict(slices=2, tiles=2))),  # K ends inside a step, M inside 8 tokens
+    (32, 16384, 8, (NARROW, dict(slices=2, tiles=2))),  # a ring
+    (32, 16384, 11, (NARROW, dict(slices=2, tiles=2))),
+    (192, 768, 8, (WIDE, dict(slices=1, wgs=1, tokens=8))),
+    (128, 5120, 16, (WIDE, dict(slices=1, wgs=2, tokens=8))),  # several blocks of scales, tiles of tokens
+    (128, 1280, 48, (WIDE, dict(slices=2, wgs=2, tokens=48))),  # slices of 3 and 2 steps, scales with each step
+], ids=str)
+def test_interpreted(n, k, m, plan, capfd):
+    rng = np.random.default_rng(n + k + m)
+    packed, scale, dequantized = weights(rng, n, k)
+    x, bias = tokens(rng, m, k), rng.normal(size=n).astype(np.float32)
+    row_scale = rng.uniform(0.5, 2, (m, 1)).astype(np.float32)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        out = run(plan, x, row_scale, packed, scale, 0.25, bias=bias, out_dtype=jnp.float32, twin=True)
+    check(out, x, dequantized, row_scale.astype(np.float64) * 0.25, bias)
+    assert "RACE" not in "".join(capfd.readouterr())
+
+
+# --- compiled for an H200 -------------------------------------------------------------------------------------------
+
+aot_only = [pytest.mark.aot, pytest.mark.skipif(not aot.available(), reason="needs jax-cuda13-plugin and -pjrt")]
+
+
+def compiled(n, k, m, *, bias=None, out_dtype=jnp.bfloat16, per_row=False, layers=()):
+    def f(x, row_scale, packed, scale, global_scale, bias_, layer):
+        return dense_hopper.matmul(x, row_scale, packed, scale, global_scale, bias=bias_ if bias else None,
+                                   out_dtype=out_dtype, layer=layer if layers else None)
+
+    kernel, = aot.compile(
+        f, ((m, k), jnp.bfloat16), ((m, 1) if per_row else (), jnp.float32), ((*layers, n, k // 2), jnp.uint8),
+        ((*layers, n, k // 16), jnp.float8_e4m3fn), (layers, jnp.float32), ((*layers, n), bias or jnp.float32),
+        ((), jnp.int32))
+    return kernel
+
+
+@pytest.mark.parametrize("n, k, m, options", [
+    *((33792, 8192, m, {}) for m in (1, 16, 32, 64, 128, 4096)),
+    *((4096, 2048, m, {}) for m in (1, 13, 16, 64, 128)),
+    (2048, 4096, 16, {}), (10240, 5120, 16, {}), (5120, 25600, 8, {}), (151936, 2048, 8, {}),
+    (4097, 2048, 9, dict(bias=jnp.bfloat16, out_dtype=jnp.float32, per_row=True, layers=(3,))),
+    (4097, 2048, 100, dict(bias=jnp.bfloat16, out_dtype=jnp.float32, per_row=True, layers=(3,))),
+    (20001, 320, 100, dict(bias=jnp.float32, per_row=True)),
+], ids=str)
+@pytest.mark.parametrize("_", [pytest.param(0, marks=aot_only)], ids=[""])
+def test_compiles_clean(n, k, m, options, _):
+    kernel = compiled(n, k, m, **options)
+    assert kernel.spills == 0 and kernel.stack == 0 and kernel.warnings == ()
+    make, settings = dense_hopper._plan(n, k, m)
+    threads = 128 * (settings["wgs"] + 1 if make is WIDE else settings["tiles"] * settings["slices"] // 4 + 1)
+    assert kernel.registers * threads <= 65536 and kernel.smem <= mosaic.SHARED_MEMORY
+
+
+@pytest.mark.parametrize("n, k, m, most", [(33792, 8192, 8, 410), (33792, 8192, 64, 415), (33792, 8192, 128, 400),
+                                           (5120, 25600, 8, 380)])
+@pytest.mark.parametrize("_", [pytest.param(0, marks=aot_only)], ids=[""])
+def test_instructions_of_the_main_loop(n, k, m, most, _):
+    """A loop iteration decodes 128 codes a thread: 3.2 instructions a code at most."""
+    if not aot.nvdisasm_root():
+        pytest.skip("needs nvdisasm")
+    matrix = "HMMA" if dense_hopper._plan(n, k, m)[0] is NARROW else "HGMMA"
+    loop = compiled(n, k, m).loop(matrix)
+    assert loop[matrix] == 16 and sum(loop.values()) <= most, loop
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------
+
+def poison(m, n, dtype):
+    """Fills and frees memory that the next output is likely to get."""
+    jax.block_until_ready([jnp.full((m, n), jnp.nan, dtype) for _ in range(3)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n, k", [(4096, 2048), (2048, 4096), (1024, 2048), (5120, 2048), (33792, 1024), (576, 7168),
+                                  (10240, 5120), (2560, 9728), (1001, 192), (20001, 320), (7, 64), (12288, 2048)])
+def test_results_and_batch_invariance(n, k):
+    """Each result within the float32 bound; a row's bits the same for every M, position and neighbours."""
+    rng = np.random.default_rng(n * k)
+    packed, scale, dequantized = weights(rng, n, k)
+    packed, scale = jnp.asarray(packed), jnp.asarray(scale)
+    most = 300
+    x, row_scale = tokens(rng, most, k), rng.uniform(0.5, 2, (most, 1)).astype(np.float32)
+    f = jax.jit(functools.partial(dense_hopper.matmul, out_dtype=jnp.float32))
+    permuted = mosaic.permute_k(jnp.asarray(x))
+    full = np.asarray(f(permuted, jnp.asarray(row_scale), packed, scale, jnp.float32(0.25)))
+    check(full, x, dequantized, row_scale.astype(np.float64) * 0.25)
+    for m in (1, 3, 8, 9, 16, 17, 32, 40, 64, 128, 129):
+        start = int(rng.integers(0, most - m + 1))
+        poison(m, n, jnp.float32)
+        own = slice(start, start + m)
+        for _ in range(2):
+            out = np.asarray(f(permuted[own], jnp.asarray(row_scale[own]), packed, scale, jnp.float32(0.25)))
+            np.testing.assert_array_equal(out.view(np.int32), full[own].view(np.int32), err_msg=f"M={m} from row {start}")
+    order = rng.permutation(most)
+    moved = np.asarray(f(permuted[order], jnp.asarray(row_scale[order]), packed, scale, jnp.float32(0.25)))
+    np.testing.assert_array_equal(moved.view(np.int32), full[order].view(np.int32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [4, 40])
+@pytest.mark.parametrize("n, k, layers, bias, out_dtype", [
+    (4097, 2048, (3,), jnp.bfloat16, jnp.float32), (4098, 2048, (), jnp.float32, jnp.bfloat16),
+    (20003, 576, (2,), jnp.float32, jnp.bfloat16), (20002, 512, (), jnp.bfloat16, jnp.float32)])
+def test_bias_layers_and_dtypes(m, n, k, layers, bias, out_dtype):
+    rng = np.random.default_rng(m + n)
+    packed, scale, dequantized = weights(rng, n, k, layers)
+    x = tokens(rng, m, k)
+    biases = rng.normal(size=(*layers, n)).astype(bias) * 100
+    factors = rng.uniform(0.5, 2, layers).astype(np.float32)
+    poison(m, n, out_dtype)
+    layer = layers[0] - 1 if layers else None
+    out = np.asarray(dense_hopper.matmul(
+        mosaic.permute_k(jnp.asarray(x)), jnp.float32(0.5), jnp.asarray(packed), jnp.asarray(scale), jnp.asarray(factors),
+        bias=jnp.asarray(biases), out_dtype=out_dtype, layer=None if layer is None else jnp.int32(layer)))
+    at = () if layer is None else (layer,)
+    check(out, x, dequantized[at], float(factors[at]) * 0.5, biases[at].astype(np.float64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n, m", [(4096, 8), (4096, 40), (33792, 8), (33792, 64)])
+def test_every_code_and_scale_is_exact(n, m):
+    """One-hot tokens read single weights: all 16 codes x all finite scales, bit for bit."""
+    k = 256
+    scale = np.resize(np.arange(127), (n, k // 16)).astype(np.uint8)
+    scale = scale + (np.arange(n) >= n // 2)[:, None].astype(np.uint8) * 128  # negative scales too
+    scale = scale.view(ml_dtypes.float8_e4m3fn)
+    codes = np.resize(np.arange(16), (n, k)).astype(np.uint8)
+    dequantized = VALUES[codes] * np.repeat(scale.astype(np.float64), 16, -1)
+    packed = codes[:, 0::2] | codes[:, 1::2] << 4
+    for start in range(0, k, m):
+        x = np.zeros((m, k), ml_dtypes.bfloat16)
+        x[np.arange(m), (start + np.arange(m)) % k] = 1
+        out = np.asarray(dense_hopper.matmul(mosaic.permute_k(jnp.asarray(x)), jnp.float32(1), jnp.asarray(packed),
+                                             jnp.asarray(scale), jnp.float32(1), out_dtype=jnp.float32))
+        np.testing.assert_array_equal(out.astype(np.float64), dequantized[:, (start + np.arange(m)) % k].T)
