@@ -9,7 +9,7 @@ from nvfp4jax.layers import (
     NVFP4Linear,
     NVFP4LinearGeneral,
 )
-from nvfp4jax.ops import grouped_matmul, grouped_swiglu, matmul
+from nvfp4jax.ops import experts, grouped_matmul, grouped_swiglu, matmul
 from nvfp4jax.rollout import Rollout, generate
 from nvfp4jax.scaling import valid_rows
 from nvfp4jax.swap import Rule, quantize_model, quantize_params, register
@@ -24,6 +24,7 @@ __all__ = [
     "NVFP4LinearGeneral",
     "Rollout",
     "Rule",
+    "experts",
     "generate",
     "grouped_matmul",
     "grouped_swiglu",

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from nvfp4jax import array as nvfp4_array
 from nvfp4jax import ops, scaling
 from nvfp4jax.array import NVFP4Array
+from nvfp4jax.kernels import routing
 
 
 class NVFP4Param(nnx.Param):
@@ -297,31 +298,15 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "T H"], expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]) -> Float[Array, "T H"]:
         dtype = self.dtype if self.dtype is not None else jnp.promote_types(x.dtype, self.gate_proj.dtype)
-        order, group_sizes = sort_by_expert(expert_ids, self.num_experts)
-        rows = x.astype(dtype)[order // expert_ids.shape[1]]
+        route = routing.route_xla(expert_ids, self.num_experts)
+        rows = x.astype(dtype)[route.token_of_row]
 
         def product(rows, w):
             precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-            return jax.lax.ragged_dot(rows, w.get_value().astype(dtype), group_sizes, precision=precision)
+            return jax.lax.ragged_dot(rows, w.get_value().astype(dtype), route.group_sizes, precision=precision)
 
         h = jax.nn.silu(product(rows, self.gate_proj)) * product(rows, self.up_proj)
-        return combine(product(h, self.down_proj), order, weights).astype(dtype)
-
-
-def sort_by_expert(expert_ids: Int[Array, "T k"], num_experts: int) -> tuple[Int[Array, "T*k"], Int[Array, "E"]]:
-    """The (token, slot) pairs sorted by expert, stably: their flat indices, and the rows of each expert."""
-    flat = expert_ids.reshape(-1)
-    return jnp.argsort(flat, stable=True).astype(jnp.int32), jnp.bincount(flat, length=num_experts).astype(jnp.int32)
-
-
-def combine(rows: Float[Array, "T*k H"], order: Int[Array, "T*k"], weights: Float[Array, "T k"]) -> Float[Array, "T H"]:
-    """Back to tokens: the weighted sum over a token's k rows, in slot order, in float32."""
-    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype))
-    slots = rows[inverse].reshape(*weights.shape, rows.shape[-1]).astype(jnp.float32) * weights.astype(jnp.float32)[..., None]
-    total = slots[:, 0]
-    for i in range(1, weights.shape[1]):
-        total = total + slots[:, i]
-    return total
+        return routing.combine_xla(product(h, self.down_proj), route, weights, out_dtype=dtype)
 
 
 class NVFP4Experts(nnx.Module):
@@ -408,23 +393,21 @@ class NVFP4Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "T H"], expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]) -> Float[Array, "T H"]:
         dtype = self.dtype if self.dtype is not None else jnp.promote_types(x.dtype, self.param_dtype)
-        order, group_sizes = sort_by_expert(expert_ids, self.num_experts)
-        token = order // expert_ids.shape[1]
-        valid = scaling.current_valid_rows(x.shape[:1])
         gate_up, down = self.weights()
-        common = dict(
+        scales = (self.gate_up_input_scale, self.down_input_scale)
+        return ops.experts(
+            x.astype(dtype),
+            expert_ids,
+            weights,
+            gate_up,
+            down,
             scaling=self.activation,
             four_over_six=self.four_over_six,
-            valid=None if valid is None else valid[token],
+            valid=scaling.current_valid_rows(x.shape[:1]),
+            input_scales=None if scales[0] is None else tuple(s.get_value() for s in scales),
             implementation=self.implementation,
+            name=self.name,
         )
-        input_scale = lambda p: None if p is None else p.get_value()  # noqa: E731
-        rows = x.astype(dtype)[token]
-        h = ops.grouped_swiglu(
-            rows, gate_up, group_sizes, input_scale=input_scale(self.gate_up_input_scale), name=f"{self.name}: gate_up", **common
-        )
-        y = ops.grouped_matmul(h, down, group_sizes, input_scale=input_scale(self.down_input_scale), name=f"{self.name}: down", **common)
-        return combine(y, order, weights).astype(dtype)
 
 
 class NVFP4Weight(nnx.Module):

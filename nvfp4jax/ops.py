@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from nvfp4jax import array as nvfp4_array
 from nvfp4jax import scaling as scaling_modes
 from nvfp4jax.array import NVFP4Array
+from nvfp4jax.kernels import routing
 
 log = logging.getLogger("nvfp4jax")
 
@@ -187,16 +188,40 @@ def _flat_scale(w: NVFP4Array) -> Array:
     return w.global_scale.reshape(*lead, 1, 1)
 
 
+def _experts_xla(x, expert_ids, weights, gate_up: NVFP4Array, down: NVFP4Array, spec: Spec, scalings) -> Array:
+    route = routing.route_xla(expert_ids, gate_up.shape[0])
+    rows = x[route.token_of_row]
+    first, second = (s if s.valid is None else dataclasses.replace(s, valid=s.valid[route.token_of_row]) for s in scalings)
+    h = _grouped_swiglu(spec, rows, gate_up, route.group_sizes, first)
+    y = _grouped_matmul(spec, h, down, route.group_sizes, second)
+    return routing.combine_xla(y, route, weights, out_dtype=spec.out_dtype)
+
+
+def _hopper(name: str) -> Callable:
+    """An implementation by the Hopper kernels; imported where it is first used, since it needs Mosaic GPU."""
+
+    def call(*args):
+        from nvfp4jax import ops_hopper
+
+        return getattr(ops_hopper, name)(*args)
+
+    return call
+
+
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
-    "matmul": {"xla": _matmul_xla},
-    "grouped_matmul": {"xla": _grouped_xla},
-    "grouped_swiglu": {"xla": _swiglu_xla},
+    "matmul": {"xla": _matmul_xla, "hopper": _hopper("matmul")},
+    "grouped_matmul": {"xla": _grouped_xla, "hopper": _hopper("grouped_matmul")},
+    "grouped_swiglu": {"xla": _swiglu_xla, "hopper": _hopper("grouped_swiglu")},
+    "experts": {"xla": _experts_xla, "hopper": _hopper("experts")},
 }
 
 
 @functools.cache
 def _default_order() -> tuple[str, ...]:
-    return ("xla",)
+    """Hopper's kernels where the default device is one, then XLA."""
+    device = jax.devices()[0]
+    hopper = device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
+    return ("hopper", "xla") if hopper else ("xla",)
 
 
 @functools.cache
@@ -349,6 +374,26 @@ def _swiglu_bwd(spec, saved, dy):
 _grouped_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _experts(spec: Spec, x, expert_ids, weights, gate_up, down, scalings) -> Array:
+    return _dispatch("experts", spec, x, expert_ids, weights, gate_up, down, spec, scalings)
+
+
+def _experts_fwd(spec, x, expert_ids, weights, gate_up, down, scalings):
+    return _experts(spec, x, expert_ids, weights, gate_up, down, scalings), (x, expert_ids, weights, gate_up, down, scalings)
+
+
+def _experts_bwd(spec, saved, dy):
+    x, expert_ids, weights, gate_up, down, scalings = saved
+    spec = dataclasses.replace(spec, implementation="xla")
+    _, vjp = jax.vjp(lambda x, weights: _experts_xla(x, expert_ids, weights, gate_up, down, spec, scalings), x, weights)
+    dx, dweights = vjp(dy)
+    return dx, _no_cotangent(expert_ids), dweights, *map(_no_cotangent, (gate_up, down, scalings))
+
+
+_experts.defvjp(_experts_fwd, _experts_bwd)
+
+
 def _spec(x, scaling, four_over_six, weight_four_over_six, out_dtype, implementation, name, modes) -> Spec:
     if scaling not in modes:
         raise ValueError(f"{name}: scaling={scaling!r} is not one of {', '.join(map(str, modes))}")
@@ -457,6 +502,37 @@ def grouped_swiglu(
     _check_grouped(x, w, group_sizes, 4, name)
     spec = _spec(x, scaling, four_over_six, weight_four_over_six, out_dtype, implementation, name, MODES)
     return _grouped_swiglu(spec, x, w, group_sizes, _scaling(spec, amax, valid, input_scale))
+
+
+def experts(
+    x: Float[Array, "T H"],
+    expert_ids: Int[Array, "T k"],
+    weights: Float[Array, "T k"],
+    gate_up: NVFP4Array,
+    down: NVFP4Array,
+    *,
+    scaling: str | None = "token",
+    four_over_six: str | None = None,
+    valid: Bool[Array, "T"] | None = None,
+    input_scales: tuple[Array, Array] | None = None,
+    out_dtype: DTypeLike | None = None,
+    implementation: str | Sequence[str] | None = None,
+    name: str = "experts",
+) -> Float[Array, "T H"]:
+    """A mixture of gated experts after its router: sort, gate and up, SwiGLU, down, and the weighted sum over a token's experts.
+
+    expert_ids: i32 [T, k]; weights: f32 [T, k]. gate_up [E, 2, I, H], gate first, one global scale an expert; down [E, H, I].
+    Both activations, x and the SwiGLU output, are quantized as `scaling` says. valid: bool [T], tokens that count in an amax.
+    input_scales: (gate_up's, down's), f32 [] or [E], for "static". The sum runs in slot order, in float32.
+    """
+    _check_weight(x, gate_up, 4, f"{name}: gate_up")
+    if down.ndim != 3 or down.shape[0] != gate_up.shape[0] or down.shape[2] != gate_up.shape[2]:
+        raise ValueError(f"{name}: down of shape {down.shape} does not fit gate_up of shape {gate_up.shape}")
+    if expert_ids.shape != weights.shape or expert_ids.shape[:1] != x.shape[:1]:
+        raise ValueError(f"{name}: x {x.shape}, expert_ids {expert_ids.shape} and weights {weights.shape} do not fit")
+    spec = _spec(x, scaling, four_over_six, None, out_dtype, implementation, name, MODES)
+    scalings = tuple(_scaling(spec, None, valid, s) for s in input_scales or (None, None))
+    return _experts(spec, x, expert_ids.astype(jnp.int32), weights, gate_up, down, scalings)
 
 
 def _check_grouped(x, w, group_sizes, rank: int, name: str) -> None:

@@ -11,7 +11,7 @@ from test_ops import check
 import nvfp4jax
 from nvfp4jax import Rule
 from nvfp4jax.array import NVFP4Array, quantize, quantize_weight
-from nvfp4jax.layers import NVFP4Weight, combine, sort_by_expert
+from nvfp4jax.layers import NVFP4Weight
 
 BF16 = jnp.bfloat16
 
@@ -154,15 +154,6 @@ def test_experts(key, activation):
     assert np.median(np.abs(y - expected)) < 1e-5 * np.abs(expected).max()
     reference = layer(x, ids, weights)
     assert np.linalg.norm(y - reference) / np.linalg.norm(reference) < 0.4
-
-
-def test_routing_round_trip(key):
-    ids = jax.random.randint(key, (7, 3), 0, 5)
-    order, sizes = sort_by_expert(ids, 5)
-    np.testing.assert_array_equal(np.asarray(ids).ravel()[order], np.sort(np.asarray(ids).ravel()))
-    np.testing.assert_array_equal(sizes, np.bincount(np.asarray(ids).ravel(), minlength=5))
-    x, weights = jax.random.normal(key, (7, 8)), jax.random.uniform(key, (7, 3))
-    np.testing.assert_allclose(combine(x[order // 3], order, weights), x * weights.sum(1)[:, None], rtol=1e-5, atol=1e-6)
 
 
 def test_padding_takes_no_part_in_an_amax(key):

@@ -182,6 +182,27 @@ def test_straight_through_gradients(key):
     assert jax.grad(lambda x, w: nvfp4jax.matmul(x, w).sum())(x, quantize_weight(w)).shape == x.shape
 
 
+def test_gradients_through_experts(key):
+    """d/dx and d/dweights of the mixture, against jax's own on the decoded weights."""
+    x, w = jax.random.normal(key, (5, 64)), jax.random.normal(key, (3, 2, 32, 64)) * jnp.float32(0.1)
+    down = quantize_weight(jax.random.normal(key, (3, 64, 32)))
+    flat = quantize_weight(w.reshape(3, 64, 64))
+    gate_up = NVFP4Array(flat.packed.reshape(3, 2, 32, 32), flat.scale.reshape(3, 2, 32, 4), flat.global_scale[..., None])
+    ids = jnp.array([[0, 2], [1, 0], [2, 1], [0, 1], [1, 2]], jnp.int32)
+    weights = jax.random.uniform(key, (5, 2))
+    decoded, back = (jnp.asarray(decode(q), jnp.float32) for q in (gate_up, down))
+
+    def plain(x, weights):
+        gate, up = (jnp.einsum("th,tkih->tki", x, decoded[ids, n], precision="highest") for n in (0, 1))
+        return jnp.einsum("tki,tkhi,tk->th", jax.nn.silu(gate) * up, back[ids], weights, precision="highest")
+
+    ours = lambda x, weights: nvfp4jax.experts(x, ids, weights, gate_up, down, scaling=None)  # noqa: E731
+    np.testing.assert_allclose(ours(x, weights), plain(x, weights), rtol=1e-4, atol=1e-4)
+    dy = jax.random.normal(key, (5, 64))
+    for a, b in zip(*(jax.grad(lambda x, w, f=f: (f(x, w) * dy).sum(), (0, 1))(x, weights) for f in (ours, plain)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+
+
 def test_dispatch(key, monkeypatch, caplog):
     x, w = jax.random.normal(key, (2, 32)), quantize_weight(jax.random.normal(key, (8, 32)))
 

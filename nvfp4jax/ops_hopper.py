@@ -1,0 +1,123 @@
+"""The operations on Hopper GPUs, by the kernels of `nvfp4jax.kernels`: same signatures as their XLA twins in `ops`.
+
+A kernel reads an activation as its decoded operand (qvalue * scale in bfloat16, K permuted) and a row scale, and the weight in
+the checkpoint's own layout. NotImplementedError says what a kernel does not support.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from nvfp4jax import scaling as scaling_modes
+from nvfp4jax.array import NVFP4Array
+from nvfp4jax.kernels import dense_hopper, grouped_hopper, quantize_hopper, routing
+from nvfp4jax.kernels.mosaic import permute_k
+from nvfp4jax.ops import Scaling, Spec
+
+ONE = 1.0  # the row scale of activations that are not quantized
+
+
+def operand(x, spec: Spec, scaling: Scaling, group_sizes=None) -> tuple[jax.Array, jax.Array]:
+    """x [M, K] -> (operand bf16 [M, K], K permuted; row scale f32 [] or [M, 1])."""
+    if isinstance(x, NVFP4Array):
+        row_scale = x.global_scale
+        if row_scale.ndim not in (0, 2):
+            raise NotImplementedError(f"{spec.name}: a global scale of shape {row_scale.shape}")
+        return permute_k(x.dequantize_blocks()), row_scale
+    if spec.scaling is None:
+        if x.dtype != jnp.bfloat16:
+            raise NotImplementedError(f"{spec.name}: {x.dtype} activations without quantization; the kernels multiply bfloat16")
+        return permute_k(x), jnp.float32(ONE)
+    if spec.scaling == "static":
+        scale = scaling.input_scale
+        if scale.ndim:
+            raise NotImplementedError(f"{spec.name}: one input_scale an expert")
+        return quantize_hopper.operand(x, four_over_six=spec.four_over_six, global_scale=scale)
+    mode, amax = spec.scaling, scaling.amax
+    if mode == "expert":
+        mode, amax = "token", scaling_modes.expert_amax(x, group_sizes, scaling.valid) if amax is None else amax
+    valid = scaling.valid if mode != "token" else None
+    return quantize_hopper.operand(x, scaling=mode, four_over_six=spec.four_over_six, amax=amax, valid=valid)
+
+
+def _flat(x, spec: Spec, scaling: Scaling) -> tuple:
+    """Leading axes into one."""
+    lead = x.shape[:-1]
+    if isinstance(x, NVFP4Array):
+        rows = lambda v: v.reshape(-1, v.shape[-1])  # noqa: E731
+        scale = x.global_scale if x.global_scale.ndim == 0 else rows(jnp.broadcast_to(x.global_scale, (*lead, 1)))
+        return NVFP4Array(rows(x.packed), rows(x.scale), scale), scaling, lead
+    row = lambda v: v if v is None or v.ndim == 0 else v.reshape(-1, 1)  # noqa: E731
+    valid = None if scaling.valid is None else scaling.valid.reshape(-1)
+    return x.reshape(-1, x.shape[-1]), Scaling(row(scaling.amax), valid, scaling.input_scale), lead
+
+
+def _global_scale(w: NVFP4Array, axes: int) -> jax.Array:
+    """The global scales without their axes of length 1: [(L)] or [(L), E]."""
+    lead = w.packed.shape[: axes + (w.layer is not None)]
+    if w.global_scale.size != max(1, _size(lead)):
+        raise NotImplementedError(f"global scales of shape {w.global_scale.shape} for a weight of shape {w.shape}")
+    return w.global_scale.reshape(lead)
+
+
+def _size(shape) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+def matmul(x, w: NVFP4Array, bias, spec: Spec, scaling: Scaling) -> jax.Array:
+    x, scaling, lead = _flat(x, spec, scaling)
+    rows, row_scale = operand(x, spec, scaling)
+    y = dense_hopper.matmul(
+        rows, row_scale, w.packed, w.scale, _global_scale(w, 0), bias=bias, out_dtype=spec.out_dtype, layer=w.layer
+    )
+    return y.reshape(*lead, y.shape[-1])
+
+
+def _inside(y: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Zeros past the last group, where the kernels leave what they found."""
+    return jnp.where((jnp.arange(y.shape[0], dtype=jnp.int32) < group_sizes.sum())[:, None], y, jnp.zeros((), y.dtype))
+
+
+def grouped_matmul(x, w: NVFP4Array, group_sizes, spec: Spec, scaling: Scaling) -> jax.Array:
+    rows, row_scale = operand(x, spec, scaling, group_sizes)
+    y = grouped_hopper.matmul(
+        rows, row_scale, w.packed, w.scale, _global_scale(w, 1), group_sizes, out_dtype=spec.out_dtype, layer=w.layer
+    )
+    return _inside(y, group_sizes)
+
+
+def grouped_swiglu(x, w: NVFP4Array, group_sizes, spec: Spec, scaling: Scaling) -> jax.Array:
+    _bfloat16_result(spec)
+    rows, row_scale = operand(x, spec, scaling, group_sizes)
+    y = grouped_hopper.gate_up(rows, row_scale, w.packed, w.scale, _global_scale(w, 1), group_sizes, layer=w.layer)
+    return _inside(y, group_sizes)
+
+
+def _bfloat16_result(spec: Spec) -> None:
+    if spec.out_dtype != jnp.bfloat16:
+        raise NotImplementedError(f"{spec.name}: a result in {spec.out_dtype}; gate and up give bfloat16")
+
+
+def experts(x, expert_ids, weights, gate_up: NVFP4Array, down: NVFP4Array, spec: Spec, scalings) -> jax.Array:
+    """Tokens are quantized once, before the sort: a row's operand is its token's. "expert" needs the sort first."""
+    _bfloat16_result(spec)
+    first, second = scalings
+    route = routing.route(expert_ids, gate_up.shape[0])
+    token = route.token_of_row
+    if spec.scaling == "expert":
+        valid = None if first.valid is None else first.valid[token]
+        rows, row_scale = operand(x[token], spec, Scaling(None, valid), route.group_sizes)
+    else:
+        rows, row_scale = operand(x, spec, first)
+        rows, row_scale = rows[token], row_scale if row_scale.ndim == 0 else row_scale[token]
+    h = grouped_hopper.gate_up(
+        rows, row_scale, gate_up.packed, gate_up.scale, _global_scale(gate_up, 1), route.group_sizes, layer=gate_up.layer
+    )
+    valid = None if second.valid is None else second.valid[token]
+    hidden, hidden_scale = operand(h, spec, Scaling(None, valid, second.input_scale), route.group_sizes)
+    y = grouped_hopper.matmul(
+        hidden, hidden_scale, down.packed, down.scale, _global_scale(down, 1), route.group_sizes, layer=down.layer
+    )
+    return routing.combine(y, route, weights, out_dtype=spec.out_dtype)
