@@ -102,18 +102,32 @@ def _plan(sizes, table, *, experts, largest):
     f(sizes, table)
 
 
-def _block(table, number, *, experts, tiles):
-    """Block `number` of the plan -> expert, first row, rows, index of the tile that holds them.
+def _expert_of(table, number, *, experts):
+    """How many experts end at or before block `number`, hence whose it is: every thread of the warpgroup looks at its own."""
+    @plgpu.inline_mgpu(arg_types=(mosaic.REF, mosaic.SPLAT), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=mosaic.SPLAT))
+    def f(ctx, table, number):
+        del ctx
+        number = mosaic.scalar(number)
+        tid = mosaic.rem(mosaic.thread_index(), mosaic.WARPGROUP)
+        ends = mosaic.smem_address(table, 4 * 8)
+        at = mosaic.add(ends, mosaic.mul(tid, 4))
+        total = mosaic.i32(0)
+        for first in range(0, experts, mosaic.WARPGROUP):
+            inside = mosaic.flag("lt", tid, experts - first)
+            end, = mosaic.load_shared(mosaic.select(inside, mosaic.add(at, 4 * first), ends), 0, 1)
+            earlier = mosaic.bit_and(inside, mosaic.flag("le", end, number))
+            total = mosaic.add(total, mosaic.count_in_warpgroup(earlier, 15))
+        return mosaic.splat(total)
+
+    return f(table, number)
+
+
+def _block(table, number, expert, *, experts, tiles):
+    """Block `number` of the plan, of `expert` -> first row, rows, index of the tile that holds them.
 
     An expert's rows are split evenly over its blocks, in multiples of 8.
     """
     ends, starts = (lambda i: table[8 + i]), (lambda i: table[8 + experts + i])
-    expert = jnp.int32(0)  # how many experts end at or before this block: their ends are sorted
-    for bit in reversed(range(experts.bit_length())):
-        ahead = expert + (1 << bit)
-        last = ends(jnp.minimum(ahead, experts) - 1)
-        expert = jnp.where((ahead <= experts) & (last <= number), ahead, expert)
-    expert = jnp.minimum(expert, experts - 1)
     before = jnp.where(expert == 0, 0, ends(jnp.maximum(expert - 1, 0)))
     blocks, start = ends(expert) - before, starts(expert)
     size = starts(expert + 1) - start
@@ -121,7 +135,7 @@ def _block(table, number, *, experts, tiles):
     earlier = (number - before) * share
     rows = jnp.minimum(share, size - earlier)
     tile = sum(((rows > t).astype(jnp.int32) for t in tiles[:-1]), jnp.int32(0))
-    return expert, start + earlier, rows, tile
+    return start + earlier, rows, tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +229,11 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                 linear = sm + tile * grid
                 number, within = div_rem(linear, tiles)
                 first = within * rows
-                e, start, rows_used, load = _block(table, number, experts=experts, tiles=c.tiles)
+                if interpret:
+                    e = jnp.sum((table[pl.ds(8, experts)] <= number).astype(jnp.int32))
+                else:
+                    e = _expert_of(table, number, experts=experts)
+                start, rows_used, load = _block(table, number, e, experts=experts, tiles=c.tiles)
                 m_slot = div_rem(tile, 2)[1]
                 pl.when(tile >= 2)(lambda: plgpu.barrier_wait(m_empty.at[m_slot]))
                 for i, value in enumerate((e, start, rows_used, load)):
@@ -230,9 +248,10 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                     for h in range(halves):
                         expert = e * halves + h
                         if flat:
-                            row = (at_layer * (experts * halves) + expert) * n + first
+                            word = ((at_layer * (experts * halves) + expert) * n + first) * (k // 64)
+                            word = pl.multiple_of(word - div_rem(word, 4)[1], 4)  # TMA starts at 16 bytes: see `shift`
                             for q in range(scale_words // 256):
-                                source = s.at[pl.ds(row * (k // 64) + q * 256, 256)]
+                                source = s.at[pl.ds(word + q * 256, 256)]
                                 plgpu.copy_gmem_to_smem(source, s_sm.at[slot, h, pl.ds(q * 256, 256)], s_full.at[slot])
                         else:
                             words = pl.ds(b * (SCALE_BLOCK // 64), r.scale_row // 4)
@@ -282,11 +301,22 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                 plgpu.barrier_arrive(m_empty.at[m_slot])
                 scale = factor[e]
 
+                def shift(h):
+                    """Words by which a tile's scales lie further on than the 16 bytes that TMA started at."""
+                    if not flat or n * (k // 64) % 4 == 0:
+                        return jnp.int32(0)
+                    return div_rem(((layer[0] * experts + e) * halves + h) * (n * (k // 64) % 4), 4)[1]
+
+                shifts = shift(0), shift(halves - 1)
+
                 def run(t):
                     per_stage = c.x_chunks
                     if not interpret:
                         lane_values = mosaic.fragment_lanes(
-                            wg, scale_row=r.scale_row, other=(rows, scale_words * 4) if gated else None)
+                            wg, [4 * v for v in shifts], scale_row=r.scale_row, other=(rows, scale_words * 4) if gated else None)
+                        row_factor = row_scale if row_scaled else None
+                        if row_scaled and t <= 32:  # in few registers
+                            row_factor = mosaic.row_scales(row_scale, start, rows_used, tokens=t)
                     part = min(per_stage, (2 if t <= 32 else 1) if c.overlap else (4 if t <= 16 else 2 if t <= 64 else 1))
 
                     def slot(b):
@@ -302,7 +332,7 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                             plgpu.barrier_wait(x_full.at[xst])
                             if interpret:
                                 _multiply_interpreted(acc, a_sm.at[wg], w_sm.at[st], s_sm.at[slot(b)], x_sm.at[xst, :, pl.ds(0, t)],
-                                                      wg, i, g * per_stage, per_stage, rows, r.scale_row)
+                                                      wg, i, g * per_stage, per_stage, rows, r.scale_row, shifts)
                             else:
                                 acc = mosaic.multiply_decoded(
                                     acc, lane_values, w_sm.at[st], s_sm.at[slot(b)], x_sm.at[xst], i, first=g * per_stage,
@@ -330,7 +360,7 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                     if interpret:
                         _store_interpreted(acc, scale, row_scale if row_scaled else None, o, start, rows_used, first, gated=gated)
                     else:
-                        mosaic.store_tokens(acc, scale, row_scale if row_scaled else None, o, start, rows_used, first,
+                        mosaic.store_tokens(acc, scale, row_factor, o, start, rows_used, first,
                                             tokens=t, width=n, gated=gated, masked=n % rows != 0)
 
                 if len(c.computes) == 1:
@@ -382,7 +412,7 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True))
 
 
-def _multiply_interpreted(acc, a_sm, w, s, x, wg, unit, first, chunks, rows, scale_row):
+def _multiply_interpreted(acc, a_sm, w, s, x, wg, unit, first, chunks, rows, scale_row, shifts):
     """`mosaic.multiply_decoded` for the interpreter, by way of shared memory; gated: 32 rows of gate, then 32 of up."""
     halves = s.shape[0]
     height = 64 // halves
@@ -390,7 +420,8 @@ def _multiply_interpreted(acc, a_sm, w, s, x, wg, unit, first, chunks, rows, sca
     for h in range(halves):
         words.append(w[pl.ds(h * rows + wg * height, height), pl.ds(first * 8, chunks * 8)])
         if len(s.shape) == 2:
-            table = jnp.pad(s[h, pl.ds(0, rows * scale_row // 4)].reshape(rows, scale_row // 4), ((0, 0), (0, 4)))
+            table = lax.dynamic_slice(s[h], (shifts[h],), (rows * scale_row // 4,))
+            table = jnp.pad(table.reshape(rows, scale_row // 4), ((0, 0), (0, 4)))
             scales.append(lax.dynamic_slice(table, (wg * height, unit * 4 + first), (height, chunks)))
         else:
             scales.append(s[h, pl.ds(wg * height, height), pl.ds(unit * 4 + first, chunks)])

@@ -177,7 +177,7 @@ def scalar(array):
 
 def splat(value):
     """A register as a scalar result of `inline_mgpu`."""
-    return fa.FragmentedArray.splat(value, ())
+    return fa.FragmentedArray.splat(value, (), is_signed=True if isinstance(value.type, ir.IntegerType) else None)
 
 
 def per_thread(value):
@@ -260,14 +260,15 @@ def lanes(interleaved, *, pinned=False):
     return warp, rem(lane, 4), row, weight_row
 
 
-def fragment_lanes(wg, *, scale_row, other=None):
+def fragment_lanes(wg, shifts, *, scale_row, other=None):
     """What `multiply_decoded` wants of a thread: PER_THREAD values, computed where it stands (outside the loop over K).
 
     wg: the warpgroup (i32), of 64 weight rows, or, where two operands interleave (gate and up), 32 of each. other: None, or
-    how far on the second one lies: rows of w_ref (a multiple of 8), bytes of s_ref (of 1024 if swizzled).
+    how far on the second one lies: rows of w_ref (a multiple of 8), bytes of s_ref (of 1024 if swizzled). shifts: i32, bytes
+    by which the scales of the rows r and r + 8 lie further on.
     """
-    @plgpu.inline_mgpu(arg_types=(SPLAT,), return_type=(plgpu.ShapeDtypeStruct((128,), jnp.int32, layout=PER_THREAD),) * 5)
-    def f(ctx, wg):
+    @plgpu.inline_mgpu(arg_types=(SPLAT,) * 3, return_type=(plgpu.ShapeDtypeStruct((128,), jnp.int32, layout=PER_THREAD),) * 5)
+    def f(ctx, wg, *shifts):
         del ctx
         warp, quad, _, weight_row = lanes(bool(other), pinned=True)
         rows_wg, rows_warp = (32, 8) if other else (64, 16)
@@ -279,11 +280,12 @@ def fragment_lanes(wg, *, scale_row, other=None):
             # The unit of 64-chunk c is (2 c + quad / 2) ^ phase: 2 c is xored into the whole address later.
             unit = add(mul(bit_xor(div(quad, 2), phase), 16), mul(rem(quad, 2), 8))
             codes.append(add(add(mul(r, 128), unit), further_rows * 128))
-            scales.append(add(add(mul(r, scale_row), mul(phase, 16) if scale_row == 128 else 0), further_scales))
+            at = add(add(mul(r, scale_row), mul(phase, 16) if scale_row == 128 else 0), further_scales)
+            scales.append(add(at, scalar(shifts[h])))
         selector = asm("mad.lo.u32 $0,$1,0x1111,0x4400;", [quad], effects=False)  # byte `quad` of both words
         return tuple(per_thread(v) for v in (*codes, *scales, selector))
 
-    return f(wg)
+    return f(wg, *shifts)
 
 
 def multiply_decoded(acc, lane_values, w_ref, s_ref, x_ref, unit, *, first, chunks, part, tokens, scale_row, in_flight=0):
@@ -386,11 +388,31 @@ ROW_SCALE = ("{{.reg .pred p; .reg .s32 t; add.s32 t,$2,{token}; setp.lt.s32 p,t
 STORE = "{{.reg .pred p; setp.gt.s32 p,$2,{token}; @p st.global.{kind} [$0+{offset}],{value};}}"
 
 
+def row_scales(row_scale, row, count, *, tokens):
+    """row_scale f32 [M, 1] in global memory -> the PER_THREAD values that `store_tokens` multiplies by, of rows row ..
+    row + count - 1: fetched early, so that nothing waits for them."""
+    value = plgpu.ShapeDtypeStruct((128,), jnp.float32, layout=PER_THREAD)
+
+    @plgpu.inline_mgpu(arg_types=(REF, SPLAT, SPLAT), return_type=(value,) * (tokens // 4))
+    def f(ctx, row_scale, row, count):
+        del ctx
+        row, count = scalar(row), scalar(count)
+        token = mul(rem(asm("mov.u32 $0,%tid.x;"), 4), 2)
+        source = gmem_element(row_scale, add(row, token), 1, i32(0), 4)
+        vector_type = ir.VectorType.get((1,), ir.F32Type.get())
+        values = [asm(ROW_SCALE.format(token=t + e, offset=4 * (t + e)), [source, token, count], "f")
+                  for t in range(0, tokens, 8) for e in range(2)]
+        return tuple(fa.FragmentedArray(_registers=np.array([vector.broadcast(vector_type, v)], dtype=object),
+                                        _layout=PER_THREAD.to_mgpu(), _is_signed=None) for v in values)
+
+    return f(row_scale, row, count)
+
+
 def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, width, gated=False, masked=True):
     """f32 (64, tokens), decoded weights x tokens -> out[row + t, channel...] of token t < count; out [M, width].
 
     acc: the WGMMA accumulator of `multiply_decoded` (its row order is undone here). factor: f32 scalar; row_scale:
-    None or f32 [M, 1] in global memory: token t is multiplied by row_scale[row + t] * factor. out: bf16 or f32. gated:
+    None, or f32 [M, 1] in global memory, or its `row_scales`: token t is multiplied by row_scale[row + t] * factor. out: bf16 or f32. gated:
     bf16 silu(r) * (r + 8) of 32 channels, else 64 channels. channel: the warpgroup's first. masked: channels may reach
     past `width`.
     """
@@ -398,8 +420,11 @@ def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, wi
     if gated and single:
         raise NotImplementedError("store_tokens: gated results are bf16")
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, SPLAT, REF, REF, *[SPLAT] * 3), return_type=())
-    def f(ctx, acc, factor, row_scale_ref, out, row, count, channel):
+    fetched = isinstance(row_scale, tuple | list)
+    extra = tuple(row_scale) if fetched else () if row_scale is None else (row_scale,)
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, SPLAT, REF, *[SPLAT] * 3, *([PER_THREAD] * len(extra) if fetched else [REF] * len(extra))))
+    def f(ctx, acc, factor, out, row, count, channel, *extra):
         del ctx
         factor, row, count, channel = map(scalar, (factor, row, count, channel))
         warp, quad, fragment_row, weight_row = lanes(gated, pinned=True)
@@ -409,8 +434,12 @@ def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, wi
         scales, ahead = {}, 4  # so many octets of tokens ahead are row scales fetched: they hide their latency, in few registers
 
         def fetch_scales(j):
-            if j < tokens // 8 and row_scale is not None:
-                source = gmem_element(row_scale_ref, add(row, pair_token), 1, i32(0), 4)
+            if j >= tokens // 8:
+                return
+            if fetched:
+                scales[j] = [of_thread(v) for v in extra[2 * j:2 * j + 2]]
+            elif extra:
+                source = gmem_element(extra[0], add(row, pair_token), 1, i32(0), 4)
                 scales[j] = [asm(ROW_SCALE.format(token=t, offset=4 * t), [source, pair_token, count], "f")
                              for t in (8 * j, 8 * j + 1)]
 
@@ -478,7 +507,7 @@ def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, wi
                 for i, value in enumerate(v for pair_value in values for v in halves(pair_value)):
                     store(pointer, 8 * j, counts[i], offset + 2 * i, [value])
 
-    f(acc, factor, out if row_scale is None else row_scale, out, row, count, channel)
+    f(acc, factor, out, row, count, channel, *extra)
 
 
 # --- MLIR: per-thread programs (loops and branches inside one `plgpu.inline_mgpu`) ----------------------------------
@@ -582,3 +611,8 @@ def warp_scan(value):
 def warpgroup_barrier():
     """Waits for the other threads of the warpgroup, and for what they wrote to shared memory."""
     utils.warpgroup_barrier()
+
+
+def count_in_warpgroup(condition, barrier):
+    """How many threads of the warpgroup have a non-zero i32 condition; all of them wait here. barrier: a free hardware barrier."""
+    return asm(f"{{.reg .pred p; setp.ne.u32 p,$1,0; barrier.cta.red.popc.aligned.u32 $0,{barrier},128,p;}}", [condition])
