@@ -89,6 +89,81 @@ def test_logprobs_and_experts_against_the_oracle(temperature):
     assert (pairs[:, 0] == pairs[:, 1]).all() == (temperature == 0)
 
 
+class Unigram(nnx.Module):
+    """A foreign model: the same logits at every step, whatever it reads."""
+
+    def __init__(self, logits: np.ndarray):
+        self.logits = nnx.Param(jnp.asarray(logits, jnp.float32))
+
+    def init_cache(self, batch, length, dtype):
+        empty = jnp.zeros((batch, 1, length, 1))
+        return models.KVCache((empty,), (empty,), jnp.int32(0))
+
+    def __call__(self, tokens, positions, cache, attention_mask, *, decode_only_last_token=False):
+        logits = self.logits[...][None, None] + jnp.zeros((tokens.shape[0], 1, 1))
+        return logits, dataclasses.replace(cache, index=cache.index + jnp.int32(tokens.shape[1]))
+
+
+def test_steps_and_samples_draw_independently():
+    """Counts of tokens, and of pairs in consecutive steps and in neighbouring samples and rows, against exact chances."""
+    p = np.asarray([0.5, 0.25, 0.15, 0.1])
+    out = generate(
+        Unigram(np.log(p)),
+        np.zeros((8, 3), int),
+        max_new_tokens=60,
+        temperature=1.0,
+        num_samples=10,
+        key=jax.random.key(4),
+    )
+    tokens = np.asarray(out.tokens).reshape(8, 10, 60)
+    np.testing.assert_allclose(out.logprobs, np.log(p)[out.tokens], rtol=1e-5)
+
+    def chi_square(observed, chances):
+        counts = np.bincount(observed.ravel(), minlength=chances.size)
+        expected = observed.size * chances.ravel()
+        return ((counts - expected) ** 2 / expected).sum()
+
+    assert chi_square(tokens, p) < 3 + 6 * np.sqrt(6) + 12
+    pairs = p[:, None] * p
+    steps = 4 * tokens[:, :, 0::2] + tokens[:, :, 1::2]
+    samples = 4 * tokens[:, 0::2] + tokens[:, 1::2]
+    rows = 4 * tokens[0::2] + tokens[1::2]
+    for joint in (steps, samples, rows):
+        assert chi_square(joint, pairs) < 15 + 6 * np.sqrt(30) + 12
+
+
+class Bigram(Unigram):
+    """A foreign model that never looks at the mask: the next token's logits from the last token, through one layer."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        table = jax.random.uniform(rngs.params(), (32, 32), minval=-1.0)
+        table = table.at[:, 0].set(1.0).at[0].set(1000.0)  # every token has an amax of 1, but token 0, the padding
+        self.table = nnx.Param(table)
+        self.head = nnx.Linear(32, 32, use_bias=False, rngs=rngs)
+
+    def __call__(self, tokens, positions, cache, attention_mask, *, decode_only_last_token=False):
+        logits = self.head(self.table[...][tokens]).at[..., 0].set(-1e9)
+        return logits, dataclasses.replace(cache, index=cache.index + jnp.int32(tokens.shape[1]))
+
+
+def test_any_models_nvfp4_layers_see_valid_rows_alone():
+    """Padding and finished rows, both loud, change no bit of a layer with a per-tensor scale, in a model of anyone's."""
+    model = nvfp4jax.quantize_model(Bigram(nnx.Rngs(0)), nvfp4jax.Rule("head", activation="tensor"))
+    ids = np.arange(1, 49).reshape(3, 16) % 31 + 1
+    settings = dict(max_new_tokens=16, temperature=1.0, key=jax.random.key(0))
+    base = generate(model, ids, **settings)  # 16 is a bucket: no padding, and no row ends
+    assert (np.asarray(base.tokens) != 0).all()
+    padded = generate(model, np.pad(ids, ((0, 0), (5, 0))), np.pad(np.ones_like(ids), ((0, 0), (5, 0))), **settings)
+    np.testing.assert_array_equal(padded.tokens, base.tokens)
+    np.testing.assert_array_equal(padded.logprobs, base.logprobs)
+    ended = generate(model, ids, stop_tokens=[int(base.tokens[0, 3])], **settings)
+    lengths = ended.lengths.tolist()
+    assert min(lengths) <= 4 and max(lengths) >= min(lengths) + 2
+    for row, length in enumerate(lengths):
+        np.testing.assert_array_equal(ended.tokens[row, :length], base.tokens[row, :length])
+        np.testing.assert_array_equal(ended.logprobs[row, :length], base.logprobs[row, :length])
+
+
 def test_padding_of_every_kind():
     """Left, right, with gaps, more of it, or none: the same rows."""
     name = "qwen3-moe-tiny"
