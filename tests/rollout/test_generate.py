@@ -105,7 +105,7 @@ class Unigram(nnx.Module):
 
 
 def test_steps_and_samples_draw_independently():
-    """Counts of tokens, and of pairs in consecutive steps and in neighbouring samples and rows, against exact chances."""
+    """Counts of tokens, and of pairs in consecutive steps, neighbouring samples and rows, against exact chances."""
     p = np.asarray([0.5, 0.25, 0.15, 0.1])
     out = generate(
         Unigram(np.log(p)),
@@ -147,7 +147,7 @@ class Bigram(Unigram):
 
 
 def test_any_models_nvfp4_layers_see_valid_rows_alone():
-    """Padding and finished rows, both loud, change no bit of a layer with a per-tensor scale, in a model of anyone's."""
+    """Padding and finished rows, both loud, change no bit of a per-tensor scaled layer in a foreign model."""
     model = nvfp4jax.quantize_model(Bigram(nnx.Rngs(0)), nvfp4jax.Rule("head", activation="tensor"))
     ids = np.arange(1, 49).reshape(3, 16) % 31 + 1
     settings = dict(max_new_tokens=16, temperature=1.0, key=jax.random.key(0))
