@@ -1,6 +1,6 @@
 """NVFP4 for JAX: quantization with an online activation scale, Flax layers, GPU kernels, and a jitted rollout."""
 
-from nvfp4jax.array import NVFP4Array, quantize
+from nvfp4jax.array import NVFP4Array
 from nvfp4jax.checkpoint import CheckpointError, load_model
 from nvfp4jax.layers import (
     Experts,
@@ -9,7 +9,7 @@ from nvfp4jax.layers import (
     NVFP4Linear,
     NVFP4LinearGeneral,
 )
-from nvfp4jax.ops import experts, grouped_matmul, grouped_swiglu, matmul
+from nvfp4jax.ops import experts, grouped_matmul, grouped_swiglu, matmul, quantize
 from nvfp4jax.rollout import Rollout, generate
 from nvfp4jax.scaling import valid_rows
 from nvfp4jax.swap import Rule, quantize_model, quantize_params, register

@@ -99,7 +99,7 @@ def quantize(
     *,
     scaling: str = "tensor",
     four_over_six: str | None = None,
-    amax: Float[Array, "..."] | float | None = None,
+    amax: Float[Array, "..."] | None = None,
     valid: Bool[Array, "..."] | None = None,
 ) -> NVFP4Array:
     """Quantizes to NVFP4 with a global scale computed from the values themselves (online), in plain jnp.
@@ -114,16 +114,20 @@ def quantize(
     A row that holds NaN or infinity decodes to NaN, alone. ValueError for K not a multiple of 16 or an unknown mode.
     Contract: TransformerEngine's reference quantizer, to the bit.
     """
-    x = jnp.asarray(x)
+    check_quantize(x, scaling, four_over_six)
+    if amax is None:
+        amax = scaling_modes.activation_amax(x, scaling, valid)
+    return quantize_with_amax(x, jnp.asarray(amax, jnp.float32), pow2=scaling == "tensor_pow2", four_over_six=four_over_six)
+
+
+def check_quantize(x: Float[Array, "..."], scaling: str, four_over_six: str | None) -> None:
+    """What every implementation of `quantize` refuses."""
     if x.ndim == 0:
         raise ValueError("quantize needs at least one axis, got a scalar")
     check_k(x.shape[-1], "quantize: x", x.shape)
     check_four_over_six(four_over_six)
     if scaling not in scaling_modes.ONLINE:
         raise ValueError(f"scaling={scaling!r}: one of {', '.join(scaling_modes.ONLINE)}")
-    if amax is None:
-        amax = scaling_modes.activation_amax(x, scaling, valid)
-    return quantize_with_amax(x, jnp.asarray(amax, jnp.float32), pow2=scaling == "tensor_pow2", four_over_six=four_over_six)
 
 
 def quantize_with_amax(

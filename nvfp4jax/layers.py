@@ -34,15 +34,15 @@ def _is_abstract(*values) -> bool:
     return any(isinstance(v, jax.ShapeDtypeStruct) for v in values)
 
 
-_quantize_weight = jax.jit(nvfp4_array.quantize_weight, static_argnames="four_over_six")
+_quantize_weight = jax.jit(ops.quantize_weight, static_argnames="four_over_six")
 
 
 def quantize_weight(w: Float[Array, "... N K"], four_over_six: str | None, name: str) -> NVFP4Array:
-    """`array.quantize_weight` compiled, shapes only for an abstract w; errors name the layer."""
+    """`ops.quantize_weight` compiled, shapes only for an abstract w; errors name the layer."""
     nvfp4_array.check_k(w.shape[-1], name, w.shape)
     if _is_abstract(w):
-        return jax.eval_shape(lambda w: nvfp4_array.quantize_weight(w, four_over_six=four_over_six), w)
-    return _quantize_weight(w, four_over_six=four_over_six)
+        return jax.eval_shape(lambda w: ops.quantize_weight(w, four_over_six=four_over_six), w)
+    return _quantize_weight(w, four_over_six=four_over_six)  # no name: layers of one shape share a program
 
 
 def _map(f, value):

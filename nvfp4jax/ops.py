@@ -188,6 +188,14 @@ def _flat_scale(w: NVFP4Array) -> Array:
     return w.global_scale.reshape(*lead, 1, 1)
 
 
+def _quantize_xla(x, amax, valid, spec: Spec) -> NVFP4Array:
+    return nvfp4_array.quantize(x, scaling=spec.scaling, four_over_six=spec.four_over_six, amax=amax, valid=valid)
+
+
+def _quantize_weight_xla(w, spec: Spec) -> NVFP4Array:
+    return nvfp4_array.quantize_weight(w, four_over_six=spec.weight_four_over_six)
+
+
 def _experts_xla(x, expert_ids, weights, gate_up: NVFP4Array, down: NVFP4Array, spec: Spec, scalings) -> Array:
     route = routing.route_xla(expert_ids, gate_up.shape[0])
     rows = x[route.token_of_row]
@@ -209,6 +217,8 @@ def _hopper(name: str) -> Callable:
 
 
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
+    "quantize": {"xla": _quantize_xla, "hopper": _hopper("quantize")},
+    "quantize_weight": {"xla": _quantize_weight_xla, "hopper": _hopper("quantize_weight")},
     "matmul": {"xla": _matmul_xla, "hopper": _hopper("matmul")},
     "grouped_matmul": {"xla": _grouped_xla, "hopper": _hopper("grouped_matmul")},
     "grouped_swiglu": {"xla": _swiglu_xla, "hopper": _hopper("grouped_swiglu")},
@@ -229,7 +239,7 @@ def _log_fallback(op: str, name: str, reason: str) -> None:
     log.warning("%s: %s does not apply (%s); trying the next implementation", op, name, reason)
 
 
-def _dispatch(op: str, spec: Spec, *args) -> Array:
+def _dispatch(op: str, spec: Spec, *args) -> Array | NVFP4Array:
     table = IMPLEMENTATIONS[op]
     wanted = spec.implementation
     order = (wanted,) if isinstance(wanted, str) else tuple(n for n in _default_order() if n in table) if wanted is None else wanted
@@ -261,7 +271,7 @@ def _no_cotangent(tree):
 
 
 def _quantized_weight(w: Array | NVFP4Array, spec: Spec) -> NVFP4Array:
-    return w if isinstance(w, NVFP4Array) else nvfp4_array.quantize_weight(w, four_over_six=spec.weight_four_over_six)
+    return w if isinstance(w, NVFP4Array) else _dispatch("quantize_weight", spec, w, spec)
 
 
 def _decoded_activation(x, spec, scaling, group_sizes=None) -> Array:
@@ -345,7 +355,7 @@ def _quantized_swiglu_weight(w, spec: Spec) -> NVFP4Array:
     """[E, 2, I, K] with one global scale an expert, shared by gate and up: [E, 1, 1, 1]."""
     if isinstance(w, NVFP4Array):
         return w
-    q = nvfp4_array.quantize_weight(w.reshape(w.shape[0], -1, w.shape[-1]), four_over_six=spec.weight_four_over_six)
+    q = _dispatch("quantize_weight", spec, w.reshape(w.shape[0], -1, w.shape[-1]), spec)
     split = lambda v: v.reshape(*w.shape[:-1], v.shape[-1])  # noqa: E731
     return NVFP4Array(split(q.packed), split(q.scale), q.global_scale[..., None])
 
@@ -425,6 +435,50 @@ def _check_weight(x, w, rank: int, name: str) -> None:
     nvfp4_array.check_k(w.shape[-1], f"{name}: weight", w.shape)
     if x.shape[-1] != w.shape[-1]:
         raise ValueError(f"{name}: x of shape {tuple(x.shape)} and weight of shape {tuple(w.shape)} differ in K, their last axis")
+
+
+def quantize(
+    x: Float[Array, "... K"],
+    *,
+    scaling: str = "tensor",
+    four_over_six: str | None = None,
+    amax: Float[Array, "..."] | float | None = None,
+    valid: Bool[Array, "..."] | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> NVFP4Array:
+    """Quantizes to NVFP4 with a global scale computed from the values themselves (online).
+
+    x: float [..., K], K a multiple of 16.
+    scaling: "tensor" (one amax over the valid rows), "tensor_pow2" (its global scale rounded up to a power of two, so that
+        a row's codes do not depend on its neighbours), or "token" (one amax a row).
+    four_over_six: None, "mae" or "mse" (arXiv 2512.02010), with E4M3 maximum 256.
+    amax: f32 [] or [..., 1], where a producer has computed it already; a static scale is amax = input_scale * 2688.
+    valid: bool x.shape[:-1]; rows where it is False take no part in the amax.
+
+    A row that holds NaN or infinity decodes to NaN, alone. ValueError for K not a multiple of 16 or an unknown mode.
+    Contract: TransformerEngine's reference quantizer, to the bit, whoever computes it.
+    """
+    x = jnp.asarray(x)
+    nvfp4_array.check_quantize(x, scaling, four_over_six)
+    spec = _spec(x, scaling, four_over_six, None, None, implementation, "quantize", scaling_modes.ONLINE)
+    return _dispatch("quantize", spec, x, None if amax is None else jnp.asarray(amax, jnp.float32), valid, spec)
+
+
+def quantize_weight(
+    w: Float[Array, "... N K"],
+    *,
+    four_over_six: str | None = None,
+    implementation: str | Sequence[str] | None = None,
+    name: str = "weight",
+) -> NVFP4Array:
+    """A weight [..., N, K] -> NVFP4 with one global scale for each [N, K] matrix: f32 [] or [..., 1, 1].
+
+    Values are rounded to bfloat16 first, so that a trainer with float32 masters and a loader of the bfloat16 export get the
+    same bits. NaN or infinity in a row gives that row NaN scales.
+    """
+    nvfp4_array.check_k(w.shape[-1], name, w.shape)
+    spec = _spec(w, None, None, four_over_six, None, implementation, name, (None,))
+    return _dispatch("quantize_weight", spec, w, spec)
 
 
 def matmul(

@@ -66,6 +66,28 @@ def _size(shape) -> int:
     return size
 
 
+def quantize(x, amax, valid, spec: Spec) -> NVFP4Array:
+    flat, scaling, lead = _flat(x, spec, Scaling(amax, valid))
+    packed, scale, global_scale = quantize_hopper.quantize(
+        flat, scaling=spec.scaling, four_over_six=spec.four_over_six, amax=scaling.amax, valid=scaling.valid
+    )
+    wide = lambda v: v.reshape(*lead, v.shape[-1])  # noqa: E731
+    return NVFP4Array(wide(packed), wide(scale), wide(global_scale) if global_scale.ndim else global_scale)
+
+
+def quantize_weight(w, spec: Spec) -> NVFP4Array:
+    """Each matrix's amax, then one launch over all rows with the amax of their matrix."""
+    *lead, n, k = w.shape
+    w = w.astype(jnp.bfloat16)
+    amax = scaling_modes.magnitude(w).max((-2, -1), keepdims=True)
+    rows = jnp.broadcast_to(amax, (*lead, n, 1)).reshape(-1, 1)
+    packed, scale, global_scale = quantize_hopper.quantize(
+        w.reshape(-1, k), scaling="token", four_over_six=spec.weight_four_over_six, amax=rows
+    )
+    one = global_scale.reshape(*lead, n, 1)[..., :1, :]
+    return NVFP4Array(packed.reshape(*lead, n, -1), scale.reshape(*lead, n, -1), one if lead else one[0, 0])
+
+
 def matmul(x, w: NVFP4Array, bias, spec: Spec, scaling: Scaling) -> jax.Array:
     x, scaling, lead = _flat(x, spec, scaling)
     rows, row_scale = operand(x, spec, scaling)
