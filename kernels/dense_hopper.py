@@ -412,6 +412,7 @@ def _wide(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stack
     # TMA takes about 2 cycles for each row of a box, however short. While the tensor cores are not the limit, scales come
     # 128 bytes a row (2048 of K) at a time; else with each step, in less shared memory.
     blocked = tokens <= 32
+    scale_row = 128 if blocked else 16
     blocks = -(-steps // SCALE_STEPS)
     box = rows * STEP // 2 + tokens * STEP * 2 + (0 if blocked else rows * 16)
     stages = min(8, (mo.SHARED_MEMORY - 2048 - (2 * rows * 128 if blocked else 0)) // box)
@@ -480,6 +481,7 @@ def _wide(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stack
         def _():
             if not twin:
                 plgpu.set_max_registers(consumer_registers, action="increase")
+                lane_values = mo.fragment_lanes(wg, [jnp.int32(0)] * 2, scale_row=scale_row)
             factor = g[layer[0] if stacked else 0] * mo.DECODE_FACTOR
 
             @plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
@@ -504,9 +506,8 @@ def _wide(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stack
                         plgpu.commit_smem()  # as in `_narrow`
                         acc = acc + jnp.dot(a, b.T, preferred_element_type=jnp.float32)
                     else:
-                        acc = mo.multiply_decoded(
-                            acc, w_sm.at[st], scales, x_sm.at[st], wg, unit, first=0, chunks=STEP // 64, part=part,
-                            tokens=tokens, scale_row=128 if blocked else 16)
+                        acc = mo.multiply_decoded(acc, lane_values, w_sm.at[st], scales, x_sm.at[st], unit, first=0,
+                                                  chunks=STEP // 64, part=part, tokens=tokens, scale_row=scale_row)
                     plgpu.barrier_arrive(empty.at[st])
                     if blocked:
                         last = (unit == SCALE_STEPS - 1) | (i == steps - 1)
