@@ -570,7 +570,7 @@ def _kernel(spec: _Spec, plan: _Plan):
             outputs["values"] = jax.ShapeDtypeStruct((spec.m, spec.k), jnp.bfloat16)
     names = [*inputs, *outputs, "shared"]
 
-    call = mg.thread_kernel(lambda refs: _program(refs, spec, plan), names, outputs.values(), grid=plan.grid, warps=plan.warps,
+    call = mg.thread_kernel(lambda refs: _program(refs, spec, plan), names, list(outputs.values()), grid=plan.grid, warps=plan.warps,
                             cluster=plan.cluster, shared_words=_offsets(spec, plan)[-1])
     return lambda arguments: dict(zip(outputs, call(*(arguments[name] for name in inputs))))
 

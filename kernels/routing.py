@@ -184,12 +184,12 @@ def route(expert_ids, num_experts: int, valid=None) -> Routing:
     words = warps * (num_experts + 2) + -(-(num_experts + 2) // (warps * WARP)) * warps
     if 4 * words > mg.SHARED_MEMORY:
         raise NotImplementedError(f"route: the counts of {num_experts} experts do not fit the shared memory; use route_xla")
-    outputs = dict(token_of_row=(n,), row_of_slot=(tokens, k), group_sizes=(num_experts,))
-    names = ["expert_ids", *(["valid"] if valid is not None else []), *outputs, "shared"]
+    outputs, masked = dict(token_of_row=(n,), row_of_slot=(tokens, k), group_sizes=(num_experts,)), valid is not None
+    names = ["expert_ids", *(["valid"] if masked else []), *outputs, "shared"]
     call = mg.thread_kernel(
-        lambda refs: _sort_program(refs, n, k, num_experts, warps, valid is not None), names,
+        lambda refs: _sort_program(refs, n, k, num_experts, warps, masked), names,
         [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in outputs.values()], grid=1, warps=warps, shared_words=words)
-    return Routing(*call(expert_ids, *([valid] if valid is not None else [])))
+    return Routing(*call(expert_ids, *([valid] if masked else [])))
 
 
 # --- the combine -----------------------------------------------------------------------------------------------------
@@ -243,10 +243,9 @@ def combine(rows, routing: Routing, weights, *, out_dtype=jnp.bfloat16):
                                   "be a multiple of 8, dtypes bfloat16 or float32; use combine_xla")
     if tokens == 0:
         return jnp.zeros((0, hidden), out_dtype)
-    warps = 4
+    warps, single, single_out, weight_single = 4, *(d == jnp.float32 for d in (rows.dtype, out_dtype, weights.dtype))
     call = mg.thread_kernel(
-        lambda refs: _combine_program(refs, tokens, hidden, k, rows.dtype == jnp.float32, out_dtype == jnp.float32,
-                                      weights.dtype == jnp.float32, warps),
+        lambda refs: _combine_program(refs, tokens, hidden, k, single, single_out, weight_single, warps),
         ["rows", "row_of_slot", "weights", "out"], [jax.ShapeDtypeStruct((tokens, hidden), out_dtype)],
         grid=-(-tokens * hidden // 8 // (warps * WARP)), warps=warps)
     return call(rows, routing.row_of_slot, weights)[0]

@@ -1,4 +1,7 @@
-"""The Hopper quantizers against the golden vectors and against `nvfp4jax.array.quantize` on the CPU, bit for bit."""
+"""The Hopper quantizers against the golden vectors and against `nvfp4jax.array.quantize` on the CPU, bit for bit.
+
+Most tests run twice: on a GPU, and, on fewer and smaller inputs, on the CPU from the PTX that the compiler made (`ptx`).
+"""
 import functools
 import pathlib
 
@@ -9,13 +12,22 @@ import numpy as np
 import pytest
 from jax import lax
 
-from nvfp4jax import array, numerics
+import ptx
+from nvfp4jax import array
 from nvfp4jax.kernels import aot, mosaic, quantize_hopper
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "nvfp4_te_reference.npz"
 BF16, F32 = jnp.bfloat16, jnp.float32
 gpu = pytest.mark.gpu
 needs_aot = pytest.mark.skipif(not aot.available(), reason="needs jax-cuda13-plugin and -pjrt")
+
+
+@pytest.fixture(params=[pytest.param("gpu", marks=gpu), pytest.param("ptx", marks=[pytest.mark.aot, needs_aot])])
+def machine(request, monkeypatch):
+    """What runs the kernels: a GPU, or numpy on the PTX."""
+    if request.param == "ptx":
+        monkeypatch.setattr(mosaic, "thread_kernel", ptx.run_thread_kernel)
+    return request.param
 
 
 @functools.cache
@@ -43,8 +55,10 @@ def jitted(f, **kw):
     return jax.jit(functools.partial(f, **kw))
 
 
-def poisoned(f, *args, **kw):
-    """jit(f) after the allocator's free memory has been filled with NaN, so that unwritten outputs show."""
+def poisoned(machine, f, *args, **kw):
+    """f with outputs that nobody has written to before it runs."""
+    if machine == "ptx":  # its buffers start out filled
+        return jax.tree.map(np.asarray, f(*args, **kw))
     filler = jax.block_until_ready([jnp.full((1 << 20,), jnp.nan, F32) for _ in range(8)])
     del filler
     return jax.tree.map(np.asarray, jitted(f, **kw)(*args))
@@ -77,7 +91,7 @@ def random_rows(rng, m, k, dtype, kind="normal"):
     return x.astype(np.float32).astype(np.dtype(dtype))
 
 
-# --- on a GPU --------------------------------------------------------------------------------------------------------
+# --- on either -------------------------------------------------------------------------------------------------------
 
 def golden_cases():
     """(x, granularity, four_over_six, expected) of every golden set that a row-wise quantizer covers."""
@@ -92,18 +106,18 @@ def golden_cases():
                     yield base, x, granularity, kind, z[f"{base}/codes"], z[f"{base}/block_scale"], z[f"{name}/{granularity}/amax"]
 
 
-@gpu
-def test_golden_vectors_in_the_kernel():
-    count = 0
-    for base, x, granularity, kind, codes, scale, amax in golden_cases():
+def test_golden_vectors_in_the_kernel(machine):
+    cases = list(golden_cases())
+    assert len(cases) == 540
+    if machine == "ptx":
+        cases = [cases[i] for i in np.random.default_rng().permutation(len(cases))[:8]]
+    for base, x, granularity, kind, codes, scale, amax in cases:
         scaling = "tensor" if granularity == "tensor" else "token"
-        got = poisoned(quantize_hopper.quantize, x, scaling=scaling, four_over_six=kind)
+        got = poisoned(machine, quantize_hopper.quantize, x, scaling=scaling, four_over_six=kind)
         assert (got[0] == codes).all() and (got[1].view(np.uint8) == scale).all(), base
         top = np.float32(2688 if kind is None else 1536)
         want = np.where(amax == 0, np.float32(1), amax.astype(np.float32) / top).reshape(got[2].shape)
         np.testing.assert_array_equal(got[2], want, err_msg=base)
-        count += 1
-    assert count == 540
 
 
 @gpu
@@ -120,71 +134,84 @@ def test_golden_vectors_in_plain_jnp_under_jit():
             assert (got[0][i] == codes).all() and (got[1][i] == scale).all(), base
 
 
-SHAPES = ((1, 16), (3, 48), (17, 80), (256, 2048), (37, 768), (9, 7168), (600, 512), (1500, 3072))
+SHAPES = dict(gpu=((1, 16), (3, 48), (17, 80), (256, 2048), (37, 768), (9, 7168), (600, 512), (1500, 3072)),
+              ptx=((3, 48), (20, 1040), (70, 512)))  # one CTA, clusters, two launches
 
 
-@gpu
-@pytest.mark.parametrize("dtype", (BF16, F32), ids=str)
+@pytest.mark.parametrize("dtype", (BF16, F32), ids=("bf16", "f32"))
 @pytest.mark.parametrize("scaling", ("tensor", "tensor_pow2", "token"))
-def test_fresh_inputs(scaling, dtype):
+def test_fresh_inputs(machine, scaling, dtype):
     rng = np.random.default_rng()
-    for m, k in SHAPES:
-        for kind in ("normal", "heavy", "ties", "edges") if m < 300 else ("heavy",):
+    kinds = ("normal", "heavy", "ties", "edges")
+    for m, k in SHAPES[machine]:
+        for kind in kinds if machine == "gpu" and m < 300 else (kinds[rng.integers(4)],):
             x = random_rows(rng, m, k, dtype, kind)
-            assert_same_bits(poisoned(quantize_hopper.quantize, x, scaling=scaling), oracle(x, scaling=scaling), (scaling, m, k, kind))
+            got = poisoned(machine, quantize_hopper.quantize, x, scaling=scaling)
+            assert_same_bits(got, oracle(x, scaling=scaling), (scaling, m, k, kind))
 
 
-@gpu
 @pytest.mark.parametrize("kind", ("mae", "mse"))
-@pytest.mark.parametrize("dtype", (BF16, F32), ids=str)
-def test_four_over_six(kind, dtype):
+@pytest.mark.parametrize("dtype", (BF16, F32), ids=("bf16", "f32"))
+def test_four_over_six(machine, kind, dtype):
     rng = np.random.default_rng()
-    for scaling, m, k in (("tensor", 65, 256), ("tensor_pow2", 64, 2048), ("token", 130, 768), ("token", 3, 16)):
+    shapes = (("tensor", 65, 256), ("tensor_pow2", 64, 2048), ("token", 130, 768), ("token", 3, 16))
+    for scaling, m, k in shapes if machine == "gpu" else (("tensor", 5, 80),):
         for data in ("normal", "heavy", "edges"):
             x = random_rows(rng, m, k, dtype, data)
             kw = dict(scaling=scaling, four_over_six=kind)
-            assert_same_bits(poisoned(quantize_hopper.quantize, x, **kw), oracle(x, **kw), (kw, m, k, data))
+            assert_same_bits(poisoned(machine, quantize_hopper.quantize, x, **kw), oracle(x, **kw), (kw, m, k, data))
 
 
-@gpu
-def test_masks_and_given_amax():
+def quantize_masked(x, valid, scaling):
+    return quantize_hopper.quantize(x, scaling=scaling, valid=valid)
+
+
+def quantize_given(x, amax, scaling):
+    return quantize_hopper.quantize(x, scaling=scaling, amax=amax)
+
+
+def quantize_static(x, global_scale):
+    return quantize_hopper.quantize(x, global_scale=global_scale)
+
+
+def test_masks_and_given_amax(machine):
     rng = np.random.default_rng()
-    for m, k in ((6, 64), (300, 768), (2000, 1024)):
+    for m, k in ((6, 64), (300, 768), (2000, 1024)) if machine == "gpu" else ((6, 64), (40, 512)):
         x = random_rows(rng, m, k, BF16, "edges")
-        valid = rng.random(m) < 0.5
-        for scaling in ("tensor", "tensor_pow2", "token"):
-            for mask in (valid, np.zeros(m, bool)):
-                got = poisoned(lambda x, valid: quantize_hopper.quantize(x, scaling=scaling, valid=valid), x, mask)
+        for scaling in ("tensor", "tensor_pow2", "token") if machine == "gpu" else ("tensor",):
+            for mask in (rng.random(m) < 0.5, np.zeros(m, bool)):
+                got = poisoned(machine, quantize_masked, x, mask, scaling=scaling)
                 assert_same_bits(got, oracle(x, scaling=scaling, valid=mask), (scaling, m, k, "mask"))
-        for amax in (np.float32(3.7), np.float32(0), rng.uniform(.1, 9, (m, 1)).astype(np.float32)):
-            for scaling in ("tensor", "tensor_pow2"):
-                got = poisoned(lambda x, amax: quantize_hopper.quantize(x, scaling=scaling, amax=amax), x, amax)
+        if machine == "ptx" and m > 6:
+            continue
+        for amax in (np.array(3.7, np.float32), np.array(0, np.float32), rng.uniform(.1, 9, (m, 1)).astype(np.float32)):
+            for scaling in ("tensor", "tensor_pow2") if machine == "gpu" else ("tensor_pow2",):
+                got = poisoned(machine, quantize_given, x, amax, scaling=scaling)
                 assert_same_bits(got, oracle(x, scaling=scaling, amax=amax), (scaling, m, k, "amax", amax.shape))
-        static = jnp.float32(0.0123)
+        static = np.array(0.0123, np.float32)
         def f(x):
-            q = array.quantize_static(x, jnp.float32(0.0123))
+            q = array.quantize_static(x, jnp.asarray(static))
             return q.packed, lax.bitcast_convert_type(q.scale, jnp.uint8), q.global_scale
-        got = poisoned(lambda x, s: quantize_hopper.quantize(x, global_scale=s), x, static)
-        assert_same_bits(got, cpu(f, x), (m, k, "static"))
+        assert_same_bits(poisoned(machine, quantize_static, x, static), cpu(f, x), (m, k, "static"))
 
 
-@gpu
-def test_extreme_magnitudes():
+def test_extreme_magnitudes(machine):
     """The ends of float32: tensors that count as zero, products that underflow, multipliers that saturate.
 
     XLA:CPU, where the oracle runs, flushes denormals to zero: a negative one then gives code 0 for 8 (the same value)."""
     rng = np.random.default_rng()
     tiny = np.finfo(np.float32).tiny
     for dtype in (BF16, F32):
-        for exponent in (-149, -130, -118, -114, -60, 60, 110, 126):
+        for exponent in (-149, -130, -118, -114, -60, 60, 110, 126) if machine == "gpu" else (-130, -114, 126):
             x = (rng.normal(size=(8, 128)).clip(-1.9, 1.9) * 2.0**exponent).astype(np.float32).astype(np.dtype(dtype))
             x[3, :8] *= np.dtype(dtype).type(2.0**-100)
             x[4] *= np.dtype(dtype).type(2.0**-40)
             flushed = np.where(np.abs(x.astype(np.float32)) < tiny, np.dtype(dtype).type(0), x)
-            for scaling in ("tensor", "token"):
-                got, want = (list(v) for v in (poisoned(quantize_hopper.quantize, flushed, scaling=scaling), oracle(flushed, scaling=scaling)))
+            for scaling in ("tensor", "token") if machine == "gpu" else ("token",):
+                got = poisoned(machine, quantize_hopper.quantize, flushed, scaling=scaling)
+                want = oracle(flushed, scaling=scaling)
                 assert_same_bits(got, want, (dtype, exponent, scaling))
-                got = poisoned(quantize_hopper.quantize, x, scaling=scaling)
+                got = poisoned(machine, quantize_hopper.quantize, x, scaling=scaling)
                 np.testing.assert_array_equal(decoded(got[0], got[1].view(np.uint8)), decoded(want[0], want[1]))
 
 
@@ -205,15 +232,15 @@ def permuted(x):
     return out
 
 
-@gpu
 @pytest.mark.parametrize("scaling", ("tensor", "tensor_pow2", "token"))
-def test_operand_is_the_decoded_quantization(scaling):
+def test_operand_is_the_decoded_quantization(machine, scaling):
     rng = np.random.default_rng()
-    for m, k in ((1, 64), (7, 192), (256, 2048), (300, 768), (1100, 1024), (2050, 3584)):
-        for dtype in (BF16, F32):
+    shapes = dict(gpu=((1, 64), (7, 192), (256, 2048), (300, 768), (1100, 1024), (2050, 3584)), ptx=((7, 192), (24, 1088), (70, 512)))
+    for m, k in shapes[machine]:
+        for dtype in (BF16, F32) if machine == "gpu" else (BF16,):
             x = random_rows(rng, m, k, dtype, "edges" if m < 300 else "heavy")
             packed, bits, global_scale = oracle(x, scaling=scaling)
-            got, scale = poisoned(quantize_hopper.operand, x, scaling=scaling)
+            got, scale = poisoned(machine, quantize_hopper.operand, x, scaling=scaling)
             np.testing.assert_array_equal(got.astype(np.float32), permuted(decoded(packed, bits)), err_msg=str((scaling, m, k, dtype)))
             np.testing.assert_array_equal(scale, global_scale)
 
@@ -224,51 +251,64 @@ def ulps(a, b):
     return int(np.abs(order[0] - order[1]).max())
 
 
-@gpu
+def norm(x, w, scaling):
+    return quantize_hopper.rmsnorm_operand(x, w, eps=1e-6, scaling=scaling, normed=True)
+
+
+def swiglu(gate, up, scaling):
+    return quantize_hopper.silu_mul_operand(gate, up, scaling=scaling, product=True)
+
+
 @pytest.mark.parametrize("scaling", ("tensor", "token"))
-def test_rmsnorm_and_silu_quantize_what_they_return(scaling):
+def test_rmsnorm_and_silu_quantize_what_they_return(machine, scaling):
     rng = np.random.default_rng()
-    for m, k in ((1, 64), (256, 2048), (33, 768), (5, 7168), (1100, 1024), (700, 2048)):
+    shapes = dict(gpu=((1, 64), (256, 2048), (33, 768), (5, 7168), (1100, 1024), (700, 2048)), ptx=((2, 64), (24, 1088)))
+    for m, k in shapes[machine]:
         x, y = (random_rows(rng, m, k, BF16) for _ in range(2))
         w = rng.normal(size=k).astype(ml_dtypes.bfloat16)
         x[m // 2] = 0
-        normed, operand, scale = poisoned(
-            lambda x, w: quantize_hopper.rmsnorm_operand(x, w, eps=1e-6, scaling=scaling, normed=True), x, w)
         wide = x.astype(np.float64)
+        normed = poisoned(machine, norm, x, w, scaling=scaling)
         n = (wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-6)).astype(ml_dtypes.bfloat16)
-        assert ulps(normed, (n.astype(np.float32) * w.astype(np.float32)).astype(ml_dtypes.bfloat16)) <= 2
-        product, operand2, scale2 = poisoned(
-            lambda x, y: quantize_hopper.silu_mul_operand(x, y, scaling=scaling, product=True), x, y)
+        assert ulps(normed[0], (n.astype(np.float32) * w.astype(np.float32)).astype(ml_dtypes.bfloat16)) <= 2
+        product = poisoned(machine, swiglu, x, y, scaling=scaling)
         exact = wide / (1 + np.exp(-wide)) * y.astype(np.float64)
-        assert (np.abs(product.astype(np.float64) - exact) <= np.abs(exact) * 2.0**-8 + 2.0**-100).all()  # half an ulp and a bit
-        for values, op, s in ((normed, operand, scale), (product, operand2, scale2)):
+        assert (np.abs(product[0].astype(np.float64) - exact) <= np.abs(exact) * 2.0**-8 + 2.0**-100).all()  # half an ulp and a bit
+        for values, op, s in (normed, product):
             packed, bits, global_scale = oracle(values, scaling=scaling)
             np.testing.assert_array_equal(op.astype(np.float32), permuted(decoded(packed, bits)), err_msg=str((scaling, m, k)))
             np.testing.assert_array_equal(s, global_scale)
 
 
-@gpu
-def test_a_row_keeps_its_bits_in_any_batch():
+def test_a_row_keeps_its_bits_in_any_batch(machine):
     rng = np.random.default_rng()
-    for k in (768, 2048, 5120):
-        x = random_rows(rng, 4096, k, BF16)
+    most, batches = (4096, (1, 7, 256, 2048)) if machine == "gpu" else (40, (1,))
+    for k in (768, 2048, 5120) if machine == "gpu" else (1088,):
+        x = random_rows(rng, most, k, BF16)
         w = rng.normal(size=k).astype(ml_dtypes.bfloat16)
-        f = jax.jit(lambda x, w: quantize_hopper.rmsnorm_operand(x, w, eps=1e-6, scaling="token", normed=True))
-        want = [np.asarray(v) for v in f(x, w)]
-        for m in (1, 7, 256, 2048):
-            rows = rng.permutation(4096)[:m]
-            for got, whole in zip(f(x[rows], w), want):
-                assert (np.asarray(got).view(np.uint8) == whole[rows].view(np.uint8)).all(), (k, m)
+        whole = poisoned(machine, norm, x, w, scaling="token")
+        for m in batches:
+            rows = rng.permutation(most)[:m]
+            for got, want in zip(poisoned(machine, norm, x[rows], w, scaling="token"), whole):
+                assert (got.view(np.uint8) == want[rows].view(np.uint8)).all(), (k, m)
 
 
-@gpu
-def test_powers_of_two_move_only_the_global_scale():
+def test_two_runs_give_the_same_bits(machine):
     rng = np.random.default_rng()
-    x = random_rows(rng, 64, 768, BF16)
+    x, w = random_rows(rng, 24, 1088, BF16), rng.normal(size=1088).astype(ml_dtypes.bfloat16)
+    if machine == "ptx":
+        pytest.skip("its approximate instructions are random")
+    for one, two in zip(*(poisoned(machine, norm, x, w, scaling="tensor") for _ in range(2))):
+        assert (one.view(np.uint8) == two.view(np.uint8)).all()
+
+
+def test_powers_of_two_move_only_the_global_scale(machine):
+    rng = np.random.default_rng()
+    x = random_rows(rng, *((64, 768) if machine == "gpu" else (3, 64)), BF16)
     for scaling in ("tensor", "tensor_pow2", "token"):
-        base = poisoned(quantize_hopper.quantize, x, scaling=scaling)
+        base = poisoned(machine, quantize_hopper.quantize, x, scaling=scaling)
         for e in (-20, 7):
-            got = poisoned(quantize_hopper.quantize, x * ml_dtypes.bfloat16(2.0**e), scaling=scaling)
+            got = poisoned(machine, quantize_hopper.quantize, x * ml_dtypes.bfloat16(2.0**e), scaling=scaling)
             assert (got[0] == base[0]).all() and (got[1].view(np.uint8) == base[1].view(np.uint8)).all()
             np.testing.assert_array_equal(got[2], base[2] * np.float32(2.0**e))
 
