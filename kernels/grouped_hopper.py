@@ -49,7 +49,7 @@ def config(m, experts, n, k, *, gated):
     mean = m / experts
     most = mean + 2 * mean**0.5  # 19 of 20 experts have fewer, where tokens choose evenly
     if min(m, experts) * -(-n // rows) < 2 * SMS and mean <= 8:  # too few tiles: 64 rows a CTA, two CTAs an SM
-        return Config((8,), (8,), warpgroups=1, per_sm=2, overlap=True)
+        return Config((8,), (8,), warpgroups=1, per_sm=2)
     if mean <= 1:
         return Config((8,), (8,))
     if mean <= 6:
@@ -291,6 +291,12 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                         plgpu.barrier_wait(barrier.at[div_rem(use, size)[1]])
 
         def consume():
+            def lanes(shifts):
+                return mosaic.fragment_lanes(wg, [4 * v for v in shifts], scale_row=r.scale_row,
+                                             other=(rows, scale_words * 4) if gated else None)
+
+            # Once for all tiles, where registers allow.
+            early = None if interpret or flat or max(c.computes) > 32 else lanes((jnp.int32(0),) * 2)
             plgpu.barrier_wait(planned)
 
             def tile_of(tile):
@@ -312,12 +318,11 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                 def run(t):
                     per_stage = c.x_chunks
                     if not interpret:
-                        lane_values = mosaic.fragment_lanes(
-                            wg, [4 * v for v in shifts], scale_row=r.scale_row, other=(rows, scale_words * 4) if gated else None)
+                        lane_values = early or lanes(shifts)
                         row_factor = row_scale if row_scaled else None
                         if row_scaled and t <= 32:  # in few registers
                             row_factor = mosaic.row_scales(row_scale, start, rows_used, tokens=t)
-                    part = min(per_stage, (2 if t <= 32 else 1) if c.overlap else (4 if t <= 16 else 2 if t <= 64 else 1))
+                    part = min(per_stage, (2 if t <= 32 else 1) if c.overlap else (4 if t == 8 else 2 if t <= 16 else 1))
 
                     def slot(b):
                         return div_rem(tile * scale_blocks + b, r.s_stages)[1]

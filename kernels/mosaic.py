@@ -267,7 +267,7 @@ def fragment_lanes(wg, shifts, *, scale_row, other=None):
     how far on the second one lies: rows of w_ref (a multiple of 8), bytes of s_ref (of 1024 if swizzled). shifts: i32, bytes
     by which the scales of the rows r and r + 8 lie further on.
     """
-    @plgpu.inline_mgpu(arg_types=(SPLAT,) * 3, return_type=(plgpu.ShapeDtypeStruct((128,), jnp.int32, layout=PER_THREAD),) * 5)
+    @plgpu.inline_mgpu(arg_types=(SPLAT,) * 3, return_type=(plgpu.ShapeDtypeStruct((128,), jnp.int32, layout=PER_THREAD),) * 6)
     def f(ctx, wg, *shifts):
         del ctx
         warp, quad, _, weight_row = lanes(bool(other), pinned=True)
@@ -283,7 +283,11 @@ def fragment_lanes(wg, shifts, *, scale_row, other=None):
             at = add(add(mul(r, scale_row), mul(phase, 16) if scale_row == 128 else 0), further_scales)
             scales.append(add(at, scalar(shifts[h])))
         selector = asm("mad.lo.u32 $0,$1,0x1111,0x4400;", [quad], effects=False)  # byte `quad` of both words
-        return tuple(per_thread(v) for v in (*codes, *scales, selector))
+        # ldmatrix: lane 8 i + t names row t of matrix i, the i-th 16 bytes of token t.
+        lane = rem(thread_index(), 32)
+        token = rem(lane, 8)
+        tokens = add(mul(token, 128), mul(bit_xor(div(lane, 8), token), 16))
+        return tuple(per_thread(v) for v in (*codes, *scales, selector, tokens))
 
     return f(wg, *shifts)
 
@@ -294,15 +298,16 @@ def multiply_decoded(acc, lane_values, w_ref, s_ref, x_ref, unit, *, first, chun
     The weights are A of wgmma, from registers, times 2**-7. lane_values: `fragment_lanes`. w_ref: i32 [rows, 32], ROWS_128:
     256 codes a row. s_ref: the scales of the same rows, `scale_row` bytes a row; ROWS_128 where that is 128, else plain.
     unit: which 16 bytes of a row of scales belong to these codes (i32). x_ref: bf16 [chunks, >= tokens, 64], ROWS_128.
-    part: chunks between two waits; in_flight: parts that may still run at the end (0 or 1), see `settle`.
+    part: chunks between two waits; in_flight: parts that may still run at the end (0 or 1), see `settle`. 8 tokens go through
+    mma.sync, which has nothing to wait for; it gives the same bits.
     """
     @plgpu.inline_mgpu(
-        arg_types=(WGMMA, *[PER_THREAD] * 5, plgpu.RefType(ROWS_128), plgpu.RefType(ROWS_128 if scale_row == 128 else ()),
+        arg_types=(WGMMA, *[PER_THREAD] * 6, plgpu.RefType(ROWS_128), plgpu.RefType(ROWS_128 if scale_row == 128 else ()),
                    plgpu.RefType(ROWS_128), SPLAT),
         return_type=plgpu.ShapeDtypeStruct((64, tokens), jnp.float32, layout=WGMMA))
-    def f(ctx, acc, code0, code1, scale0, scale1, selector, w, s, x, unit):
+    def f(ctx, acc, code0, code1, scale0, scale1, selector, token, w, s, x, unit):
         del ctx
-        code0, code1, scale0, scale1, selector = map(of_thread, (code0, code1, scale0, scale1, selector))
+        code0, code1, scale0, scale1, selector, token = map(of_thread, (code0, code1, scale0, scale1, selector, token))
         unit = mul(scalar(unit), 16)
         # The stage is a multiple of 1024 bytes on: what is xored in does not meet it.
         code_at = [add(smem_address(w), v) for v in (code0, code1)]
@@ -327,15 +332,36 @@ def multiply_decoded(acc, lane_values, w_ref, s_ref, x_ref, unit, *, first, chun
         else:
             scales = [load_shared(at, 4 * first, chunks) for at in scale_at]
         codes = [load_codes(first + t) for t in range(part)]
+        octets = []
+        if tokens == 8:
+            at = add(smem_address(x), token)
+            at = [at, bit_xor(at, 64)]  # units 0..3 and 4..7 of the 128-byte rows
+            octets = [[asm(LDMATRIX.format(offset=t * stride), [a], "rrrr") for a in at] for t in range(chunks)]
         for start in range(0, chunks, part):
             decoded = [decode(codes[t], [scales[h][start + t] for h in range(2)]) for t in range(part)]
             if start + part < chunks:
                 codes = [load_codes(first + start + part + t) for t in range(part)]
-            sums = _wgmma(sums, decoded, descriptor, tokens, [start + t for t in range(part)], stride, in_flight)
+            if tokens == 8:
+                for t in range(part):
+                    sums = _mma(sums, decoded[t], octets[start + t])
+            else:
+                sums = _wgmma(sums, decoded, descriptor, tokens, [start + t for t in range(part)], stride,
+                              in_flight if start + part >= chunks else 1)
         registers = np.array([pair(*sums[i:i + 2]) for i in range(0, len(sums), 2)], dtype=object)
         return wgmma_array(registers, (64, tokens))
 
     return f(acc, *lane_values, w_ref, s_ref, x_ref, unit)
+
+
+LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$0,$1,$2,$3}},[$4+{offset}];"
+MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3},{$4,$5,$6,$7},{$8,$9},{$10,$11,$12,$13};"
+
+
+def _mma(sums, decoded, octet):
+    """Adds decoded[k16 step] times 8 tokens, octet: what two LDMATRIX gave."""
+    for step, left in enumerate(decoded):
+        sums = asm(MMA, [*left, *octet[step // 2][2 * (step % 2):][:2], *sums], "ffff", effects=False)
+    return sums
 
 
 def _wgmma(sums, decoded, descriptor, tokens, chunks, stride, in_flight):
