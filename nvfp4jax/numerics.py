@@ -36,6 +36,17 @@ def _float(bits: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def as_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x in float32, with the values it has in its own dtype.
+
+    XLA may skip a producer's rounding to bfloat16 where the result is widened again (`xla_allow_excess_precision`, on GPUs);
+    a `reduce_precision` is never skipped, and changes nothing where the rounding was done.
+    """
+    if x.dtype == jnp.bfloat16:
+        return lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
+    return x.astype(jnp.float32)
+
+
 def divide(a: jax.Array | float, b: jax.Array | float) -> jax.Array:
     """a / b for non-negative float32, rounded to nearest even on every backend; a quotient below 2**-126 becomes 0.
 
@@ -150,7 +161,7 @@ def quantize_blocks(
     A row that holds NaN or infinity gets NaN scales and zero codes; other rows keep their bits.
     """
     *batch, k = x.shape
-    x = x.astype(jnp.float32)
+    x = as_float32(x)
     poisoned = ~jnp.isfinite(x).all(-1, keepdims=True)
     x = jnp.where(poisoned, jnp.float32(0), x)
     rank = x.ndim + 1

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from nvfp4jax import numerics
+
 ONLINE = ("tensor", "tensor_pow2", "token")  # modes any matmul knows; experts add "expert", layers add "static" and None
 
 _valid_rows: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("valid_rows", default=None)
@@ -40,7 +42,7 @@ def current_valid_rows(lead: tuple[int, ...]) -> jax.Array | None:
 
 def magnitude(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """|x| in float32 with non-finite values counted as zero: they poison their own row, never an amax."""
-    x = jnp.abs(x.astype(jnp.float32))
+    x = jnp.abs(numerics.as_float32(x))
     return jnp.where(jnp.isfinite(x), x, jnp.float32(0))
 
 
