@@ -268,9 +268,11 @@ def load_model(
     notes = Notes()
     values: dict[tuple, Any] = {}
     packed = []
+    # Committed to the device, as what Orbax restores is: then reloaded weights run the same compiled program.
+    device = jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
     for path, module in owning_modules(model):
         for name, value in module_leaves(checkpoint, path, module, notes).items():
-            values[(*path, name)] = jnp.asarray(value)
+            values[(*path, name)] = jax.device_put(value, device)
         if isinstance(module, NVFP4Linear | NVFP4Experts) and is_packed(checkpoint, path, module):
             packed.append(module_name(path))
     warn_about(checkpoint, packed, notes, unused_tensors(checkpoint, model))

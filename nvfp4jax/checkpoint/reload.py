@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -28,7 +29,7 @@ from nvfp4jax import models
 from nvfp4jax.checkpoint import orbax
 from nvfp4jax.checkpoint.digest import unhealthy
 from nvfp4jax.checkpoint.safetensors import CheckpointError
-from nvfp4jax.swap import quantize_params
+from nvfp4jax.swap import path_string, quantize_params, quantized_layers
 
 _log = logging.getLogger(__name__)
 
@@ -77,14 +78,11 @@ def _shapes_of(state: nnx.State) -> nnx.State:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
 
 
-def _input_scales(state: nnx.State) -> dict[tuple, Any]:
-    return {path: leaf for path, leaf in nnx.to_flat_state(state) if str(path[-1]).endswith("input_scale")}
-
-
 class Quantizer:
-    """bfloat16 (or float32) weights in memory -> the live model's NVFP4 weights, by one compiled function.
+    """bfloat16 (or float32) weights in memory -> the live model's NVFP4 weights, layer by layer.
 
-    The bits are those of the offline route. Weights may lie in any sharding over the live model's devices.
+    The bits are those of the offline route. Weights may lie in any sharding over the live model's devices. Each shape of weight is
+    compiled once in a process, so a deep model costs no more than a shallow one.
     """
 
     def __init__(self, model: nnx.Module):
@@ -92,35 +90,54 @@ class Quantizer:
         graphdef, state = nnx.split(model)
         self._abstract = _shapes_of(state)
         self._model = nnx.merge(graphdef, self._abstract)
-        self._input_scales = _input_scales(state)
-        self._lengths = [depth or 1 for depth in models.depths(model)] if orbax.has_layers(model) else []
-        target = {path: (leaf.get_value().shape, leaf.get_value().dtype) for path, leaf in nnx.to_flat_state(self._abstract)}
-        self._target = target
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self._abstract)
-        self._run = jax.jit(self._quantize, donate_argnums=0, out_shardings=shardings)
-
-    def _quantize(self, kept: dict, consumed: dict, input_scales: dict) -> nnx.State:
-        state = nnx.from_flat_state(kept | consumed)
-        if self._lengths and max(path[1] for path in kept | consumed if path[0] == "layers") + 1 != len(self._lengths):
-            state = models.stack_state(state, self._lengths)
-        return quantize_params(nnx.from_flat_state(dict(nnx.to_flat_state(state)) | input_scales), self._model)
+        self._input_scales = {path: leaf for path, leaf in nnx.to_flat_state(state) if str(path[-1]).endswith("input_scale")}
+        stacked = orbax.has_layers(model) and any(depth is not None for depth in models.depths(model))
+        self._lengths = [depth or 1 for depth in models.depths(model)] if stacked else None
+        self._single = models.unstack_layers(self._model) if stacked else None
 
     def __call__(self, state: nnx.State | nnx.Module, *, donate: bool = False) -> nnx.State:
-        """state: that of the float model, its layers stacked as the live model's or single. donate: its arrays are given up.
+        """state: that of the float model, its layers stacked as the live model's or single.
 
-        CheckpointError that names the leaf where the result is not finite.
+        donate: its arrays are given up, each as soon as its layer is done; otherwise the result shares no memory with them.
+        CheckpointError that names the leaf where one is missing or misshapen, or the result is not finite.
         """
-        flat = dict(nnx.to_flat_state(nnx.state(state, nnx.Param) if isinstance(state, nnx.Module) else state))
-        reusable = {path for path, leaf in flat.items() if donate and self._target.get(path) == (leaf.shape, leaf.dtype)}
-        kept = {path: leaf for path, leaf in flat.items() if path in reusable}
-        consumed = {path: leaf for path, leaf in flat.items() if path not in reusable}
-        made = self._run(kept, consumed, self._input_scales)
-        if complaints := unhealthy(orbax.flatten(made)):
+        state = nnx.state(state, nnx.Param) if isinstance(state, nnx.Module) else state
+        given = dict(nnx.to_flat_state(state))
+        model, stack = self._model, False
+        if self._lengths is not None and len({path[1] for path in given if path[0] == "layers"}) != len(self._lengths):
+            model, stack = self._single, True
+        made: dict[tuple, Any] = {}
+        for path, layer in quantized_layers(model).items():
+            sources = [(*path, *name) for name in layer.float_names()]
+            own = {p: _take(given, p, "weights in memory") for p in sources}
+            relative = {p[len(path) :]: variable for p, variable in own.items()}
+            scales = {p[len(path) :]: v for p, v in nnx.to_flat_state(nnx.state(layer)) if str(p[-1]).endswith("input_scale")}
+            for name, variable in nnx.to_flat_state(quantize_params(nnx.from_flat_state(relative | scales), layer)):
+                made[(*path, *name)] = variable
+            if donate:
+                jax.block_until_ready([made[p].get_value() for p in made if p[: len(path)] == path and p not in self._input_scales])
+                for p in set(own) - set(made):
+                    own[p].get_value().delete()
+        for path, target in nnx.to_flat_state(nnx.state(model)):
+            if path not in made:
+                value = _take(given, path, "weights in memory").get_value().astype(target.dtype)
+                made[path] = target.replace(value if donate else jnp.copy(value))
+            if made[path].shape != target.shape:
+                raise CheckpointError(f"weights in memory: {path_string(path)} has shape {made[path].shape}, expected {target.shape}")
+        result = nnx.from_flat_state(made)
+        if stack:
+            result = models.stack_state(result, self._lengths)
+        result = nnx.from_flat_state(dict(nnx.to_flat_state(result)) | self._input_scales)
+        result = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), result, self._abstract)
+        if complaints := unhealthy(orbax.flatten(result)):
             raise CheckpointError(f"weights in memory: {complaints[0]}")
-        if donate:
-            for leaf in consumed.values():
-                leaf.get_value().delete()
-        return made
+        return result
+
+
+def _take(given: dict[tuple, Any], path: tuple, what: str):
+    if path not in given:
+        raise CheckpointError(f"{what}: {path_string(path)} is missing")
+    return given[path]
 
 
 class Reader:
@@ -129,7 +146,7 @@ class Reader:
     model: the live model; its state's tree, shapes, dtypes and shardings are what every step must fit. Only its structure is kept.
     float_model: for steps in floating point, the float model (abstract will do) in the shardings that its weights are to be loaded in;
         built from the step's own config where None, on one device or replicated over the live model's mesh. Such steps are quantized
-        on the device, by the function that quantizes weights from memory.
+        on the device, as weights from memory are.
     poll_seconds: between two looks. active_step: steps up to this one are not wanted.
 
     `failures` tells why each bad step was refused.
@@ -251,6 +268,6 @@ class Reader:
         for name, scale in self._scales_of(state).items():
             live = self._global_scales[name]
             product = np.median(np.abs(np.log2(scale * live)))
-            if product < 2 and np.median(np.abs(np.log2(live))) > 3:
+            if product < 1 and np.median(np.abs(np.log2(live))) > 1.5:
                 raise CheckpointError(f"{path}: {name} is about one over the live weights' scale: is it inverted? (it multiplies: amax / 2688)")
 
