@@ -1,0 +1,131 @@
+"""What does a whole MoE layer cost above its two matmuls, what does the online scale cost, and how long is a requantization?
+
+    python benchmarks/bench_moe.py [--only layer linear requantize] [--json FILE]
+
+Kernel time by CUPTI, medians, a Qwen3-30B-A3B layer (128 experts, 2048 -> 2x768 -> 2048, top 8), weights beyond the L2; small batches
+rotate over inputs that are routed elsewhere. A layer is router, softmax and top-k, sort, gather, quantize, gate+up with SiLU, quantize,
+down, combine. "matmuls" is the time of the two grouped kernels within the same calls.
+"""
+
+import argparse
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import nvfp4jax
+from nvfp4jax import ops
+from nvfp4jax.array import NVFP4Array
+
+E, H, I, TOP = 128, 2048, 768, 8
+BF16 = jnp.bfloat16
+
+
+def profile(f, argument_sets, calls=24):
+    """The kernels of a call, (name, median us) in order; all calls launch the same ones."""
+    from jax._src.lib import mosaic_gpu
+
+    cupti = mosaic_gpu._mosaic_gpu_ext
+    jax.block_until_ready([f(*a) for a in argument_sets])
+    sets = [argument_sets[i % len(argument_sets)] for i in range(max(calls, len(argument_sets)))]
+    cupti._cupti_init()
+    for a in sets:
+        out = f(*a)
+    jax.block_until_ready(out)
+    timings = cupti._cupti_get_timings(True)
+    names = [name for name, _ in timings]
+    each = len(timings) // len(sets)
+    times = np.array([ms for _, ms in timings]).reshape(len(sets), each) * 1e3
+    return list(zip(names[:each], np.median(times, 0), strict=True)), float(np.median(times.sum(1)))
+
+
+def random_weight(key, *shape):
+    """Random codes and scales of [..., N, K], as an NVFP4Array with one global scale for each leading index."""
+    *lead, n, k = shape
+    codes, scales = jax.random.split(key)
+    packed = jax.random.bits(codes, (*lead, n, k // 2), jnp.uint8)
+    scale = lax.bitcast_convert_type(jax.random.randint(scales, (*lead, n, k // 16), 40, 80).astype(jnp.uint8), jnp.float8_e4m3fn)
+    return NVFP4Array(packed, scale, jnp.full((*lead[:1], *(1,) * (len(shape) - 1)) if lead else (), 1e-3, jnp.float32))
+
+
+def layer(x, router, gate_up, down, scaling, scales):
+    logits = jnp.dot(x, router, preferred_element_type=jnp.float32)
+    weights, ids = lax.top_k(jax.nn.softmax(logits, -1), TOP)
+    weights = weights / weights.sum(-1, keepdims=True)
+    return nvfp4jax.experts(x, ids, weights, gate_up, down, scaling=scaling, input_scales=scales if scaling == "static" else None)
+
+
+def bench_layer(rows):
+    key = jax.random.key(0)
+    gate_up, down = random_weight(key, E, 2, I, H), random_weight(jax.random.key(1), E, H, I)
+    router = jax.random.normal(key, (H, E), BF16)
+    scales = jnp.float32(0.002), jnp.float32(0.5)
+    print(f"{'layer':24} {'us':>8} {'matmuls':>8} {'ratio':>6} {'/static':>8} {'kernels':>7}")
+    for batch in (1, 16, 64, 256, 1024, 8192):
+        sets = [(jax.random.normal(jax.random.key(i), (batch, H), BF16), router, gate_up, down) for i in range(12 if batch < 16 else 2)]
+        static = None
+        for scaling in ("static", "token", "tensor", "tensor_pow2"):
+            f = jax.jit(lambda *a, scaling=scaling: layer(*a, scaling, scales))
+            kernels, us = profile(f, sets, 24 if batch < 8192 else 8)
+            matmuls = sum(sorted((t for _, t in kernels), reverse=True)[:2])
+            static = static or us
+            flops = 2 * batch * TOP * 3 * H * I
+            row = dict(batch=batch, scaling=scaling, us=us, matmuls=matmuls, ratio=us / matmuls, over_static=us / static, kernels=len(kernels))
+            rows.append(row | dict(table="layer", tflops=flops / matmuls / 1e6))
+            extra = f" {flops / matmuls / 1e6:6.0f} TFLOP/s" if batch == 8192 else ""
+            print(f"batch {batch:5} {scaling:12} {us:8.1f} {matmuls:8.1f} {us / matmuls:6.2f} {us / static:8.3f} {len(kernels):7}{extra}", flush=True)
+            if scaling == "token" and batch in (1, 64, 256):
+                print("   " + "  ".join(f"{name[-28:]} {t:.1f}" for name, t in kernels), flush=True)
+
+
+def bench_linear(rows):
+    print(f"{'linear':24} {'us':>8} {'/static':>8} {'kernels':>7}")
+    for n, k in ((5120, 2048), (33792, 8192)):
+        copies = max(2, -(-150_000_000 // (n * k * 9 // 16)))
+        weights = [random_weight(jax.random.key(i), n, k) for i in range(copies)]
+        for m in (16, 64, 256, 2048):
+            sets = [(jax.random.normal(jax.random.key(i), (m, k), BF16), w) for i, w in enumerate(weights)]
+            static = None
+            for scaling in ("static", "token", "tensor", None):
+                scale = jnp.float32(0.002) if scaling == "static" else None
+                f = jax.jit(lambda x, w, scaling=scaling, scale=scale: nvfp4jax.matmul(x, w, scaling=scaling, input_scale=scale))
+                kernels, us = profile(f, sets)
+                static = static or us
+                rows.append(dict(table="linear", n=n, k=k, m=m, scaling=str(scaling), us=us, over_static=us / static, kernels=len(kernels)))
+                print(f"{n}x{k} M={m:5} {scaling!s:11} {us:8.2f} {us / static:8.3f} {len(kernels):7}", flush=True)
+
+
+def bench_requantize(rows):
+    """One layer's experts and attention, times 48; as a checkpoint has them [N, K], and as a trainer does [K, N]."""
+    key = jax.random.key(0)
+    shapes = [(E, 2 * I, H), (E, H, I), (5120, H), (H, 4096)]
+    kept = [jax.random.normal(key, s, BF16) for s in shapes]
+    for name, ws, f in (
+        ("[N, K]", kept, lambda w: ops.quantize_weight(w)),
+        ("[K, N]", [jnp.swapaxes(w, -1, -2).copy() for w in kept], lambda w: ops.quantize_weight(jnp.swapaxes(w, -1, -2))),
+    ):
+        total = sum(profile(jax.jit(f), [(w,)], 6)[1] for w in ws) * 48 / 1e3
+        moved = 48 * sum(w.size * (2 + 0.5625) for w in ws)
+        rows.append(dict(table="requantize", layout=name, ms=total, bytes=moved))
+        print(f"requantize 48 layers from bf16 {name}: {total:6.1f} ms, {moved / total / 1e9:.2f} TB/s of {moved / 1e9:.1f} GB", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", nargs="*", default=["layer", "linear", "requantize"])
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    rows = []
+    device = jax.devices()[0].device_kind
+    print(device)
+    for name in args.only:
+        {"layer": bench_layer, "linear": bench_linear, "requantize": bench_requantize}[name](rows)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(dict(device=device, jax=jax.__version__, rows=rows), file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
