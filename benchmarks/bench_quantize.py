@@ -1,6 +1,6 @@
-"""How near do the quantizers come to the copy bandwidth, and how far ahead of XLA are they? On a Hopper GPU:
+"""How near do the quantizers, and the routing around experts, come to the copy bandwidth, and how do they compare with XLA?
 
-    python benchmarks/bench_quantize.py [--only TEXT] [--no-xla]
+    python benchmarks/bench_quantize.py [--only TEXT] [--no-xla]       (on a Hopper GPU)
 
 Kernel time by CUPTI (all kernels of a call), medians. Bytes are those that have to move: inputs once, outputs once; two
 launches over a large tensor read it twice, which counts against them. The floor is bytes over the bandwidth of an XLA
@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 
 from nvfp4jax import array
-from nvfp4jax.kernels import mosaic, quantize_hopper as q
+from nvfp4jax.kernels import mosaic, quantize_hopper as q, routing
 
 BF16 = jnp.bfloat16
 
@@ -50,7 +50,7 @@ def silu_mul(gate, up):
 
 
 def cases():
-    """(name, kernel, XLA version, input shapes, bytes a row element or block: read, written)."""
+    """(name, kernel, XLA version, input shapes, bytes an element read and written)."""
     packed, operand = 2 + 0.5625, 2 + 2
     for m, k in ((16384, 2048), (65536, 2048), (16384, 7168)):
         for scaling in ("token", "tensor", "tensor_pow2"):
@@ -81,10 +81,34 @@ def cases():
             yield f"operand {scaling} {m}x{k}", (lambda x, kw=kw: q.operand(x, **kw)), (lambda x, kw=kw: xla_operand(x, **kw)), [(m, k)], operand
 
 
+def weight_cases():
+    """One layer's experts of Qwen3-30B-A3B; a whole set is 48 of them."""
+    for shape in ((128, 1536, 2048), (128, 2048, 768)):
+        yield f"requantize {'x'.join(map(str, shape))}", q.quantize_weight, xla_weight, [shape], 2 + 0.5625
+
+
+def xla_weight(w):
+    a = array.quantize_weight(w)
+    return a.packed, a.scale, a.global_scale
+
+
+def routing_cases(experts=128, k=8, hidden=2048):
+    """(name, kernel, XLA version, arguments, bytes)."""
+    for tokens in (1, 16, 64, 256, 1024, 8192):
+        key = jax.random.key(tokens)
+        ids = jax.lax.top_k(jax.random.uniform(key, (tokens, experts)), k)[1].astype(jnp.int32)
+        route = routing.route_xla(ids, experts)
+        yield (f"route {tokens} tokens", lambda i: routing.route(i, experts), lambda i: routing.route_xla(i, experts), [ids], tokens * k * 12)
+        rows = jax.random.normal(key, (tokens * k, hidden), BF16)
+        weights = jax.random.uniform(key, (tokens, k))
+        yield (f"combine {tokens} tokens", routing.combine, routing.combine_xla, [rows, route, weights], tokens * (k + 1) * hidden * 2)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="run the cases whose name holds this text")
     parser.add_argument("--no-xla", action="store_true", help="leave the XLA version out")
+    parser.add_argument("--json", help="append one JSON line a case to this file")
     options = parser.parse_args()
     device = jax.devices()[0].device_kind
     big = jax.random.normal(jax.random.key(0), (1 << 28,), BF16)
@@ -93,11 +117,15 @@ def main():
     del big
     print(f"{device}, jax {jax.__version__}: copy {bandwidth / 1e6:.2f} TB/s")
     print(f"{'case':38} {'MB':>7} {'us':>8} {'launches':>8} {'floor':>7} {'of floor':>8} {'XLA us':>8} {'kernels':>7} {'ratio':>6}")
-    for name, kernel, xla, shapes, element_bytes in cases():
-        if options.only not in name:
-            continue
-        arguments = [jax.random.normal(jax.random.key(i), shape, BF16) for i, shape in enumerate(shapes)]
-        size = shapes[0][0] * shapes[0][1] * element_bytes
+    def drawn():
+        for name, kernel, xla, shapes, element_bytes in (*cases(), *weight_cases()):
+            if options.only in name:
+                arguments = [jax.random.normal(jax.random.key(i), shape, BF16) for i, shape in enumerate(shapes)]
+                yield name, kernel, xla, arguments, arguments[0].size * element_bytes
+        yield from (case for case in routing_cases() if options.only in case[0])
+
+    failures = 0
+    for name, kernel, xla, arguments, size in drawn():
         try:
             us, launches = microseconds(kernel, *arguments)
             row = dict(case=name, device=device, jax=jax.__version__, mb=size / 1e6, us=us, launches=launches, floor_us=size / bandwidth)
@@ -107,11 +135,16 @@ def main():
                 text += f" {row['xla_us']:8.2f} {row['xla_kernels']:7} {row['xla_us'] / us:6.2f}"
             print(text, flush=True)
         except Exception as error:  # a case that fails must not hide the others; it is printed and fails the run below
+            failures += 1
             failed = f"{name}: {type(error).__name__}: {str(error)[-300:]}"
             print("FAILED", failed, flush=True)
             row = dict(case=name, error=failed)
-        print(json.dumps(row), file=open("bench_quantize.jsonl", "a"))
+        if options.json:
+            with open(options.json, "a") as file:
+                print(json.dumps(row), file=file)
         del arguments
+    if failures:
+        raise SystemExit(f"{failures} cases failed")
 
 
 if __name__ == "__main__":

@@ -245,7 +245,8 @@ def _plan(m: int, k: int, words: int) -> _Plan:
 @dataclasses.dataclass(frozen=True)
 class _Spec:
     """What a kernel does. source: "x", "rmsnorm" or "silu". amax: where it comes from: "row", "scalar" or "rows" (given),
-    "static" (a given global scale), "partials" (of an earlier launch) or "scan" (of the tensor, in this launch). emit: "amax", "packed", "operand"."""
+    "static" (a given global scale), "partials" (of an earlier launch) or "scan" (of the tensor, in this launch). emit: "amax"
+    (the partials: one a CTA), "row_amax", "packed" or "operand"."""
 
     m: int
     k: int
@@ -527,6 +528,16 @@ def _program(refs, spec: _Spec, plan: _Plan):
     elif spec.emit == "amax":
         best = cta_maximum(scan(lambda i: i, cta, groups, plan.grid, mg.i32(0), mg.i32(0)))
         mg.store_global(mg.gmem_element(refs["partials"], cta, 1, mg.i32(0), 4), [best], mg.flag("eq", tid, 0))
+    elif spec.emit == "row_amax":
+        def body(group, parity, *raw):
+            following = fetch(add(group, plan.grid))
+            _, finite = row_maxima([block_maxima(block) for block in produce(raw, parity)], parity)
+            row = add(mul(group, rows), row_of_group)
+            first = mg.bit_and(mg.flag("lt", row, m), mg.flag("eq", add(part, lane), 0))
+            mg.store_global(mg.gmem_element(refs["row_amax"], row, 1, mg.i32(0), 4), [finite], first)
+            return (mg.bit_xor(parity, 1), *following)
+
+        mg.loop(cta, groups, plan.grid, [mg.i32(0), *fetch(cta)], body)
     elif spec.amax == "partials":
         def reduced():
             positions = [add(lane, WARP * i) for i in range(-(-spec.partials // WARP))]
@@ -537,7 +548,7 @@ def _program(refs, spec: _Spec, plan: _Plan):
     elif spec.amax in ("scalar", "static"):
         quantize_groups(cta, plan.grid, lambda: scalar_scales(*mg.load_global(mg.gmem_address(refs["amax"]), 1, mg.i32(1)), cta))
     else:
-        quantize_groups(cta, plan.grid, None)
+        quantize_groups(cta, plan.grid, None, reverse=spec.amax == "rows")
 
 
 def _offsets(spec: _Spec, plan: _Plan):
@@ -553,11 +564,13 @@ def _offsets(spec: _Spec, plan: _Plan):
 def _kernel(spec: _Spec, plan: _Plan):
     """-> a function of the inputs that the spec names: x, weight or up, amax, valid; returns the outputs as a dict."""
     inputs = ["x", *{"x": [], "rmsnorm": ["weight"], "silu": ["up"]}[spec.source]]
-    inputs += ["amax"] if spec.amax in ("scalar", "rows", "static", "partials") and spec.emit != "amax" else []
+    inputs += ["amax"] if spec.amax in ("scalar", "rows", "static", "partials") else []
     inputs += ["valid"] if spec.masked else []
     outputs = {}
     if spec.emit == "amax":
         outputs["partials"] = jax.ShapeDtypeStruct((plan.grid,), jnp.float32)
+    elif spec.emit == "row_amax":
+        outputs["row_amax"] = jax.ShapeDtypeStruct((spec.m, 1), jnp.float32)
     else:
         if spec.emit == "packed":
             outputs["packed"] = jax.ShapeDtypeStruct((spec.m, spec.k // 2), jnp.uint8)
@@ -684,3 +697,21 @@ def silu_mul_operand(gate, up, *, scaling="tensor", four_over_six=None, amax=Non
     out = _run("silu_mul_operand", "silu", dict(x=gate, up=up), "operand", scaling=scaling, four_over_six=four_over_six,
                amax=amax, static=global_scale, valid=valid, values=product)
     return out["values"] if product else None, out["operand"], out["global_scale"]
+
+
+def quantize_weight(w, *, four_over_six=None):
+    """Quantizes weights with one global scale for each [N, K] matrix, as `nvfp4jax.array.quantize_weight`: two launches.
+
+    w: bfloat16 [..., N, K], K a multiple of 16. -> packed u8 [..., N, K/2], scale float8_e4m3fn [..., N, K/16], global_scale
+    f32 [..., 1, 1]. A row with NaN or infinity gets NaN scales; it does not spoil the matrix.
+    """
+    *lead, n, k = w.shape
+    if w.dtype != jnp.bfloat16 or k % 16 or not 0 < k <= MAX_K or not w.size:
+        raise NotImplementedError(f"quantize_weight: wants bfloat16 [..., N, K], not empty, K a multiple of 16 and at most {MAX_K}; got "
+                                  f"{w.dtype}{w.shape}")
+    rows = w.reshape(-1, k)
+    plan = _plan(rows.shape[0], k, 8)
+    row_amax = _kernel(_Spec(rows.shape[0], k, "x", False, "row", "row_amax"), plan)(dict(x=rows))["row_amax"]
+    amax = jnp.broadcast_to(row_amax.reshape(-1, n).max(1, keepdims=True), (rows.shape[0] // n, n)).reshape(-1, 1)
+    packed, scale, global_scale = quantize(rows, four_over_six=four_over_six, amax=amax)
+    return packed.reshape(*lead, n, k // 2), scale.reshape(*lead, n, k // 16), global_scale.reshape(*lead, n, 1)[..., :1, :]

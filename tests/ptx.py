@@ -371,8 +371,12 @@ class _Run:
                 a, b = signed(a), signed(b)
             else:
                 a, b = a & mask, b & mask
-            self.write(operands[0], at, getattr(np, {"lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal",
-                                                     "eq": "equal", "ne": "not_equal"}[parts[1]])(a, b))
+            out = getattr(np, {"lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal", "eq": "equal",
+                               "ne": "not_equal"}[parts[1]])(a, b)
+            if len(operands) > 3:  # combined with another predicate
+                other = (self.value(operands[3].lstrip("!"), at) != 0) != operands[3].startswith("!")
+                out = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[parts[2]](out, other)
+            self.write(operands[0], at, out)
         elif base == "selp":
             put(np.where(v(3) != 0, v(1), v(2)))
         elif op in ("and.pred", "or.pred"):

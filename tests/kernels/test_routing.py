@@ -97,8 +97,8 @@ def test_combine_adds_in_slot_order(version, dtype):
 @pytest.mark.aot
 @needs_aot
 def test_no_spills():
-    for tokens in (1, 64, 8192):
-        cases = (lambda i, v: routing.route(i, 128, v), ((tokens, 8), jnp.int32), ((tokens,), jnp.bool_)), (
+    for tokens in (2, 64, 8192):  # none that another test compiles: jax 0.12 reports a kernel once a process
+        cases = (lambda i, v: routing.route(i, 127, v), ((tokens, 8), jnp.int32), ((tokens,), jnp.bool_)), (
             lambda y, i, w: routing.combine(y, routing.Routing(None, i, None), w), ((tokens * 8, 2048), jnp.bfloat16),
             ((tokens, 8), jnp.int32), ((tokens, 8), jnp.float32))
         for f, *args in cases:
