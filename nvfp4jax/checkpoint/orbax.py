@@ -12,9 +12,11 @@ before a byte is read, and every failure is a CheckpointError that names the fol
 """
 
 import dataclasses
+import gc
+import logging
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +62,18 @@ def _nested(leaves: Mapping[str, Any]) -> dict:
     return tree
 
 
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+def _attempt(read: Callable, *arguments: Any) -> tuple[Any, str | None]:
+    """(result, None), or (None, what went wrong in one line): storage and parser raise what they like, bare Exception included."""
+    try:
+        return read(*arguments), None
+    except Exception as error:
+        failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    # Orbax abandons its other reads when one fails; asyncio would report each at length whenever it is collected.
+    logger = logging.getLogger("asyncio")
+    disabled, logger.disabled = logger.disabled, True
+    gc.collect()
+    logger.disabled = disabled
+    return None, failure
 
 
 def exists(path: str | Path) -> bool:
@@ -90,11 +102,19 @@ def save(path: str | Path, state: Any, metadata: Mapping[str, Any]) -> None:
     full = {"format_version": FORMAT_VERSION, **metadata, "digests": digests(leaves)}
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        ocp.save(path, _nested(leaves), custom_metadata=full)
+        with _writing():
+            ocp.save(path, _nested(leaves), custom_metadata=full)
     except BaseException:
         for leftover in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*"):
             shutil.rmtree(leftover, ignore_errors=True)
         raise
+
+
+def _writing() -> ocp.Context:
+    """Packed codes do not compress: without zstd a save takes half the time, and a load is one copy."""
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    return context
 
 
 class PartialSave:
@@ -118,24 +138,26 @@ class PartialSave:
         complaints = unhealthy(dict(leaves))
         if complaints:
             raise CheckpointError(f"{self.path}: not saved: {complaints[0]}")
-        ocp.partial.save(self.path, _nested(leaves))
+        with _writing():
+            ocp.partial.save(self.path, _nested(leaves))
         self._digests |= digests(dict(leaves))
 
     def finish(self, leaves: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
         """Adds the last leaves (at least one) and the metadata; the folder appears."""
         self._digests |= digests(dict(leaves))
         full = {"format_version": FORMAT_VERSION, **metadata, "digests": self._digests}
-        ocp.partial.save(self.path, _nested(leaves), custom_metadata=full)
-        ocp.partial.finalize(self.path)
+        with _writing():
+            ocp.partial.save(self.path, _nested(leaves), custom_metadata=full)
+            ocp.partial.finalize(self.path)
 
 
 def _metadata(path: Path):
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
-    try:
-        return ocp.metadata(path)
-    except Exception as error:  # storage and parser raise what they like, bare Exception included
-        raise CheckpointError(f"{path}: not a readable Orbax checkpoint ({_one_line(error)})") from error
+    found, failure = _attempt(ocp.metadata, path)
+    if failure is not None:
+        raise CheckpointError(f"{path}: not a readable Orbax checkpoint ({failure})")
+    return found
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -208,10 +230,10 @@ def restore_leaves(path: str | Path, wanted: Mapping[str, Any], *, subset: bool 
     expected = metadata.get("digests")
     if not isinstance(expected, dict) or set(expected) != set(stored):
         raise CheckpointError(f"{path}: the metadata's digests do not cover the leaves")
-    try:
-        loaded = flatten(ocp.load(path, _nested({name: _abstract(leaf) for name, leaf in wanted.items()} | skipped)))
-    except Exception as error:  # storage raises what it likes, bare Exception included
-        raise CheckpointError(f"{path}: cannot be read ({_one_line(error)})") from error
+    tree, failure = _attempt(ocp.load, path, _nested({name: _abstract(leaf) for name, leaf in wanted.items()} | skipped))
+    if failure is not None:
+        raise CheckpointError(f"{path}: cannot be read ({failure})")
+    loaded = flatten(tree)
     leaves = {name: loaded[name] for name in wanted}
     for name, value in digests(leaves).items():
         if value != expected[name]:

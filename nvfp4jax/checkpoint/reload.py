@@ -115,9 +115,11 @@ class Quantizer:
             for name, variable in nnx.to_flat_state(quantize_params(nnx.from_flat_state(relative | scales), layer)):
                 made[(*path, *name)] = variable
             if donate:
-                jax.block_until_ready([made[p].get_value() for p in made if p[: len(path)] == path and p not in self._input_scales])
-                for p in set(own) - set(made):
-                    own[p].get_value().delete()
+                results = [made[p].get_value() for p in made if p[: len(path)] == path]
+                jax.block_until_ready(results)
+                for variable in own.values():
+                    if not any(variable.get_value() is result for result in results):  # a bias is passed on as it is
+                        variable.get_value().delete()
         for path, target in nnx.to_flat_state(nnx.state(model)):
             if path not in made:
                 value = _take(given, path, "weights in memory").get_value().astype(target.dtype)

@@ -115,7 +115,7 @@ def test_another_tree_is_refused(folder, change, message):
 
 
 # Orbax leaves its other reads unawaited when one of them fails.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning", "ignore::ResourceWarning")
 def test_a_flipped_byte_or_a_lost_file_never_passes(folder, tmp_path):
     """Every file, damaged at several places, and removed: the right weights or a named error."""
     rng = np.random.default_rng(0)

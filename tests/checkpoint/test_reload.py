@@ -27,7 +27,7 @@ CONFIG = folders.small_config(num_hidden_layers=3)
 RULES = [nvfp4jax.Rule("lm_head|.*/mlp/gate", skip=True), nvfp4jax.Rule(".*")]
 
 # Orbax leaves its other reads unawaited when one of them fails.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning", "ignore::ResourceWarning")
 
 
 @functools.cache
