@@ -34,6 +34,7 @@ def _is_abstract(*values) -> bool:
     return any(isinstance(v, jax.ShapeDtypeStruct) for v in values)
 
 
+_all_finite = jax.jit(lambda w: jnp.isfinite(w).all())
 _quantize_weight = jax.jit(ops.quantize_weight, static_argnames="four_over_six")
 
 
@@ -42,6 +43,8 @@ def quantize_weight(w: Float[Array, "... N K"], four_over_six: str | None, name:
     nvfp4_array.check_k(w.shape[-1], name, w.shape)
     if _is_abstract(w):
         return jax.eval_shape(lambda w: ops.quantize_weight(w, four_over_six=four_over_six), w)
+    if not isinstance(w, jax.core.Tracer) and not bool(_all_finite(w)):
+        raise ValueError(f"{name}: the weight of shape {tuple(w.shape)} holds NaN or infinity; NVFP4 would spread it over whole rows")
     return _quantize_weight(w, four_over_six=four_over_six)  # no name: layers of one shape share a program
 
 

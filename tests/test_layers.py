@@ -1,9 +1,14 @@
 """Layers against float64 products of what they hold; the swap; and quantize_params, bit-equal to the swap."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import DATA
 from flax import nnx
 from test_array import decode
 from test_ops import check
@@ -303,6 +308,38 @@ def test_quantize_params_names_what_is_wrong(key):
     state["head"]["kernel"] = state["head"]["kernel"].T
     with pytest.raises(ValueError, match=r"head/kernel: shape \(10, 64\) in the state, \(64, 10\) in the model"):
         nvfp4jax.quantize_params(state, q)
+
+
+def test_weights_that_are_not_finite_are_refused(key):
+    for bad in (jnp.nan, jnp.inf):
+        net = Net(nnx.Rngs(key))
+        net.experts.down_proj[...] = net.experts.down_proj[...].at[1, 2, 3].set(bad)
+        with pytest.raises(ValueError, match=r"experts: down: the weight of shape \(4, 64, 32\) holds NaN or infinity"):
+            nvfp4jax.quantize_model(net, RULES)
+
+
+def test_tree_mode(key):
+    """The swap, a call and quantize_params under NNX tree mode, in a process of its own: the mode is set at import."""
+    program = """
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+import nvfp4jax
+from nvfp4jax import Rule
+folder = %r
+model = nvfp4jax.load_model(folder, scan_layers=True)
+q = nvfp4jax.quantize_model(model, [Rule("lm_head|.*/mlp/gate", skip=True), Rule(".*")])
+made = jax.jit(lambda s: nvfp4jax.quantize_params(s, q))(nnx.state(model, nnx.Param))
+assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(nnx.state(q, nnx.Param))))
+out = nvfp4jax.generate(q, np.arange(8)[None] + 5, max_new_tokens=4)
+print(np.asarray(out.tokens).tolist())
+"""
+    program %= str(DATA / "qwen3-moe-tiny" / "bf16")
+    printed = [
+        subprocess.run([sys.executable, "-c", program], env=os.environ | {"NNX_GRAPH_MODE": mode, "NNX_GRAPH_UPDATES": mode},
+                       capture_output=True, text=True, check=True).stdout
+        for mode in ("true", "false")
+    ]  # fmt: skip
+    assert printed[0] == printed[1] and printed[0].startswith("[[")
 
 
 def test_shardings_follow_the_weight():
