@@ -258,6 +258,7 @@ class _Spec:
     four_over_six: str | None = None
     eps: float = 0.0
     masked: bool = False
+    gathered: int = 0  # row i is row rows[i] of an x of this many rows
     values: bool = False  # also the bfloat16 values that are quantized, in natural order
     partials: int = 0
 
@@ -291,14 +292,22 @@ def _program(refs, spec: _Spec, plan: _Plan):
         else:
             asm(f"bar.sync $0,{WARP * per_row};", [add(row_of_group, 1)], "")
 
-    def fetch(group):
-        """The raw registers of this thread's blocks of a group of rows."""
+    def source_of(group):
+        """The row of x that this thread's row of a group comes from."""
         row = add(mul(group, rows), row_of_group)
-        ok = mg.flag("lt", row, m)
+        if not spec.gathered:
+            return row
+        source, = mg.load_global(mg.gmem_element(refs["rows"], row, 1, mg.i32(0), 4), 1, mg.flag("lt", row, m))
+        return mg.minimum(source, spec.gathered - 1)
+
+    def fetch(group, source=None):
+        """The raw registers of this thread's blocks of a group of rows."""
+        ok = mg.flag("lt", add(mul(group, rows), row_of_group), m)
+        source = source_of(group) if source is None else source
         out = []
         for name in ("x", "up") if spec.source == "silu" else ("x",):
             itemsize = 4 if spec.single else 2
-            first = mg.gmem_element(refs[name], row, k, mul(add(mul(part, WARP), lane), 16), itemsize)
+            first = mg.gmem_element(refs[name], source, k, mul(add(mul(part, WARP), lane), 16), itemsize)
             n = 16 if spec.single else 8
             for j in range(blocks):
                 address = mg.offset_address(first, j * per_row * WARP * 16 * itemsize)
@@ -490,11 +499,14 @@ def _program(refs, spec: _Spec, plan: _Plan):
         if callable(scaled):
             scaled = scaled()  # after the first loads are on their way
         if not isinstance(step, int) or step < groups:
-            def body(group, parity, *raw):
-                following = fetch(order(add(group, step)))  # past the end: a row >= m (in reverse: unsigned wrap), all zeros
+            def body(group, parity, source, *raw):
+                # Past the end a row is >= m (in reverse by unsigned wrap): all zeros, nothing stored.
+                following = fetch(order(add(group, step)), source)
+                source = source_of(order(add(group, 2 * step)))  # a group ahead: its loads need it
                 quantize_group(order(group), list(raw), parity, scaled)
-                return (mg.bit_xor(parity, 1), *following)
-            mg.loop(first, groups, step, [mg.i32(0), *raw], body)
+                return (mg.bit_xor(parity, 1), source, *following)
+
+            mg.loop(first, groups, step, [mg.i32(0), source_of(order(add(first, step))), *raw], body)
         else:
             quantize_group(order(first), raw, mg.i32(0), scaled)
 
@@ -566,6 +578,7 @@ def _kernel(spec: _Spec, plan: _Plan):
     inputs = ["x", *{"x": [], "rmsnorm": ["weight"], "silu": ["up"]}[spec.source]]
     inputs += ["amax"] if spec.amax in ("scalar", "rows", "static", "partials") else []
     inputs += ["valid"] if spec.masked else []
+    inputs += ["rows"] if spec.gathered else []
     outputs = {}
     if spec.emit == "amax":
         outputs["partials"] = jax.ShapeDtypeStruct((plan.grid,), jnp.float32)
@@ -590,7 +603,7 @@ def _kernel(spec: _Spec, plan: _Plan):
 
 # --- the functions ---------------------------------------------------------------------------------------------------
 
-def _run(what, source, arrays, emit, *, scaling, four_over_six, amax, static, valid, eps=0.0, values=False):
+def _run(what, source, arrays, emit, *, scaling, four_over_six, amax, static, valid, eps=0.0, values=False, rows=None):
     """Checks the arguments, picks the plan and runs one launch, or two."""
     x = arrays["x"]
     if x.ndim != 2:
@@ -619,6 +632,13 @@ def _run(what, source, arrays, emit, *, scaling, four_over_six, amax, static, va
     if static is not None and static.shape:
         raise NotImplementedError(f"{what}: a static global_scale of shape {static.shape}; it must be a scalar")
     row_scales = scaling == "token" if given is None else given.shape != ()
+    if rows is not None and (rows.ndim != 1 or rows.dtype != jnp.int32):
+        raise ValueError(f"{what}: rows must be i32 [R], got {rows.dtype}{rows.shape}")
+    if rows is not None and given is not None and given.shape:
+        raise NotImplementedError(f"{what}: rows together with an amax a row; gather x instead")
+    if m == 0 and rows is not None and rows.shape[0]:
+        raise ValueError(f"{what}: rows of an x without rows")
+    sources, m = m, m if rows is None else rows.shape[0]
     if m == 0:
         out = dict(packed=jnp.zeros((0, k // 2), jnp.uint8), scale=jnp.zeros((0, k // 16), jnp.float8_e4m3fn),
                    operand=jnp.zeros((0, k), jnp.bfloat16), values=jnp.zeros((0, k), jnp.bfloat16))
@@ -626,6 +646,8 @@ def _run(what, source, arrays, emit, *, scaling, four_over_six, amax, static, va
         return out | dict(global_scale=one if given is None or row_scales else _scalar_global_scale(given, scaling, static, four_over_six))
     spec = _Spec(m, k, source, x.dtype == jnp.float32, "row", emit, scaling == "tensor_pow2", four_over_six, eps, values=values)
     arrays, plan = dict(arrays), _plan(m, k, spec.words)
+    if rows is not None:
+        spec, arrays["rows"] = dataclasses.replace(spec, gathered=sources), rows
     if given is not None:
         arrays["amax"] = given.astype(jnp.float32).reshape(-1)
         spec = dataclasses.replace(spec, amax="static" if static is not None else "rows" if given.shape else "scalar")
@@ -633,11 +655,13 @@ def _run(what, source, arrays, emit, *, scaling, four_over_six, amax, static, va
         if valid is not None:
             arrays["valid"] = valid
         spec = dataclasses.replace(spec, amax="scan", masked=valid is not None)
-        plan = _scan_plan(m, k, spec.words)
-        if plan is None:
-            plan = _plan(m, k, spec.words)
-            arrays["amax"] = _kernel(dataclasses.replace(spec, emit="amax", amax="row", values=False), plan)(arrays)["partials"]
-            spec = dataclasses.replace(spec, amax="partials", partials=plan.grid, masked=False)
+        few = _scan_plan(m, k, spec.words) if rows is None else None
+        if few is None:
+            first = _plan(sources, k, spec.words)
+            scan = dataclasses.replace(spec, m=sources, emit="amax", amax="row", values=False, gathered=0)
+            arrays["amax"] = _kernel(scan, first)(arrays)["partials"]
+            spec = dataclasses.replace(spec, amax="partials", partials=first.grid, masked=False)
+        plan = few or plan
     out = _kernel(spec, plan)(arrays)
     out["global_scale"] = out["global_scale"].reshape((m, 1) if spec.amax in ("row", "rows") else ())
     return out
@@ -666,14 +690,16 @@ def quantize(x, *, scaling="tensor", four_over_six=None, amax=None, global_scale
     return out["packed"], out["scale"], out["global_scale"]
 
 
-def operand(x, *, scaling="tensor", four_over_six=None, amax=None, global_scale=None, valid=None):
+def operand(x, *, scaling="tensor", four_over_six=None, amax=None, global_scale=None, valid=None, rows=None):
     """Quantizes as `quantize` does, and decodes at once: what the Hopper matmuls read.
 
-    K must be a multiple of 64. -> bfloat16 [M, K] of code * scale, exact, K permuted by `mosaic.permute_k`; global_scale
-    f32 [] or [M, 1]. A row with NaN or infinity is NaN throughout.
+    K must be a multiple of 64. rows: i32 [R], to gather on the way: the results' row i is x's row rows[i] (`routing`'s
+    token_of_row), while a tensor's amax and `valid` go over all rows of x.
+    -> bfloat16 [M or R, K] of code * scale, exact, K permuted by `mosaic.permute_k`; global_scale f32 [] or [M or R, 1]. A
+    row with NaN or infinity is NaN throughout.
     """
     out = _run("operand", "x", dict(x=x), "operand", scaling=scaling, four_over_six=four_over_six, amax=amax,
-               static=global_scale, valid=valid)
+               static=global_scale, valid=valid, rows=rows)
     return out["operand"], out["global_scale"]
 
 
@@ -703,7 +729,7 @@ def quantize_weight(w, *, four_over_six=None):
     """Quantizes weights with one global scale for each [N, K] matrix, as `nvfp4jax.array.quantize_weight`: two launches.
 
     w: bfloat16 [..., N, K], K a multiple of 16. -> packed u8 [..., N, K/2], scale float8_e4m3fn [..., N, K/16], global_scale
-    f32 [..., 1, 1]. A row with NaN or infinity gets NaN scales; it does not spoil the matrix.
+    f32 [..., 1, 1], or [] for a single matrix. A row with NaN or infinity gets NaN scales; it does not spoil the matrix.
     """
     *lead, n, k = w.shape
     if w.dtype != jnp.bfloat16 or k % 16 or not 0 < k <= MAX_K or not w.size:
@@ -714,4 +740,5 @@ def quantize_weight(w, *, four_over_six=None):
     row_amax = _kernel(_Spec(rows.shape[0], k, "x", False, "row", "row_amax"), plan)(dict(x=rows))["row_amax"]
     amax = jnp.broadcast_to(row_amax.reshape(-1, n).max(1, keepdims=True), (rows.shape[0] // n, n)).reshape(-1, 1)
     packed, scale, global_scale = quantize(rows, four_over_six=four_over_six, amax=amax)
-    return packed.reshape(*lead, n, k // 2), scale.reshape(*lead, n, k // 16), global_scale.reshape(*lead, n, 1)[..., :1, :]
+    one = global_scale.reshape(*lead, n, 1)[..., :1, :]
+    return packed.reshape(*lead, n, k // 2), scale.reshape(*lead, n, k // 16), one if lead else one[0, 0]

@@ -245,6 +245,24 @@ def test_operand_is_the_decoded_quantization(machine, scaling):
             np.testing.assert_array_equal(scale, global_scale)
 
 
+def gathered(x, rows, valid, scaling):
+    return quantize_hopper.operand(x, scaling=scaling, rows=rows, valid=valid)
+
+
+@pytest.mark.parametrize("scaling", ("tensor", "token"))
+def test_operand_gathers_rows(machine, scaling):
+    rng = np.random.default_rng()
+    for m, r, k in ((1, 8, 2048), (64, 512, 2048), (700, 5600, 768)) if machine == "gpu" else ((1, 3, 64), (9, 70, 512), (3, 600, 512)):
+        x = random_rows(rng, m, k, BF16, "edges")
+        rows = rng.integers(0, m, r).astype(np.int32)
+        valid = np.ones(m, bool)
+        valid[m // 2:] = m < 3
+        packed, bits, global_scale = oracle(x, scaling=scaling, valid=valid)
+        got, scale = poisoned(machine, gathered, x, rows, valid, scaling=scaling)
+        np.testing.assert_array_equal(got.astype(np.float32), permuted(decoded(packed, bits))[rows], err_msg=str((scaling, m, r, k)))
+        np.testing.assert_array_equal(scale, global_scale if scaling == "tensor" else global_scale[rows])
+
+
 def ulps(a, b):
     """Largest distance of two bfloat16 arrays in units of the last place."""
     order = [np.where(v < 0, -32768 - v, v) for v in (np.asarray(x).view(np.int16).astype(np.int32) for x in (a, b))]
@@ -280,9 +298,30 @@ def test_rmsnorm_and_silu_quantize_what_they_return(machine, scaling):
             np.testing.assert_array_equal(s, global_scale)
 
 
+def test_a_cta_walks_over_many_groups(machine, monkeypatch):
+    """A small card, so that few rows make every CTA loop: prefetches, alternating slots, backwards order, ragged ends."""
+    monkeypatch.setattr(quantize_hopper, "SMS", 1)
+    rng = np.random.default_rng()
+    for m, k in ((301, 512), (75, 2624)):  # one warp a row; two
+        x, w = random_rows(rng, m, k, BF16, "edges"), rng.normal(size=k).astype(ml_dtypes.bfloat16)
+        for scaling in ("tensor", "token"):
+            assert_same_bits(poisoned(machine, quantize_hopper.quantize, x, scaling=scaling), oracle(x, scaling=scaling), (m, k, scaling))
+        rows, packed_of = rng.integers(0, m, 111).astype(np.int32), oracle(x, scaling="tensor")
+        got, _ = poisoned(machine, gathered, x, rows, np.ones(m, bool), scaling="tensor")
+        np.testing.assert_array_equal(got.astype(np.float32), permuted(decoded(*packed_of[:2]))[rows])
+        x = random_rows(rng, m, k, BF16)
+        values, operand, scale = poisoned(machine, norm, x, w, scaling="token")
+        wide = x.astype(np.float64)
+        n = (wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-6)).astype(ml_dtypes.bfloat16)
+        assert ulps(values, (n.astype(np.float32) * w.astype(np.float32)).astype(ml_dtypes.bfloat16)) <= 2
+        packed, bits, global_scale = oracle(values, scaling="token")
+        np.testing.assert_array_equal(operand.astype(np.float32), permuted(decoded(packed, bits)))
+        np.testing.assert_array_equal(scale, global_scale)
+
+
 def test_weights_get_a_global_scale_a_matrix(machine):
     rng = np.random.default_rng()
-    for shape in ((3, 2, 16, 2048), (257, 768), (64, 100, 512)) if machine == "gpu" else ((3, 5, 80),):
+    for shape in ((3, 2, 16, 2048), (257, 768), (64, 100, 512)) if machine == "gpu" else ((3, 5, 80), (6, 64)):
         w = random_rows(rng, int(np.prod(shape[:-1])), shape[-1], BF16, "heavy")
         w[1, 3] = np.nan
         w = w.reshape(shape)
@@ -372,6 +411,8 @@ def test_arguments_are_checked():
         (ValueError, "scaling", lambda: q.quantize(x, scaling="expert")),
         (ValueError, "four_over_six", lambda: q.quantize(x, four_over_six="max")),
         (ValueError, "valid", lambda: q.quantize(x, valid=jnp.zeros(3, bool))),
+        (ValueError, "rows", lambda: q.operand(x, rows=jnp.zeros((4, 1), jnp.int32))),
+        (NotImplementedError, "gather x", lambda: q.operand(x, rows=jnp.zeros(4, jnp.int32), amax=jnp.zeros((4, 1), F32))),
         (ValueError, r"\(4, 1\)", lambda: q.quantize(x, amax=jnp.zeros(4, F32))),
     ):
         with pytest.raises(error, match=match):
