@@ -59,8 +59,9 @@ def _tokens(m, most):
     return -(-(-(-m // (-(-m // most)))) // 8) * 8
 
 
-def _bytes(*shape, itemsize=1):
-    return int(np.prod(shape)) * itemsize
+def _parts(tokens):
+    """64-chunks between two full waits for wgmma, and those decoded at once: what the registers hold beside the sums."""
+    return (4, 4) if tokens <= 16 else (4, 2) if tokens <= 32 else (4, 1) if tokens <= 64 else (2, 1) if tokens <= 96 else (1, 1)
 
 
 # --- epilogue -------------------------------------------------------------------------------------------------------
@@ -402,12 +403,13 @@ def _store_pair(pointer, values, flags, dtype, *, aligned):
 
 # --- many tokens, or many rows of weights ---------------------------------------------------------------------------
 
-def _wide(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stacked, twin=False):
-    """As `_narrow`, for any M. wgs: warpgroups of 64 rows that share the tokens; tokens: the tile of M, a multiple of 8."""
-    rows = 64 * wgs
+def _wide(n, k, m, *, slices, wgs, tokens, paired, parts=None, per_row, bias_dtype, out_dtype, stacked, twin=False):
+    """As `_narrow`, for any M. wgs: warpgroups of 64 rows that share the tokens; tokens: the tile of M, a multiple of 8; paired: CTAs of two
+    neighbouring row tiles share the tokens too, each fetches half of them for both."""
+    rows, width = 64 * wgs, 2 if paired else 1
     steps = -(-k // STEP)
     slice_steps = -(-steps // slices)
-    row_tiles, token_tiles = -(-n // rows), -(-m // tokens)
+    row_tiles, token_tiles = -(-n // (rows * width)), -(-m // tokens)  # row tiles of the pair
     tiles = row_tiles * token_tiles
     # TMA takes about 2 cycles for each row of a box, however short. While the tensor cores are not the limit, scales come
     # 128 bytes a row (2048 of K) at a time; else with each step, in less shared memory.
@@ -418,18 +420,20 @@ def _wide(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stack
     stages = min(8, (mo.SHARED_MEMORY - 2048 - (2 * rows * 128 if blocked else 0)) // box)
     if stages < 2:
         raise NotImplementedError(f"dense_hopper: no schedule for weights [{n}, {k}] at M={m}, tiles of {tokens} tokens")
-    part = 4 if tokens <= 16 else 2 if tokens <= 64 else 1  # 64-chunks decoded at once
+    chunks, part = parts or _parts(tokens)
     consumer_registers, producer_registers = mo.register_budget(wgs)
 
-    def kernel(w, s, x, row_scale, g, bias, layer, o, w_sm, s_sm, x_sm, full, empty, s_full, s_empty):
+    def kernel(w, s, x, row_scale, g, bias, layer, o, w_sm, s_sm, x_sm, full, empty, s_full, s_empty, x_free=None):
         wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
         at = (layer[0],) if stacked else ()
         zero = sm * 0
 
         def tile_at(linear):
             if token_tiles == 1:
-                return linear, zero
-            return plgpu.planar_snake(linear, (row_tiles, token_tiles), 0, min(12, row_tiles))
+                row_tile, token_tile = linear, zero
+            else:
+                row_tile, token_tile = plgpu.planar_snake(linear, (row_tiles, token_tiles), 0, min(12 // width, row_tiles))
+            return row_tile * 2 + lax.axis_index("pair") if paired else row_tile, token_tile
 
         @pl.when(wg == wgs)
         def _():
@@ -462,10 +466,16 @@ def _wide(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stack
                         w.at[(*at, own, pl.ds(i * (STEP // 8), STEP // 8))], w_sm.at[st], full.at[st])
                     if not blocked:
                         plgpu.copy_gmem_to_smem(s.at[(*at, own, pl.ds(i * 4, 4))], s_sm.at[st], full.at[st])
+                    if paired:  # both CTAs must have released the stage
+                        @pl.when(it >= stages)
+                        def _():
+                            plgpu.barrier_arrive(x_free.at[st])
+                            plgpu.barrier_wait(x_free.at[st])
+
                     for c in range(STEP // 64):
                         plgpu.copy_gmem_to_smem(
                             x.at[pl.ds(token_tile * tokens, tokens), pl.ds(i * STEP + c * 64, 64)],
-                            x_sm.at[st, c], full.at[st])
+                            x_sm.at[st, c], full.at[st], collective_axes="pair" if paired else None)
 
                 return carry + 1
 
@@ -506,8 +516,10 @@ def _wide(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stack
                         plgpu.commit_smem()  # as in `_narrow`
                         acc = acc + jnp.dot(a, b.T, preferred_element_type=jnp.float32)
                     else:
-                        acc = mo.multiply_decoded(acc, lane_values, w_sm.at[st], scales, x_sm.at[st], unit, first=0,
-                                                  chunks=STEP // 64, part=part, tokens=tokens, scale_row=scale_row)
+                        for c in range(0, STEP // 64, chunks):
+                            acc = mo.multiply_decoded(
+                                acc, lane_values, w_sm.at[st], scales, x_sm.at[st, pl.ds(c, chunks)], unit, first=c,
+                                chunks=chunks, part=part, tokens=tokens, scale_row=scale_row)
                     plgpu.barrier_arrive(empty.at[st])
                     if blocked:
                         last = (unit == SCALE_STEPS - 1) | (i == steps - 1)
@@ -537,7 +549,7 @@ def _wide(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stack
                     bias_at = layer[0] * n if stacked else jnp.int32(0)
                     total = scaled(total, factor, row_scale, bias, bias_at, row, channel)
                     mo.store_tokens(total, jnp.float32(1), None, o, row, m - row, channel,
-                                    tokens=tokens, width=n, masked=n % rows != 0)
+                                    tokens=tokens, width=n, masked=n % (rows * width) != 0)
                 return carry + 1
 
     def scaled(acc, factor, row_scale, bias, bias_at, row, channel):
@@ -576,8 +588,10 @@ def _wide(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stack
             x_sm=plgpu.SMEM((stages, STEP // 64, tokens, 64), jnp.bfloat16, transforms=mo.ROWS_128),
             full=plgpu.Barrier(num_arrivals=STEP // 64 + (1 if blocked else 2), num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
-            s_full=plgpu.Barrier(num_barriers=2), s_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=2)),
-        grid=(min(SMS, tiles),), grid_names=("sm",), num_threads=wgs + 1, thread_name="wg",
+            s_full=plgpu.Barrier(num_barriers=2), s_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=2),
+            **(dict(x_free=plgpu.ClusterBarrier(collective_axes=("pair",), num_barriers=stages)) if paired else {})),
+        grid=(min(SMS // width, tiles),), grid_names=("sm",), num_threads=wgs + 1, thread_name="wg",
+        **(dict(cluster=(2,), cluster_names=("pair",)) if paired else {}),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True))
 
 
@@ -589,8 +603,8 @@ def _plan(n, k, m):
     if count > 1 and m <= 16:
         return _narrow, dict(slices=count, tiles=_narrow_tiles(n, k))
     if count == 1:
-        return _wide, dict(slices=1, wgs=4, tokens=_tokens(m, 128))
-    return _wide, dict(slices=count, wgs=2, tokens=_tokens(m, 128))
+        return _wide, dict(slices=1, wgs=4, tokens=_tokens(m, 128), paired=n > 256)
+    return _wide, dict(slices=count, wgs=2, tokens=_tokens(m, 128), paired=n > 128)
 
 
 def matmul(operand, row_scale, packed, scale, global_scale, *, bias=None, out_dtype=jnp.bfloat16, layer=None):
