@@ -27,41 +27,49 @@ SCALE_BLOCK = 2048  # K of a 128-byte row of scales
 class Config:
     """tiles: the token tiles that a block may load, multiples of 8; computes: those it may compute with (each its own code).
 
-    warpgroups of 64 weight rows a CTA, per_sm CTAs an SM. overlap: decode the next chunks while wgmma runs. x_chunks:
-    64-chunks of K in a stage of tokens.
+    warpgroups of 64 weight rows a CTA, per_sm CTAs an SM. x_rows: 128-byte rows in a stage of tokens: 4, 2 or 1 chunks of 64
+    of K, as many as the tile leaves room for.
     """
 
     tiles: tuple[int, ...]
     computes: tuple[int, ...]
+    x_rows: int
     warpgroups: int = 4
     per_sm: int = 1
-    overlap: bool = False
-    x_chunks: int = 4
     sms: int = SMS
+
+    def compute(self, tile):
+        """The tile that a loaded one is computed with."""
+        return min(t for t in self.computes if t >= tile)
+
+    def chunks(self, compute):
+        """64-chunks of K in a stage of tokens."""
+        return max(q for q in (1, 2, 4) if q * compute <= self.x_rows)
 
 
 def config(m, experts, n, k, *, gated):
     """The kernel's shape for M rows of E experts, N output channels: a rule on the rows an expert gets on average.
 
-    Every choice gives the same bits.
+    Every choice gives the same bits. The largest tile is for routings far from the average: with it, all rows on one expert
+    make about one wave of CTAs.
     """
     rows = 128 if gated else 256  # output channels of a tile of 4 warpgroups
     mean = m / experts
     most = mean + 2 * mean**0.5  # 19 of 20 experts have fewer, where tokens choose evenly
     if min(m, experts) * -(-n // rows) < 2 * SMS and mean <= 8:  # too few tiles: 64 rows a CTA, two CTAs an SM
-        return Config((8,), (8,), warpgroups=1, per_sm=2)
+        return Config((8,), (8,), 32, warpgroups=1, per_sm=2)
     if mean <= 1:
-        return Config((8,), (8,))
+        return Config((8,), (8,), 32)
     if mean <= 6:
-        return Config((8, 16), (8, 16))
+        return Config((8, 16, 32), (8, 16, 32), 64)
     if mean <= 20:
-        return Config((8, 16, 24, 32), (8, 16, 24, 32))
+        return Config((8, 16, 24, 32, 96), (8, 16, 24, 32, 96), 128)
     if most <= 96:
         low, high = (-(-int(rows) // 8) * 8 for rows in (mean, most))
-        return Config(tuple(range(max(8, low - 16), high + 1, 8)), (low, high))
+        return Config(tuple(range(max(8, low - 16), high + 1, 8)), (low, high), 2 * high)
     # Tokens bind: two warpgroups of 64 rows with up to 256 tokens; the smaller tile is what an even split of `most` gives.
     low = -(-int(most / -(-most // 256)) // 16) * 16
-    return Config((low - 32, low, 256), (low, 256), warpgroups=2, x_chunks=1)
+    return Config((low - 32, low, 256), (low, 256), 256, warpgroups=2)
 
 
 def _table_words(experts):
@@ -151,19 +159,17 @@ class _Layout:
 
 def _layout(c, k, halves, experts):
     """The rings that fit. Raises NotImplementedError where K is too long for rows of scales that TMA cannot cut."""
-    rows, groups = c.warpgroups * 64, STEP // CHUNK // c.x_chunks
+    rows = c.warpgroups * 64
     scale_row = k // 16 if k % STEP else min(k // 16, SCALE_BLOCK // 16)
-    x_bytes, w_bytes = c.x_chunks * CHUNK * 2 * c.tiles[-1], rows * STEP // 2
+    x_bytes, w_bytes = c.x_rows * CHUNK * 2, rows * STEP // 2
+    x_stages_a_step = STEP // CHUNK // c.chunks(c.computes[0])
     # Pallas aligns arrays to 1024 bytes; the last 1024 are for the barriers.
     free = mosaic.SHARED_MEMORY // c.per_sm - 1024 - -(-_table_words(experts) * 4 // 1024) * 1024
     for s_stages in ((2, 1) if c.per_sm == 1 else (1,)):
         left = free - s_stages * -(-halves * _scale_words(rows // halves, scale_row, k) * 4 // 1024) * 1024
-        if groups > 1:
-            w_stages = 2
-            x_stages = min(8, (left - w_stages * w_bytes) // x_bytes)
-        else:  # tokens come from the L2: a stage less of them does not delay the weights
-            w_stages = min(8, (left + x_bytes) // (w_bytes + x_bytes))
-            x_stages = min(w_stages, (left - w_stages * w_bytes) // x_bytes)
+        # Tokens come from the L2: a stage less of them does not delay the weights.
+        w_stages = max(2, min(8, (left + x_bytes) // (w_bytes + x_bytes * x_stages_a_step)))
+        x_stages = min(8, (left - w_stages * w_bytes) // x_bytes)
         if w_stages >= 2 and x_stages >= 2:
             return _Layout(rows, scale_row, w_stages, x_stages, s_stages)
     raise NotImplementedError(f"K = {k} is too long: {rows} rows of scales do not fit the shared memory; a multiple of "
@@ -185,8 +191,8 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
     scale_blocks, block_steps = (1, steps) if k % STEP else (-(-k // SCALE_BLOCK), min(steps, SCALE_BLOCK // STEP))
     scale_words = _scale_words(rows, r.scale_row, k)
     largest = c.tiles[-1]
-    flat, groups = bool(k % STEP), STEP // CHUNK // c.x_chunks
-    lag = int(c.overlap)  # a stage of tokens is released a stage late: wgmma may still read it
+    flat = bool(k % STEP)
+    most_chunks = c.chunks(c.computes[0])  # TMA copies in a stage of tokens; a stage of fewer is made up by plain arrivals
     consumer_registers, producer_registers = mosaic.register_budget(wgs, per_sm=c.per_sm)
     grid = c.sms * c.per_sm
 
@@ -197,6 +203,18 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
         def div_rem(a, b):
             return lax.div(a, jnp.int32(b)), lax.rem(a, jnp.int32(b))
 
+        def x_stages_of(load):
+            """Stages of tokens that a step takes, of a block in tile number `load`."""
+            stages = [STEP // CHUNK // c.chunks(c.compute(t)) for t in c.tiles]
+            total = jnp.int32(stages[0])
+            for i, (a, b) in enumerate(zip(stages, stages[1:])):
+                total += (b - a) * (load > i).astype(jnp.int32)
+            return total
+
+        # Not to be unrolled: the producer has few registers.
+        opaque = jnp.int32 if interpret else mosaic.opaque
+        many_steps = opaque(steps)
+
         def own_tiles():
             return lax.div(table[7 + experts] * tiles + (grid - 1) - sm, jnp.int32(grid))
 
@@ -205,7 +223,7 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
             def over_block(b, carry):
                 first = b * block_steps
                 before(b)
-                size = steps if scale_blocks == 1 else jnp.minimum(block_steps, steps - first)
+                size = many_steps if scale_blocks == 1 else jnp.minimum(block_steps, steps - first)
                 carry = lax.fori_loop(0, size, lambda i, carry: step(b, i, first + i, carry), carry)
                 after(b)
                 return carry
@@ -225,7 +243,7 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                 _plan(sizes, table, experts=experts, largest=largest)
             plgpu.barrier_arrive(planned)
 
-            def tile_of(tile):
+            def tile_of(tile, x_used):
                 linear = sm + tile * grid
                 number, within = div_rem(linear, tiles)
                 first = within * rows
@@ -239,7 +257,7 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                 for i, value in enumerate((e, start, rows_used, load)):
                     table[m_slot * 4 + i] = value
                 plgpu.barrier_arrive(m_full.at[m_slot])
-                channels = pl.ds(first, rows)
+                channels, step_stages = pl.ds(first, rows), opaque(x_stages_of(load))
 
                 def scales(b):
                     use = tile * scale_blocks + b
@@ -257,38 +275,44 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                             words = pl.ds(b * (SCALE_BLOCK // 64), r.scale_row // 4)
                             plgpu.copy_gmem_to_smem(s.at[at_layer, expert, channels, words], s_sm.at[slot, h], s_full.at[slot])
 
-                def step(_b, _i, at, _carry):
+                def step(_b, _i, at, x_at):
                     it = tile * steps + at
                     st = div_rem(it, r.w_stages)[1]
                     pl.when(it >= r.w_stages)(lambda: plgpu.barrier_wait(w_empty.at[st]))
                     for h in range(halves):
                         source = w.at[at_layer, e * halves + h, channels, pl.ds(at * (STEP // 8), STEP // 8)]
                         plgpu.copy_gmem_to_smem(source, w_sm.at[st, pl.ds(h * rows, rows)], w_full.at[st])
-                    for g in range(groups):
-                        xi = it * groups + g
+
+                    def stage(g, xi):
                         xst = div_rem(xi, r.x_stages)[1]
-                        pl.when(xi >= r.x_stages - lag)(lambda: plgpu.barrier_wait(x_empty.at[xst]))
+                        pl.when(xi >= r.x_stages)(lambda: plgpu.barrier_wait(x_empty.at[xst]))
 
                         def tokens(t):
-                            for q in range(c.x_chunks):
-                                ks = pl.ds(at * STEP + (g * c.x_chunks + q) * CHUNK, CHUNK)
-                                plgpu.copy_gmem_to_smem(x.at[pl.ds(start, t), ks], x_sm.at[xst, q, pl.ds(0, t)], x_full.at[xst])
+                            compute = c.compute(t)
+                            chunks = c.chunks(compute)
+                            for q in range(chunks):
+                                ks = pl.ds(at * STEP + (g * chunks + q) * CHUNK, CHUNK)
+                                plgpu.copy_gmem_to_smem(x.at[pl.ds(start, t), ks], x_sm.at[xst, pl.ds(q * compute, t)],
+                                                        x_full.at[xst])
+                            for _ in range(most_chunks - chunks):
+                                plgpu.barrier_arrive(x_full.at[xst])
 
                         for index, t in enumerate(c.tiles):
                             pl.when(load == index)(lambda t=t: tokens(t))
+                        return xi + 1
 
-                over_steps(scales, step, lambda b: None)
+                    return lax.fori_loop(0, step_stages, stage, x_at)
+
+                return over_steps(scales, step, lambda b: None, x_used)
 
             tile = own_tiles()
-            pl.loop(0, tile)(tile_of)
+            x_used = lax.fori_loop(0, tile, tile_of, jnp.int32(0))
             if interpret:  # it wants every completed phase of a barrier observed
                 for barrier, uses, stages in ((w_empty, tile * steps, r.w_stages), (s_empty, tile * scale_blocks, r.s_stages),
-                                              (x_empty, tile * (steps * groups), r.x_stages - lag), (m_empty, tile, 2)):
-                    size = stages + (lag if barrier is x_empty else 0)
-
+                                              (x_empty, x_used, r.x_stages), (m_empty, tile, 2)):
                     @pl.loop(jnp.maximum(uses, stages), uses + stages)
                     def _(use):
-                        plgpu.barrier_wait(barrier.at[div_rem(use, size)[1]])
+                        plgpu.barrier_wait(barrier.at[div_rem(use, stages)[1]])
 
         def consume():
             def lanes(shifts):
@@ -296,10 +320,10 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                                              other=(rows, scale_words * 4) if gated else None)
 
             # Once for all tiles, where registers allow.
-            early = None if interpret or flat or max(c.computes) > 32 else lanes((jnp.int32(0),) * 2)
+            early = None if interpret or flat or len(c.computes) > 2 else lanes((jnp.int32(0),) * 2)
             plgpu.barrier_wait(planned)
 
-            def tile_of(tile):
+            def tile_of(tile, x_used):
                 linear = sm + tile * grid
                 m_slot = div_rem(tile, 2)[1]
                 plgpu.barrier_wait(m_full.at[m_slot])
@@ -316,13 +340,14 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                 shifts = shift(0), shift(halves - 1)
 
                 def run(t):
-                    per_stage = c.x_chunks
+                    chunks = c.chunks(t)
+                    groups = STEP // CHUNK // chunks
                     if not interpret:
                         lane_values = early or lanes(shifts)
                         row_factor = row_scale if row_scaled else None
-                        if row_scaled and t <= 32:  # in few registers
+                        if row_scaled and t <= 16:  # in few registers
                             row_factor = mosaic.row_scales(row_scale, start, rows_used, tokens=t)
-                    part = min(per_stage, (2 if t <= 32 else 1) if c.overlap else (4 if t == 8 else 2 if t <= 16 else 1))
+                    part = chunks if t == 8 else 1
 
                     def slot(b):
                         return div_rem(tile * scale_blocks + b, r.s_stages)[1]
@@ -332,18 +357,16 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                         st = div_rem(it, r.w_stages)[1]
                         plgpu.barrier_wait(w_full.at[st])
                         for g in range(groups):
-                            xi = it * groups + g
-                            xst = div_rem(xi, r.x_stages)[1]
+                            xst = div_rem(x_used + at * groups + g, r.x_stages)[1]
                             plgpu.barrier_wait(x_full.at[xst])
                             if interpret:
-                                _multiply_interpreted(acc, a_sm.at[wg], w_sm.at[st], s_sm.at[slot(b)], x_sm.at[xst, :, pl.ds(0, t)],
-                                                      wg, i, g * per_stage, per_stage, rows, r.scale_row, shifts)
+                                _multiply_interpreted(acc, a_sm.at[wg], w_sm.at[st], s_sm.at[slot(b)], x_sm.at[xst], wg, i,
+                                                      g * chunks, chunks, rows, r.scale_row, shifts, t)
                             else:
                                 acc = mosaic.multiply_decoded(
-                                    acc, lane_values, w_sm.at[st], s_sm.at[slot(b)], x_sm.at[xst], i, first=g * per_stage,
-                                    chunks=per_stage, part=part, tokens=t, scale_row=r.scale_row, in_flight=lag)
-                            released = xst if not lag else div_rem(xi + (r.x_stages - 1), r.x_stages)[1]
-                            plgpu.barrier_arrive(x_empty.at[released])
+                                    acc, lane_values, w_sm.at[st], s_sm.at[slot(b)], x_sm.at[xst], i, first=g * chunks,
+                                    chunks=chunks, part=part, tokens=t, scale_row=r.scale_row)
+                            plgpu.barrier_arrive(x_empty.at[xst])
                         plgpu.barrier_arrive(w_empty.at[st])
                         return None if interpret else acc
 
@@ -360,7 +383,6 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                         acc = pl.run_scoped(interpreted, plgpu.ACC((64, t), jnp.float32))
                     else:
                         acc = over_k(plgpu.layout_cast(jnp.zeros((64, t), jnp.float32), mosaic.WGMMA))
-                        acc = mosaic.settle(acc) if lag else acc
                     first = div_rem(linear, tiles)[1] * rows + wg * (64 // halves)
                     if interpret:
                         _store_interpreted(acc, scale, row_scale if row_scaled else None, o, start, rows_used, first, gated=gated)
@@ -376,8 +398,9 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                         last = max(i for i, size in enumerate(c.tiles) if size <= t)
                         pl.when((load > below) & (load <= last))(lambda t=t: run(t))
                         below = last
+                return x_used + steps * x_stages_of(load)
 
-            pl.loop(0, own_tiles())(tile_of)
+            lax.fori_loop(0, own_tiles(), tile_of, jnp.int32(0))
 
         @pl.when(wg == wgs)
         def _():
@@ -395,11 +418,11 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
         w_sm=plgpu.SMEM((r.w_stages, r.rows, STEP // 8), jnp.int32, transforms=mosaic.ROWS_128),
         s_sm=plgpu.SMEM((r.s_stages, halves, scale_words) if flat else (r.s_stages, halves, rows, r.scale_row // 4), jnp.int32,
                         transforms=mosaic.ROWS_128 if r.scale_row == 128 and not flat else ()),
-        x_sm=plgpu.SMEM((r.x_stages, c.x_chunks, c.tiles[-1], CHUNK), jnp.bfloat16, transforms=mosaic.ROWS_128),
+        x_sm=plgpu.SMEM((r.x_stages, c.x_rows, CHUNK), jnp.bfloat16, transforms=mosaic.ROWS_128),
         table=plgpu.SMEM((_table_words(experts),), jnp.int32),
         w_full=plgpu.Barrier(num_arrivals=halves, num_barriers=r.w_stages),
         w_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=r.w_stages),
-        x_full=plgpu.Barrier(num_arrivals=c.x_chunks, num_barriers=r.x_stages),
+        x_full=plgpu.Barrier(num_arrivals=most_chunks, num_barriers=r.x_stages),
         x_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=r.x_stages),
         s_full=plgpu.Barrier(num_arrivals=halves * (scale_words // 256 if flat else 1), num_barriers=r.s_stages),
         s_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=r.s_stages),
@@ -409,7 +432,7 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
     if interpret:  # it has no wgmma from registers and no rows past an edge
         width = tiles * rows
         swizzled = mosaic.swizzled(2)
-        scratch["x_sm"] = plgpu.SMEM((r.x_stages, c.x_chunks, c.tiles[-1], CHUNK), jnp.bfloat16, transforms=swizzled)
+        scratch["x_sm"] = plgpu.SMEM((r.x_stages, c.x_rows, CHUNK), jnp.bfloat16, transforms=swizzled)
         scratch["a_sm"] = plgpu.SMEM((wgs, 4, 64, CHUNK), jnp.bfloat16, transforms=swizzled)
     return plgpu.kernel(
         kernel, out_type=jax.ShapeDtypeStruct((m, width), out_dtype), scratch_types=scratch, grid=(grid,),
@@ -417,7 +440,7 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True))
 
 
-def _multiply_interpreted(acc, a_sm, w, s, x, wg, unit, first, chunks, rows, scale_row, shifts):
+def _multiply_interpreted(acc, a_sm, w, s, x, wg, unit, first, chunks, rows, scale_row, shifts, tokens):
     """`mosaic.multiply_decoded` for the interpreter, by way of shared memory; gated: 32 rows of gate, then 32 of up."""
     halves = s.shape[0]
     height = 64 // halves
@@ -435,7 +458,7 @@ def _multiply_interpreted(acc, a_sm, w, s, x, wg, unit, first, chunks, rows, sca
         a_sm[q] = decoded[:, q * CHUNK:(q + 1) * CHUNK]
     plgpu.commit_smem()
     for q in range(chunks):
-        plgpu.wgmma(acc, a_sm.at[q], x.at[q].T)
+        plgpu.wgmma(acc, a_sm.at[q], x.at[pl.ds(q * tokens, tokens)].T)
     plgpu.wgmma_wait(0)
 
 

@@ -292,14 +292,14 @@ def fragment_lanes(wg, shifts, *, scale_row, other=None):
     return f(wg, *shifts)
 
 
-def multiply_decoded(acc, lane_values, w_ref, s_ref, x_ref, unit, *, first, chunks, part, tokens, scale_row, in_flight=0):
+def multiply_decoded(acc, lane_values, w_ref, s_ref, x_ref, unit, *, first, chunks, part, tokens, scale_row):
     """acc f32 (64, tokens) + decoded weights times tokens over 64-chunks first .. first + chunks - 1 of 256 codes.
 
     The weights are A of wgmma, from registers, times 2**-7. lane_values: `fragment_lanes`. w_ref: i32 [rows, 32], ROWS_128:
     256 codes a row. s_ref: the scales of the same rows, `scale_row` bytes a row; ROWS_128 where that is 128, else plain.
-    unit: which 16 bytes of a row of scales belong to these codes (i32). x_ref: bf16 [chunks, >= tokens, 64], ROWS_128.
-    part: chunks between two waits; in_flight: parts that may still run at the end (0 or 1), see `settle`. 8 tokens go through
-    mma.sync, which has nothing to wait for; it gives the same bits.
+    unit: which 16 bytes of a row of scales belong to these codes (i32). x_ref: bf16 [>= chunks * tokens, 64], ROWS_128: the
+    64-chunks of the tokens, one behind the other. part: chunks decoded while the wgmmas of the part before run. 8 tokens go
+    through mma.sync, which has nothing to wait for; it gives the same bits.
     """
     @plgpu.inline_mgpu(
         arg_types=(WGMMA, *[PER_THREAD] * 6, plgpu.RefType(ROWS_128), plgpu.RefType(ROWS_128 if scale_row == 128 else ()),
@@ -322,7 +322,7 @@ def multiply_decoded(acc, lane_values, w_ref, s_ref, x_ref, unit, *, first, chun
             return [[decoded[h][i][step] for i in range(2) for h in range(2)] for step in range(4)]
 
         i64 = ir.IntegerType.get_signless(64)
-        stride = ir.MemRefType(x.type).shape[-2] * 128  # bytes of a 64-chunk of tokens
+        stride = tokens * 128  # bytes of a 64-chunk of tokens
         # Of rows of 128 swizzled bytes in groups of 8: address / 16, 1, 1024 / 16 between groups, 128-byte swizzle.
         address = arith.extui(i64, shift_right(bit_and(smem_address(x), 0x3FFFF), 4))
         descriptor = llvm.or_(address, arith.constant(i64, (1 << 62) | (64 << 32) | (1 << 16)))
@@ -346,7 +346,7 @@ def multiply_decoded(acc, lane_values, w_ref, s_ref, x_ref, unit, *, first, chun
                     sums = _mma(sums, decoded[t], octets[start + t])
             else:
                 sums = _wgmma(sums, decoded, descriptor, tokens, [start + t for t in range(part)], stride,
-                              in_flight if start + part >= chunks else 1)
+                              0 if start + part >= chunks else 1)
         registers = np.array([pair(*sums[i:i + 2]) for i in range(0, len(sums), 2)], dtype=object)
         return wgmma_array(registers, (64, tokens))
 
@@ -379,26 +379,6 @@ def _wgmma(sums, decoded, descriptor, tokens, chunks, stride, in_flight):
     constraints = ",".join(["=f"] * n + [str(i) for i in range(n)] + ["r"] * len(left) + ["l"])
     struct = llvm.inline_asm(llvm.StructType.get_literal([f32] * n), [*sums, *left, descriptor], "\n".join(text), constraints,
                              has_side_effects=True)
-    return [llvm.extractvalue(f32, struct, [i]) for i in range(n)]
-
-
-def settle(acc):
-    """Waits for the wgmmas that `multiply_decoded` left in flight."""
-    @plgpu.inline_mgpu(arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=WGMMA))
-    def f(ctx, acc):
-        del ctx
-        sums = [v for register in acc.registers.flat for v in elements(register)]
-        sums = _tied("wgmma.wait_group.sync.aligned 0;", sums)
-        registers = np.array([pair(*sums[i:i + 2]) for i in range(0, len(sums), 2)], dtype=object)
-        return wgmma_array(registers, acc.shape)
-    return f(acc)
-
-
-def _tied(text, values):
-    """Inline PTX that f32 values pass through."""
-    f32, n = ir.F32Type.get(), len(values)
-    constraints = ",".join(["=f"] * n + [str(i) for i in range(n)])
-    struct = llvm.inline_asm(llvm.StructType.get_literal([f32] * n), values, text, constraints, has_side_effects=True)
     return [llvm.extractvalue(f32, struct, [i]) for i in range(n)]
 
 
@@ -642,3 +622,12 @@ def warpgroup_barrier():
 def count_in_warpgroup(condition, barrier):
     """How many threads of the warpgroup have a non-zero i32 condition; all of them wait here. barrier: a free hardware barrier."""
     return asm(f"{{.reg .pred p; setp.ne.u32 p,$1,0; barrier.cta.red.popc.aligned.u32 $0,{barrier},128,p;}}", [condition])
+
+
+def opaque(value):
+    """An i32 scalar that the compiler knows nothing of: it bounds a loop that must not be unrolled."""
+    @plgpu.inline_mgpu(arg_types=(SPLAT,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SPLAT))
+    def f(ctx, value):
+        del ctx
+        return splat(asm("mov.u32 $0,$1;", [scalar(value)], effects=False))
+    return f(jnp.int32(value))
