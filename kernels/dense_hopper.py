@@ -317,16 +317,8 @@ def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, 
                 source = mo.smem_address(red, mo.mul(mo.add(mo.mul(token, pitch), row), 4))
                 parts = [mo.asm(f"ld.shared.v2.f32 {{$0,$1}},[$2+{p * mp * pitch * 4}];", [source], "ff")
                          for p in range(slices)]
-                total = functools.reduce(
-                    lambda a, b: [mo.asm("add.rn.f32 $0,$1,$2;", list(ab), "f", effects=False) for ab in zip(a, b)], parts)
-                of_row = mo.gmem_address(row_scale, mo.mul(token, 4) if per_row else None)
-                scale = mo.asm("{.reg .f32 s; ld.global.nc.f32 s,[$1]; mul.rn.f32 $0,s,$2;}", [of_row, factor], "f")
-                columns = [mo.minimum(mo.add(column, e), n - 1) for e in range(2)]
-                biases = [None if bias_dtype is None else _load_bias(bias, mo.add(bias_at, c), bias_dtype) for c in columns]
-                values = [_scaled(v, scale, b) for v, b in zip(total, biases)]
-                pointer = mo.gmem_element(o, token, n, column, jnp.dtype(out_dtype).itemsize)
-                flags = [mo.bit_and(inside, mo.flag("lt", mo.add(column, e), n)) for e in range(2)]
-                _store_pair(pointer, values, flags, out_dtype, aligned=n % 2 == 0)
+                _finish_pair(parts, token, column, inside, factor, row_scale, bias, bias_at, o, n=n, per_row=per_row,
+                             bias_dtype=bias_dtype, out_dtype=out_dtype)
 
         f(factor, row_scale, bias, bias_at, first, o, red)
 
@@ -383,6 +375,20 @@ def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, 
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True))
 
 
+def _finish_pair(parts, token, column, inside, factor, row_scale, bias, bias_at, o, *, n, per_row, bias_dtype, out_dtype):
+    """The slices' sums of two neighbouring columns, added from left to right, scaled, and stored where `inside` is not zero."""
+    total = functools.reduce(
+        lambda a, b: [mo.asm("add.rn.f32 $0,$1,$2;", list(ab), "f", effects=False) for ab in zip(a, b)], parts)
+    of_row = mo.gmem_address(row_scale, mo.mul(token, 4) if per_row else None)
+    scale = mo.asm("{.reg .f32 s; ld.global.nc.f32 s,[$1]; mul.rn.f32 $0,s,$2;}", [of_row, factor], "f")
+    columns = [mo.minimum(mo.add(column, e), n - 1) for e in range(2)]
+    biases = [None if bias_dtype is None else _load_bias(bias, mo.add(bias_at, c), bias_dtype) for c in columns]
+    values = [_scaled(v, scale, b) for v, b in zip(total, biases)]
+    pointer = mo.gmem_element(o, token, n, column, jnp.dtype(out_dtype).itemsize)
+    flags = [mo.bit_and(inside, mo.flag("lt", mo.add(column, e), n)) for e in range(2)]
+    _store_pair(pointer, values, flags, out_dtype, aligned=n % 2 == 0)
+
+
 def _store_pair(pointer, values, flags, dtype, *, aligned):
     """Two neighbouring results at an address of global memory, each where its flag is not zero."""
     predicate = "{{.reg .pred p; setp.ne.u32 p,${flag},0; {text}}}"
@@ -399,6 +405,164 @@ def _store_pair(pointer, values, flags, dtype, *, aligned):
         for e in range(2):
             mo.asm(predicate.format(flag=2, text=f".reg .b16 q; cvt.rn.bf16.f32 q,$1; @p st.global.b16 [$0+{2 * e}],q;"),
                    [pointer, values[e], flags[e]], "")
+
+
+# --- more tokens, few rows of weights -------------------------------------------------------------------------------
+
+def _split(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stacked, twin=False):
+    """As `_wide`, but the slices run beside one another, one a CTA of a cluster, and meet through its shared memory."""
+    rows = 64 * wgs
+    steps = -(-k // STEP)
+    rounds = -(-steps // slices)
+    row_tiles, token_tiles = -(-n // rows), -(-m // tokens)
+    box = rows * (STEP // 2 + 16) + tokens * STEP * 2
+    resident = rounds * box <= mo.SHARED_MEMORY // 2 - 2048  # two CTAs an SM, each all of its slice
+    stages = rounds if resident else min(8, (mo.SHARED_MEMORY - 2048) // box)
+    pitch = rows + 4
+    share = tokens // slices  # tokens whose sums a CTA finishes
+    if share * slices != tokens or stages < 2 and not resident:
+        raise NotImplementedError(f"dense_hopper: no schedule for weights [{n}, {k}] at M={m}, tiles of {tokens} tokens")
+    x_stages = max(stages, -(-pitch * 4 // (STEP * 2)))  # the sums take the place of the tokens
+    chunks, part = _parts(tokens)
+
+    def kernel(w, s, x, row_scale, g, bias, layer, o, w_sm, s_sm, x_sm, full, empty, done):
+        wg, p = lax.axis_index("wg"), lax.axis_index("slice")
+        zero = p * 0
+        row_tile = lax.div(lax.axis_index("tile"), jnp.int32(token_tiles))
+        token_tile = lax.rem(lax.axis_index("tile"), jnp.int32(token_tiles))
+        at = (layer[0],) if stacked else ()
+
+        def fetch(i, stage):
+            step, own = p * rounds + i, pl.ds(row_tile * rows, rows)
+            plgpu.copy_gmem_to_smem(
+                w.at[(*at, own, pl.ds(step * (STEP // 8), STEP // 8))], w_sm.at[stage], full.at[stage])
+            plgpu.copy_gmem_to_smem(s.at[(*at, own, pl.ds(step * 4, 4))], s_sm.at[stage], full.at[stage])
+            for c in range(STEP // 64):
+                plgpu.copy_gmem_to_smem(x.at[pl.ds(token_tile * tokens, tokens), pl.ds(step * STEP + c * 64, 64)],
+                                        x_sm.at[stage, c], full.at[stage])
+
+        if resident:
+            @pl.when(wg == 0)
+            def _():
+                for i in range(rounds):
+                    fetch(i + zero, i)
+        else:
+            @pl.when(wg == wgs)
+            def _():
+                if not twin:
+                    plgpu.set_max_registers(producer_registers, action="decrease")
+
+                @pl.loop(0, rounds)
+                def _(i):
+                    stage = lax.rem(i, jnp.int32(stages))
+                    pl.when(i >= stages)(lambda: plgpu.barrier_wait(empty.at[stage]))
+                    fetch(i, stage)
+
+                if twin:
+                    for back in range(min(stages, rounds)):
+                        plgpu.barrier_wait(empty.at[(max(rounds - stages, 0) + back) % stages])
+
+        @pl.when(wg < wgs)
+        def _():
+            if not twin and not resident:
+                plgpu.set_max_registers(consumer_registers, action="increase")
+            acc = jnp.zeros((64, tokens), jnp.float32)
+            if not twin:
+                acc = plgpu.layout_cast(acc, mo.WGMMA)
+                lane_values = mo.fragment_lanes(wg, [jnp.int32(0)] * 2, scale_row=16)
+
+            def add_step(i, acc):
+                stage = lax.rem(i, jnp.int32(stages)) if not resident else i
+                plgpu.barrier_wait(full.at[stage])
+                if twin:
+                    own = pl.ds(wg * 64, 64)
+                    a = mo.decode_words(w_sm[stage, own], s_sm[stage, own])
+                    b = x_sm[stage].transpose(1, 0, 2).reshape(tokens, STEP)
+                    plgpu.commit_smem()
+                    acc = acc + jnp.dot(a, b.T, preferred_element_type=jnp.float32)
+                else:
+                    for c in range(0, STEP // 64, chunks):
+                        acc = mo.multiply_decoded(
+                            acc, lane_values, w_sm.at[stage], s_sm.at[stage], x_sm.at[stage, pl.ds(c, chunks)], jnp.int32(0),
+                            first=c, chunks=chunks, part=part, tokens=tokens, scale_row=16)
+                if not resident:
+                    plgpu.barrier_arrive(empty.at[stage])
+                return acc
+
+            acc = lax.fori_loop(0, rounds, add_step, acc)
+            if twin:
+                own = pl.ds(row_tile * rows + wg * 64, 64)
+                o[p, pl.ds(token_tile * tokens, tokens), own] = acc.T
+            else:
+                plgpu.barrier_arrive(done)
+                plgpu.barrier_wait(done)  # all warpgroups have read their tokens
+                factor = g[layer[0] if stacked else 0] * mo.DECODE_FACTOR
+                bias_at = layer[0] * n if stacked else jnp.int32(0)
+                meet(acc, x_sm, p, wg, factor, row_scale, bias, bias_at, token_tile * tokens, row_tile * rows, o)
+
+    consumer_registers, producer_registers = mo.register_budget(wgs)
+
+    def meet(acc, x_sm, *rest):
+        """Puts this CTA's sums into shared memory, and finishes its share of the tokens from those of the whole cluster."""
+        @plgpu.inline_mgpu(arg_types=(mo.WGMMA, plgpu.RefType(mo.ROWS_128), *[mo.SPLAT] * 3, mo.REF, mo.REF,
+                                      *[mo.SPLAT] * 3, mo.REF))
+        def f(ctx, acc, sums, p, wg, factor, row_scale, bias, bias_at, first_token, first, o):
+            del ctx
+            p, wg, factor, bias_at, first_token, first = map(mo.scalar, (p, wg, factor, bias_at, first_token, first))
+            warp, quad, _, weight_row = mo.lanes(False)
+            row = mo.add(mo.add(mo.mul(wg, 64), mo.mul(warp, 16)), weight_row)
+            base = mo.smem_address(sums)
+            target = mo.add(base, mo.mul(mo.add(mo.mul(mo.mul(quad, 2), pitch), row), 4))
+            for j, (upper, lower) in enumerate(acc.registers.reshape(tokens // 8, 2)):
+                for e, values in enumerate(zip(mo.elements(upper), mo.elements(lower))):
+                    mo.asm(f"st.shared.v2.f32 [$0+{(8 * j + e) * pitch * 4}],{{$1,$2}};", [target, *values], "")
+            mo.asm("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", (), "")
+            sources = [mo.asm(f"mapa.shared::cluster.u32 $0,$1,{q};", [base], effects=False) for q in range(slices)]
+            pairs, threads = rows // 2 * share, 128 * wgs
+            for t in range(-(-pairs // threads)):
+                index = mo.add(mo.thread_index(), t * threads)
+                inside = mo.flag("lt", index, pairs)
+                safe = mo.minimum(index, pairs - 1)
+                token = mo.add(mo.mul(p, share), mo.div(safe, rows // 2))
+                row = mo.mul(mo.rem(safe, rows // 2), 2)
+                at = mo.mul(mo.add(mo.mul(token, pitch), row), 4)
+                parts = [mo.asm("ld.shared::cluster.v2.f32 {$0,$1},[$2];", [mo.add(source, at)], "ff") for source in sources]
+                token = mo.add(first_token, token)
+                inside = mo.bit_and(inside, mo.flag("lt", token, m))
+                token = mo.minimum(token, m - 1)
+                _finish_pair(parts, token, mo.add(first, row), inside, factor, row_scale, bias, bias_at, o, n=n,
+                             per_row=per_row, bias_dtype=bias_dtype, out_dtype=out_dtype)
+            # No CTA leaves while another reads its sums.
+            mo.asm("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", (), "")
+
+        f(acc, x_sm, *rest)
+
+    tiles = row_tiles * token_tiles
+    if twin:  # the slices' sums, which the interpreter cannot exchange in a cluster
+        names = dict(grid=(tiles, slices), grid_names=("tile", "slice"))
+        out_type = jax.ShapeDtypeStruct((slices, token_tiles * tokens, n), jnp.float32)
+    else:
+        names = dict(grid=(tiles,), grid_names=("tile",), cluster=(slices,), cluster_names=("slice",))
+        out_type = jax.ShapeDtypeStruct((m, n), out_dtype)
+    run = plgpu.kernel(
+        kernel, out_type=out_type,
+        scratch_types=dict(
+            w_sm=plgpu.SMEM((stages, rows, STEP // 8), jnp.int32, transforms=mo.ROWS_128),
+            s_sm=plgpu.SMEM((stages, rows, STEP // 64), jnp.int32),
+            x_sm=plgpu.SMEM((x_stages, STEP // 64, tokens, 64), jnp.bfloat16, transforms=mo.ROWS_128),
+            full=plgpu.Barrier(num_arrivals=2 + STEP // 64, num_barriers=stages),
+            empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages), done=plgpu.Barrier(num_arrivals=wgs)),
+        num_threads=wgs if resident else wgs + 1, thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True), **names)
+    if not twin:
+        return run
+
+    def finished(w, s, x, row_scale, g, bias, layer):
+        total = functools.reduce(jnp.add, run(w, s, x, row_scale, g, bias, layer))[:m]
+        total = total * (row_scale.reshape(-1, 1) * (g[0] * mo.DECODE_FACTOR))
+        return (total if bias_dtype is None else total + bias.astype(jnp.float32)[None]).astype(out_dtype)
+
+    return finished
 
 
 # --- many tokens, or many rows of weights ---------------------------------------------------------------------------
@@ -600,10 +764,13 @@ def _wide(n, k, m, *, slices, wgs, tokens, paired, parts=None, per_row, bias_dty
 def _plan(n, k, m):
     """The kernel for a shape, and its schedule."""
     count = slices(n, k)
-    if count > 1 and m <= 16:
-        return _narrow, dict(slices=count, tiles=_narrow_tiles(n, k))
     if count == 1:
         return _wide, dict(slices=1, wgs=4, tokens=_tokens(m, 128), paired=n > 256)
+    if m <= 16:
+        return _narrow, dict(slices=count, tiles=_narrow_tiles(n, k))
+    if m <= 256:
+        wgs = 2 if -(-n // 128) * count >= 100 else 1
+        return _split, dict(slices=count, wgs=wgs, tokens=_tokens(m, 64))
     return _wide, dict(slices=count, wgs=2, tokens=_tokens(m, 128), paired=n > 128)
 
 

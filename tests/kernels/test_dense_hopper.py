@@ -91,7 +91,7 @@ def test_errors_name_the_shapes():
 
 # --- under the interpreter ------------------------------------------------------------------------------------------
 
-NARROW, WIDE = dense_hopper._narrow, dense_hopper._wide
+NARROW, SPLIT, WIDE = dense_hopper._narrow, dense_hopper._split, dense_hopper._wide
 
 
 @pytest.mark.parametrize("n, k, m, plan", [
@@ -100,6 +100,8 @@ NARROW, WIDE = dense_hopper._narrow, dense_hopper._wide
     (32, 320, 13, (NARROW, dict(slices=2, tiles=2))),  # K ends inside a step, M inside 8 tokens
     (32, 16384, 8, (NARROW, dict(slices=2, tiles=2))),  # a ring
     (32, 16384, 11, (NARROW, dict(slices=2, tiles=2))),
+    (64, 1024, 24, (SPLIT, dict(slices=2, wgs=1, tokens=16))),
+    (64, 32768, 8, (SPLIT, dict(slices=2, wgs=1, tokens=8))),  # a ring
     (192, 768, 8, (WIDE, dict(slices=1, wgs=1, tokens=8, paired=False))),
     (128, 5120, 16, (WIDE, dict(slices=1, wgs=2, tokens=8, paired=False))),  # several blocks of scales, tiles of tokens
     (128, 1280, 48, (WIDE, dict(slices=2, wgs=2, tokens=48, paired=False))),  # slices of 3 and 2 steps, scales with each step
@@ -145,8 +147,10 @@ def test_compiles_clean(n, k, m, options, _):
     kernel = compiled(n, k, m, **options)
     assert kernel.spills == 0 and kernel.stack == 0 and kernel.warnings == ()
     make, settings = dense_hopper._plan(n, k, m)
-    threads = 128 * (settings["wgs"] + 1 if make is WIDE else settings["tiles"] * settings["slices"] // 4 + 1)
-    assert kernel.registers * threads <= 65536 and kernel.smem <= mosaic.SHARED_MEMORY
+    warpgroups = settings["tiles"] * settings["slices"] // 4 if make is NARROW else settings["wgs"]
+    assert kernel.registers * 128 * (warpgroups + 1) <= 65536 and kernel.smem <= mosaic.SHARED_MEMORY
+    if make is SPLIT and kernel.smem <= mosaic.SHARED_MEMORY // 2:  # two CTAs an SM
+        assert kernel.registers * 128 * warpgroups * 2 <= 65536
 
 
 @pytest.mark.parametrize("n, k, m, most", [(33792, 8192, 8, 410), (33792, 8192, 64, 415), (33792, 8192, 128, 400),
@@ -156,7 +160,7 @@ def test_instructions_of_the_main_loop(n, k, m, most, _):
     """A loop iteration decodes 128 codes a thread: 3.2 instructions a code at most."""
     if not aot.nvdisasm_root():
         pytest.skip("needs nvdisasm")
-    matrix = "HMMA" if dense_hopper._plan(n, k, m)[0] is NARROW else "HGMMA"
+    matrix = "HMMA" if m <= 8 else "HGMMA"
     loop = compiled(n, k, m).loop(matrix)
     assert loop[matrix] == 16 and sum(loop.values()) <= most, loop
 
