@@ -1,7 +1,8 @@
 """Leaf checks that run where the arrays live: digests, and the health of scales and weights.
 
 A digest is computed on the device, from the array as it will be used, and does not depend on its sharding: a check after loading
-covers the disk, the file system, the decoder and the transfer, and a publisher with sharded weights gathers nothing. It guards
+covers the disk, the file system, the decoder and the transfer, and a publisher with sharded weights gathers nothing (a digest is
+a sum over words, each hashed with its position, so every shard gives its share). It guards
 against damage and mix-ups, not against an attacker, who could rewrite it.
 """
 
@@ -9,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 # A weight global scale above this stands for a weight beyond 2**18: it is the inverse of one (an encode multiplier, as
@@ -25,32 +27,56 @@ def _mix(h: jax.Array) -> jax.Array:
     return h ^ (h >> jnp.uint32(16))
 
 
-@jax.jit
-def _digest(x: jax.Array) -> jax.Array:
-    x = lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize])
+def _per_word(x: jax.Array, shape: tuple[int, ...]) -> int:
+    """Elements that are hashed at once: four bytes' worth where they line up in an array of this shape."""
     per_word = 4 // x.dtype.itemsize
-    if per_word > 1 and x.ndim and x.shape[-1] % per_word == 0:  # four bytes at a time where they line up
-        x = lax.bitcast_convert_type(x.reshape(*x.shape[:-1], x.shape[-1] // per_word, per_word), jnp.uint32)
-    word = x.astype(jnp.uint32)
+    return per_word if shape and shape[-1] % per_word == 0 else 1
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _digest(x: jax.Array, start: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The share u32 [2] in a digest of the piece x, which begins at index `start` (i32 [rank]) of an array of this shape."""
+    per_word = _per_word(x, shape)
+    word = lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize])
+    if per_word > 1:
+        word = lax.bitcast_convert_type(word.reshape(*x.shape[:-1], x.shape[-1] // per_word, per_word), jnp.uint32)
+        shape = (*shape[:-1], shape[-1] // per_word)
+    word = word.astype(jnp.uint32)
     position = jnp.zeros(word.shape, jnp.uint32)
     stride = 1
-    for axis in reversed(range(word.ndim)):  # no flat reshape, which would gather a sharded array
-        position += lax.broadcasted_iota(jnp.uint32, word.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= word.shape[axis]
+    for axis in reversed(range(word.ndim)):
+        first = start[axis] // per_word if axis == word.ndim - 1 else start[axis]
+        index = lax.broadcasted_iota(jnp.uint32, word.shape, axis) + first.astype(jnp.uint32)
+        position += index * jnp.uint32(stride % 2**32)
+        stride *= shape[axis]
     low = _mix(word ^ _mix(position + jnp.uint32(0x9E3779B9)))
     high = _mix(word + _mix(position ^ jnp.uint32(0x7F4A7C15)))
     return jnp.stack([low.sum(dtype=jnp.uint32), high.sum(dtype=jnp.uint32)])
 
 
+def _pieces(leaf: jax.Array) -> list[tuple[jax.Array, np.ndarray]]:
+    """An array's parts, each on one device and once, with the index where it begins: what is computed of them needs no collective."""
+    if isinstance(leaf, jax.Array) and leaf.is_fully_addressable and len(leaf.sharding.device_set) > 1:
+        shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
+        pieces = [(shard.data, np.array([part.start or 0 for part in shard.index], np.int32)) for shard in shards]
+        if all(piece.ndim == 0 or piece.shape[-1] % _per_word(leaf, leaf.shape) == 0 for piece, _ in pieces):
+            return pieces
+        leaf = jax.device_get(leaf)  # cut within a word
+    return [(leaf, np.zeros(leaf.ndim, np.int32))]
+
+
 def digests(leaves: dict[str, jax.Array]) -> dict[str, str]:
     """Path -> 16 hex digits over the leaf's bytes, in order, with its shape and dtype. Arrays of 1, 2 or 4 bytes an element."""
     # All are started before the first is waited for.
-    pending = {path: _digest(leaf) for path, leaf in leaves.items()}
+    pending = {
+        path: [_digest(piece, start, tuple(leaf.shape)) for piece, start in _pieces(leaf)] for path, leaf in leaves.items()
+    }
     result = {}
-    for path, (low, high) in zip(pending, jax.device_get(list(pending.values())), strict=True):
+    for path, parts in zip(pending, jax.device_get(list(pending.values())), strict=True):
+        low, high = (sum(int(part[i]) for part in parts) % 2**32 for i in range(2))
         seed = f"{leaves[path].dtype}{list(leaves[path].shape)}"
         salt = functools.reduce(lambda h, c: (h * 16777619) ^ ord(c), seed, 2166136261) & 0xFFFFFFFF
-        result[path] = f"{int(high) ^ salt:08x}{int(low):08x}"
+        result[path] = f"{high ^ salt:08x}{low:08x}"
     return result
 
 
@@ -87,6 +113,6 @@ def _kind(path: str, leaf: jax.Array) -> str | None:
 def unhealthy(leaves: dict[str, jax.Array]) -> list[str]:
     """One complaint for each leaf that no rollout should serve: 'path: what is wrong'. Empty when all is well."""
     kinds = {path: _kind(path, leaf) for path, leaf in leaves.items()}
-    pending = {path: _healthy(leaves[path], kind) for path, kind in kinds.items() if kind}
+    pending = {path: [_healthy(piece, kind) for piece, _ in _pieces(leaves[path])] for path, kind in kinds.items() if kind}
     fine = jax.device_get(list(pending.values()))
-    return [f"{path}: {_COMPLAINTS[kinds[path]]}" for path, ok in zip(pending, fine, strict=True) if not ok]
+    return [f"{path}: {_COMPLAINTS[kinds[path]]}" for path, parts in zip(pending, fine, strict=True) if not all(parts)]

@@ -112,8 +112,11 @@ class Quantizer:
             own = {p: _take(given, p, "weights in memory") for p in sources}
             relative = {p[len(path) :]: variable for p, variable in own.items()}
             scales = {p[len(path) :]: v for p, v in nnx.to_flat_state(nnx.state(layer)) if str(p[-1]).endswith("input_scale")}
-            for name, variable in nnx.to_flat_state(quantize_params(nnx.from_flat_state(relative | scales), layer)):
-                made[(*path, *name)] = variable
+            try:
+                quantized = quantize_params(nnx.from_flat_state(relative | scales), layer)
+            except ValueError as error:  # NaN, or another shape; it names the layer
+                raise CheckpointError(f"weights in memory: {error}") from error
+            made |= {(*path, *name): variable for name, variable in nnx.to_flat_state(quantized)}
             if donate:
                 results = [made[p].get_value() for p in made if p[: len(path)] == path]
                 jax.block_until_ready(results)

@@ -15,6 +15,11 @@ from nvfp4jax.checkpoint import orbax
 from nvfp4jax.checkpoint.digest import digests, unhealthy
 from nvfp4jax.checkpoint.safetensors import CheckpointError
 
+# Orbax leaves its other reads unawaited when one of them fails.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning", "ignore::ResourceWarning"
+)
+
 METADATA = {"recipe": "te-exact/token", "config": {"model_type": "test"}, "rules": []}
 
 
@@ -114,8 +119,6 @@ def test_another_tree_is_refused(folder, change, message):
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-# Orbax leaves its other reads unawaited when one of them fails.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning", "ignore::ResourceWarning")
 def test_a_flipped_byte_or_a_lost_file_never_passes(folder, tmp_path):
     """Every file, damaged at several places, and removed: the right weights or a named error."""
     rng = np.random.default_rng(0)
@@ -175,6 +178,21 @@ def test_digest_sees_every_byte_the_order_and_the_shape():
         a = jnp.asarray(x, dtype)
         assert digests({"a": a}) != digests({"a": a.at[0, 0].set(jnp.asarray(7, dtype))})
         assert len(digests({"a": a[:0], "b": a[0, 0]})) == 2
+
+
+@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
+@pytest.mark.parametrize("spec", [("x", None), (None, "x"), ("x", "y"), (None, "y"), (("x", "y"),), ()])
+def test_digest_does_not_depend_on_the_sharding(spec):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+    rng = np.random.default_rng(0)
+    for dtype in (np.uint8, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.float32):
+        for shape in ((8, 16), (16, 8, 3), (8, 4)):
+            x = rng.integers(0, 100, shape).astype(dtype)
+            placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+            assert digests({"x": placed}) == digests({"x": x})
+            assert unhealthy({"x": placed}) == []
+            if dtype == np.float32:
+                assert unhealthy({"x": placed.at[-1, -1].set(np.nan)}) == ["x: a value that is NaN or infinite"]
 
 
 def test_health():
