@@ -132,11 +132,10 @@ _MAGIC_SUM = (-0x4B000000 * sum(16**i for i in range(8))) % 2**32  # cancels the
 
 def _codes_text():
     """4 canonical words of two bf16, multiplier $5 -> 8 packed codes."""
-    text = f"{{.reg .b32 x,s,t,a; mov.b32 $0,{_MAGIC_SUM};"
+    text = f"{{.reg .b32 x,s,t; mov.b32 $0,{_MAGIC_SUM};"
     for i in range(4):
-        for half, take in enumerate(("shl.b32 x,a,16;", "and.b32 x,a,0xFFFF0000;")):
-            text += f"and.b32 a,${1 + i},0x7FFF7FFF;" if half == 0 else ""
-            text += take + "mul.rn.f32 x,x,$5;" + _round("x", "t", "s") + f"mad.lo.u32 $0,t,{16**(2 * i + half)},$0;"
+        for half, take in enumerate((f"shl.b32 x,${1 + i},16;", f"and.b32 x,${1 + i},0xFFFF0000;")):
+            text += take + "abs.f32 x,x; mul.rn.f32 x,x,$5;" + _round("x", "t", "s") + f"mad.lo.u32 $0,t,{16**(2 * i + half)},$0;"
     # The sign bits of elements 0 2 4 6, then of 1 3 5 7, as the top bits of four bytes.
     text += "prmt.b32 x,$1,$2,0x7531; prmt.b32 s,$3,$4,0x7531; prmt.b32 t,x,s,0x6420; prmt.b32 x,x,s,0x7531;"
     return text + "shr.u32 t,t,4; and.b32 t,t,0x08080808; and.b32 x,x,0x80808080; or.b32 $0,$0,t; or.b32 $0,$0,x;}"
