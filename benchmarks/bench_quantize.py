@@ -15,7 +15,8 @@ import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 
 from nvfp4jax import array
-from nvfp4jax.kernels import mosaic, quantize_hopper as q, routing
+from nvfp4jax.kernels import mosaic, routing
+from nvfp4jax.kernels import quantize_hopper as q
 
 BF16 = jnp.bfloat16
 

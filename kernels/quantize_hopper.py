@@ -34,7 +34,8 @@ TRANSPOSE_WORDS = 36 * 8  # of a warp: 8 rows (64-chunks of K) of 32 words, padd
 
 def _f32(value: float) -> str:
     """A PTX float32 literal."""
-    return "0f%08X" % struct.unpack("<I", struct.pack("<f", value))
+    bits, = struct.unpack("<I", struct.pack("<f", value))
+    return f"0f{bits:08X}"
 
 
 def _list(first: int, count: int) -> str:
@@ -103,8 +104,8 @@ def _global_text(top, pow2, static):
             text += "rcp.rn.f32 g,$0;"
         else:
             text += f"div.rn.f32 g,{_f32(top)},a; min.f32 g,g,0f7F7FFFFF;"
-    text += f"rcp.rn.f32 d,g; mov.b32 $1,g; shr.u32 $2,d,23; sub.u32 $2,254,$2; shl.b32 $2,$2,23;"
-    return text + f"and.b32 $3,d,0x7FFFFF; or.b32 $3,$3,0x3F800000; selp.b32 $4,0,a,z;}}"
+    text += "rcp.rn.f32 d,g; mov.b32 $1,g; shr.u32 $2,d,23; sub.u32 $2,254,$2; shl.b32 $2,$2,23;"
+    return text + "and.b32 $3,d,0x7FFFFF; or.b32 $3,$3,0x3F800000; selp.b32 $4,0,a,z;}"
 
 
 # What a block's scale should be -> its E4M3 bits, its value, and the multiplier 1 / (scale / g) of its elements. The product

@@ -2,10 +2,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import ptx
 import pytest
 
-import ptx
-from nvfp4jax.kernels import aot, mosaic as mg
+from nvfp4jax.kernels import aot
+from nvfp4jax.kernels import mosaic as mg
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(not aot.available(), reason="needs jax-cuda13-plugin and -pjrt")]
 

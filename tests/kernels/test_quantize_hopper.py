@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import ptx
 import pytest
 from jax import lax
 
-import ptx
 from nvfp4jax import array
 from nvfp4jax.kernels import aot, mosaic, quantize_hopper
 

@@ -3,9 +3,9 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import ptx
 import pytest
 
-import ptx
 from nvfp4jax.kernels import aot, mosaic, routing
 
 needs_aot = pytest.mark.skipif(not aot.available(), reason="needs jax-cuda13-plugin and -pjrt")
