@@ -50,7 +50,8 @@ def _digest(x: jax.Array, start: jax.Array, shape: tuple[int, ...]) -> jax.Array
         position += index * jnp.uint32(stride % 2**32)
         stride *= shape[axis]
     low = _mix(word ^ _mix(position + jnp.uint32(0x9E3779B9)))
-    high = _mix(word + _mix(position ^ jnp.uint32(0x7F4A7C15)))
+    high = (low ^ (low >> jnp.uint32(15))) * jnp.uint32(0x2C1B3C6D)  # another nonlinear sum of the same words
+    high ^= high >> jnp.uint32(12)
     return jnp.stack([low.sum(dtype=jnp.uint32), high.sum(dtype=jnp.uint32)])
 
 

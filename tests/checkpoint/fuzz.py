@@ -175,7 +175,7 @@ def main(seconds: float, seed: int) -> None:
             number += 1
             state = rng.getstate()
             try:
-                target.attempt(rng, deep=0.05)
+                target.attempt(rng, deep=0.02)
             except BaseException:
                 print(f"input {number} of seed {seed}; replay with random state {hash(state)}", file=sys.stderr)
                 raise
