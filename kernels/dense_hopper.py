@@ -4,10 +4,11 @@ The operand is bf16 whatever the activations were (q * s for W4A4, x itself for 
 weights are read in the checkpoint's layout and decoded in registers.
 
 A row of the result has the same bits for every M, position and neighbours. A sum over K is made of `slices(N, K)` chains of
-m16n8k16 / k16 steps in float32, one a contiguous slice of K, added from left to right; both kernels make that sum:
+m16n8k16 / k16 steps in float32, one a contiguous slice of K, added from left to right; all kernels make that sum:
 
-- `_narrow` (few tokens, weights of few rows): mma.sync. A CTA owns 16 to 128 rows and all of K, one slice a warp,
+- `_narrow` (up to 32 tokens, weights of few rows): mma.sync. A CTA owns 16 to 128 rows and all of K, one slice a warp,
   so that all SMs and all warps have work; the partial sums meet in shared memory.
+- `_split` (where the tokens no longer fit beside the weights): wgmma, one slice a CTA of a cluster.
 - `_wide`: wgmma, persistent. Warpgroups of 64 rows share the tokens; the slices follow one another in time.
 
 (mma.sync and wgmma round alike: checked on the GPU by the tests.)
@@ -44,10 +45,6 @@ def slices(n: int, k: int) -> int:
     return wanted
 
 
-def _slice_steps(n, k):
-    return -(-(-(-k // STEP)) // slices(n, k))
-
-
 def _narrow_tiles(n, k):
     """16-row tiles of a CTA of `_narrow`: one wave of CTAs where they fit, whole warpgroups."""
     tiles = min(-(-n // 16 // SMS), 8)
@@ -57,6 +54,23 @@ def _narrow_tiles(n, k):
 def _tokens(m, most):
     """The token tile: a multiple of 8, the rows of M spread evenly over tiles of at most `most`."""
     return -(-(-(-m // (-(-m // most)))) // 8) * 8
+
+
+def _narrow_memory(k, m, slices, tiles):
+    """(whether all of K lies in shared memory at once, stages: steps of each slice in flight; 0: it cannot run)."""
+    rows, mp = 16 * tiles, -(-m // 8) * 8
+    rounds = -(-(-(-k // STEP)) // slices)
+    box = rows * STEP // 2 + mp * STEP * 2
+    room = mo.SHARED_MEMORY - 2048 - slices * mp * _pitch(rows) * 4
+    if rounds * slices * box + -(-rounds * slices // SCALE_STEPS) * rows * 128 <= room:
+        return True, rounds
+    stages = min(8, room // (slices * (box + rows * 16)))
+    return False, stages if stages >= 2 else 0
+
+
+def _pitch(rows):
+    """Floats of a token's row of sums in shared memory: 8-byte stores without bank conflicts."""
+    return rows + 4
 
 
 def _parts(tokens):
@@ -92,14 +106,10 @@ def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, 
     mp = 8 * groups
     steps = -(-k // STEP)
     rounds = -(-steps // slices)  # steps of a slice
-    pitch = rows + 4  # of the partial sums: 8-byte stores without bank conflicts
+    pitch = _pitch(rows)
     scale_blocks = -(-rounds * slices // SCALE_STEPS)
-    box = rows * STEP // 2 + mp * STEP * 2
-    sums = slices * mp * pitch * 4
-    room = mo.SHARED_MEMORY - 2048 - sums
-    resident = rounds * slices * box + scale_blocks * rows * 128 <= room
-    stages = rounds if resident else min(8, room // (slices * (box + rows * 16)))
-    if wgs * 4 != warps or warps > 24 or stages < 2 and not resident:
+    resident, stages = _narrow_memory(k, m, slices, tiles)
+    if wgs * 4 != warps or warps > 24 or not stages:
         raise NotImplementedError(f"dense_hopper: no schedule for weights [{n}, {k}] at M={m}")
     # x by whole 8-row groups in one copy where M allows it, else a 64-chunk a copy: the same bytes in another order.
     x_tiled = m <= 8 or m % 8 == 0
@@ -418,7 +428,7 @@ def _split(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stac
     box = rows * (STEP // 2 + 16) + tokens * STEP * 2
     resident = rounds * box <= mo.SHARED_MEMORY // 2 - 2048  # two CTAs an SM, each all of its slice
     stages = rounds if resident else min(8, (mo.SHARED_MEMORY - 2048) // box)
-    pitch = rows + 4
+    pitch = _pitch(rows)
     share = tokens // slices  # tokens whose sums a CTA finishes
     if share * slices != tokens or stages < 2 and not resident:
         raise NotImplementedError(f"dense_hopper: no schedule for weights [{n}, {k}] at M={m}, tiles of {tokens} tokens")
@@ -765,13 +775,18 @@ def _plan(n, k, m):
     """The kernel for a shape, and its schedule."""
     count = slices(n, k)
     if count == 1:
-        return _wide, dict(slices=1, wgs=4, tokens=_tokens(m, 128), paired=n > 256)
-    if m <= 16:
-        return _narrow, dict(slices=count, tiles=_narrow_tiles(n, k))
-    if m <= 256:
-        wgs = 2 if -(-n // 128) * count >= 100 else 1
-        return _split, dict(slices=count, wgs=wgs, tokens=_tokens(m, 64))
-    return _wide, dict(slices=count, wgs=2, tokens=_tokens(m, 128), paired=n > 128)
+        return _wide, dict(slices=1, wgs=4, tokens=_tokens(m, 128), paired=m > 8 and n > 256)
+    tiles = _narrow_tiles(n, k)
+    if m <= 32 and _narrow_memory(k, m, count, tiles)[1]:
+        return _narrow, dict(slices=count, tiles=tiles)
+    if m <= 32 or m <= 64 and count == 8:
+        return _split, dict(slices=count, wgs=1 if n * count <= 16384 else 2, tokens=_tokens(m, 32))
+    wgs, most = min(_TILE_TIMES, key=lambda tile: -(-(-(-n // (64 * tile[0])) * -(-m // tile[1])) // SMS) * _TILE_TIMES[tile])
+    return _wide, dict(slices=count, wgs=wgs, tokens=_tokens(m, most), paired=False)
+
+
+# Measured time of a tile of `_wide` by warpgroups and tokens, in some unit: tiles of sliced sums run in waves over the SMs.
+_TILE_TIMES = {(1, 32): 46, (1, 64): 60, (2, 64): 92, (2, 128): 130}
 
 
 def matmul(operand, row_scale, packed, scale, global_scale, *, bias=None, out_dtype=jnp.bfloat16, layer=None):
