@@ -3,8 +3,9 @@
     python benchmarks/bench_grouped.py [--only even skewed prefill models] [--json FILE]
 
 Kernel time (CUPTI), medians, weights beyond the L2 (batch 1: other experts each launch). Peers, where they can be had:
-`jax.lax.ragged_dot` bf16, tokamax's Mosaic ragged_dot bf16, torch's grouped_mm bf16 (in a process of its own, as CUDA graphs).
-They do gate+up without the SiLU. Floor: bytes over the measured copy bandwidth or operations over the measured bf16 rate.
+`jax.lax.ragged_dot` bf16, tokamax's Mosaic ragged_dot bf16, torch's grouped_mm bf16 (in a process of its own, as CUDA
+graphs). They do gate+up without the SiLU. Floor: bytes over the measured copy bandwidth or operations over the
+measured bf16 rate.
 """
 import argparse
 import json
@@ -28,7 +29,8 @@ CEILINGS = {"NVIDIA H200": (4.3e12, 790e12), "NVIDIA H100 80GB HBM3": (3.0e12, 7
 def routing(rng, kind, tokens, experts, top):
     """Rows of each expert. kind: "even" (each token draws `top` experts), or how many experts get all rows."""
     if kind == "even":
-        return np.bincount(np.stack([rng.choice(experts, top, replace=False) for _ in range(tokens)]).ravel(), minlength=experts)
+        chosen = np.stack([rng.choice(experts, top, replace=False) for _ in range(tokens)])
+        return np.bincount(chosen.ravel(), minlength=experts)
     if kind == "zipf":  # expert e with probability ~ 1 / (e + 1)
         p = 1 / np.arange(1, experts + 1)
         return rng.multinomial(tokens * top, p / p.sum())
@@ -40,7 +42,8 @@ def cases(rng, only):
     """(table, kind, batch, product, N, K, experts, routings)"""
     def case(table, kind, batch, product, n, k, experts=EXPERTS, top=TOP):
         repeats = 12 if batch * top <= 64 and kind == "even" else 1
-        return table, kind, batch, product, n, k, experts, [routing(rng, kind, batch, experts, top) for _ in range(repeats)]
+        sizes = [routing(rng, kind, batch, experts, top) for _ in range(repeats)]
+        return table, kind, batch, product, n, k, experts, sizes
 
     out = []
     for product, (n, k) in QWEN3_30B.items():
@@ -63,7 +66,7 @@ def torch_times(todo, queue):
             columns = 2 * n if product == "gate+up" else n
             if (experts, columns, k) not in weights:
                 weights.clear()
-                weights[experts, columns, k] = torch.randn(experts, columns, k, device="cuda", dtype=torch.bfloat16) * 0.02
+                weights[experts, columns, k] = torch.randn(experts, columns, k, device="cuda", dtype=torch.bfloat16)
             w = weights[experts, columns, k].transpose(1, 2)
             x = torch.randn(int(sizes[0].sum()), k, device="cuda", dtype=torch.bfloat16)
             offsets = [torch.tensor(np.cumsum(s), device="cuda", dtype=torch.int32) for s in sizes]
@@ -115,6 +118,7 @@ def main():
     import jax.numpy as jnp
     from jax import lax
     from jax._src.lib import mosaic_gpu
+
     from nvfp4jax.kernels import grouped_hopper as grouped
 
     try:
@@ -149,13 +153,16 @@ def main():
 
     def peer(f, argument_sets, launches, name):
         try:
-            return kernel_us(jax.jit(f), argument_sets, launches)[0]
+            return kernel_us(f, argument_sets, launches)[0]
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {str(error)[:200]}")
             return np.nan
 
-    print(f"{'table':22} {'experts':>8} {'batch':>5} {'product':8} {'us':>7} {'of all':>7} {'TB/s':>5} {'TFLOP/s':>7} {'floor':>6} "
-          f"{'floor/us':>8} {'ragged':>7} {'tokamax':>7} {'torch':>7} {'best peer/ours':>14}")
+    ours = {True: jax.jit(grouped.gate_up), False: jax.jit(grouped.matmul)}
+    ragged_dot = jax.jit(lax.ragged_dot)
+    mosaic_ragged_dot = jax.jit(lambda a, b, g: tokamax.ragged_dot(a, b, g, implementation="mosaic"))
+    print(f"{'table':22} {'experts':>8} {'batch':>5} {'product':8} {'us':>7} {'of all':>7} {'TB/s':>5} {'TFLOP/s':>7} "
+          f"{'floor':>6} {'floor/us':>8} {'ragged':>7} {'tokamax':>7} {'torch':>7} {'best peer/ours':>14}")
     for index, (table, kind, batch, product, n, k, experts, sizes) in enumerate(todo):
         gated, m = product == "gate+up", int(sizes[0].sum())
         if (gated, experts, n, k) not in held:
@@ -164,10 +171,9 @@ def main():
         weights = held[gated, experts, n, k]
         x = jax.random.normal(next(keys), (m, k), jnp.bfloat16)
         row_scale = jnp.ones((m, 1), jnp.float32)
-        f = jax.jit(grouped.gate_up if gated else grouped.matmul)
         groups = [jnp.asarray(s, jnp.int32) for s in sizes]
         launches = 36 if m <= 512 else 20 if m <= 8192 else 7
-        total, us = kernel_us(f, [(x, row_scale, *weights, g) for g in groups], launches)
+        total, us = kernel_us(ours[gated], [(x, row_scale, *weights, g) for g in groups], launches)
         active = float(np.mean([np.count_nonzero(s) for s in sizes]))
         columns = 2 * n if gated else n
         moved = active * columns * k * 9 / 16 + m * k * 2 + m * n * 2
@@ -181,13 +187,14 @@ def main():
             sets = [(x, b, g) for g in groups]
             few = 12 if len(sets) > 1 else 5 if m <= 8192 else 3
             if m <= 2048:  # beyond, it takes 8 to 60 ms
-                peers["ragged_dot"] = peer(lax.ragged_dot, sets, few, "ragged_dot")
+                peers["ragged_dot"] = peer(ragged_dot, sets, few, "ragged_dot")
             if tokamax:
-                peers["tokamax"] = peer(lambda a, b, g: tokamax.ragged_dot(a, b, g, implementation="mosaic"), sets, few, "tokamax")
+                peers["tokamax"] = peer(mosaic_ragged_dot, sets, few, "tokamax")
         best = np.nanmin(list(peers.values())) if not np.isnan(list(peers.values())).all() else np.nan
         rows.append(dict(table=table, routing=str(kind), batch=batch, product=product, us=us, floor=floor, **peers))
-        print(f"{table:22} {kind!s:>8} {batch:5d} {product:8} {us:7.1f} {total:7.1f} {moved / us / 1e6:5.2f} {operations / us / 1e6:7.0f} "
-              f"{floor:6.1f} {floor / us:8.2f} " + " ".join(f"{v:7.1f}" for v in peers.values()) + f" {best / us:14.2f}", flush=True)
+        print(f"{table:22} {kind!s:>8} {batch:5d} {product:8} {us:7.1f} {total:7.1f} {moved / us / 1e6:5.2f} "
+              f"{operations / us / 1e6:7.0f} {floor:6.1f} {floor / us:8.2f} "
+              + " ".join(f"{v:7.1f}" for v in peers.values()) + f" {best / us:14.2f}", flush=True)
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(dict(device=device, jax=jax.__version__, seed=seed, rows=rows), file, indent=1)

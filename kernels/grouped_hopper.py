@@ -1,11 +1,12 @@
 """Grouped (ragged) NVFP4 matmuls for experts on Hopper: gate+up with SiLU, and down.
 
-Rows of `operand` are sorted by expert and nothing is padded. A block is up to a token tile of rows of one expert; `plan` lists
-the blocks from `group_sizes` in the kernel itself. A persistent CTA an SM walks over (block, tile of weight rows): a producer
-warpgroup (TMA) and consumer warpgroups of 64 weight rows each that share the tokens, decode in registers and feed wgmma.
+Rows of `operand` are sorted by expert and nothing is padded. A block is up to a token tile of rows of one expert; the
+kernel itself lists the blocks from `group_sizes` (`_plan`). A persistent CTA an SM walks over (block, tile of weight
+rows): a producer warpgroup (TMA) and consumer warpgroups of 64 weight rows each that share the tokens, decode in
+registers and feed wgmma.
 
-A row's sum over K is one chain of k16 steps in one f32 accumulator, whatever the tile: its bits depend on nothing but its own
-inputs, so `config` may choose freely. Figures: benchmarks/README.md.
+A row's sum over K is one chain of k16 steps in one f32 accumulator, whatever the tile: its bits depend on nothing but
+its own inputs, so `config` may choose freely. Figures: benchmarks/README.md.
 """
 import dataclasses
 
@@ -25,10 +26,11 @@ SCALE_BLOCK = 2048  # K of a 128-byte row of scales
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """tiles: the token tiles that a block may load, multiples of 8; computes: those it may compute with (each its own code).
+    """tiles: the token tiles that a block may load, multiples of 8; computes: those it may compute with (each its own
+    code).
 
-    warpgroups of 64 weight rows a CTA, per_sm CTAs an SM. x_rows: 128-byte rows in a stage of tokens: 4, 2 or 1 chunks of 64
-    of K, as many as the tile leaves room for.
+    warpgroups of 64 weight rows a CTA, per_sm CTAs an SM. x_rows: 128-byte rows in a stage of tokens: 4, 2 or 1 chunks
+    of 64 of K, as many as the tile leaves room for.
     """
 
     tiles: tuple[int, ...]
@@ -50,8 +52,8 @@ class Config:
 def config(m, experts, n, k, *, gated):
     """The kernel's shape for M rows of E experts, N output channels: a rule on the rows an expert gets on average.
 
-    Every choice gives the same bits. The largest tile is for routings far from the average: with it, all rows on one expert
-    make about one wave of CTAs.
+    Every choice gives the same bits. The largest tile is for routings far from the average: with it, all rows on a few
+    experts make one or two waves of CTAs.
     """
     rows = 128 if gated else 256  # output channels of a tile of 4 warpgroups
     mean = m / experts
@@ -61,25 +63,27 @@ def config(m, experts, n, k, *, gated):
     if mean <= 1:
         return Config((8,), (8,), 32)
     if mean <= 6:
-        return Config((8, 16, 32), (8, 16, 32), 64)
+        return Config((8, 16, 24), (8, 16, 24), 64)
     if mean <= 20:
-        return Config((8, 16, 24, 32, 96), (8, 16, 24, 32, 96), 128)
+        return Config((8, 16, 24, 32, 64), (8, 16, 24, 32, 64), 128)
     if most <= 96:
         low, high = (-(-int(rows) // 8) * 8 for rows in (mean, most))
         return Config(tuple(range(max(8, low - 16), high + 1, 8)), (low, high), 2 * high)
-    # Tokens bind: two warpgroups of 64 rows with up to 256 tokens; the smaller tile is what an even split of `most` gives.
+    # Tokens bind: two warpgroups of 64 rows with up to 256 tokens; the smaller tile is what an even split of `most`
+    # gives.
     low = -(-int(most / -(-most // 256)) // 16) * 16
     return Config((low - 32, low, 256), (low, 256), 256, warpgroups=2)
 
 
 def _table_words(experts):
-    """i32 words of the plan in shared memory: two blocks' fields, `ends` [E], `starts` [E + 1], and room to work in."""
+    """i32 words of the plan in shared memory: two blocks' fields, `ends` [E], `starts` [E + 1], and room to work
+    in."""
     return 8 + experts + experts + 1 + 3 + 8 * -(-experts // mosaic.WARPGROUP)
 
 
 def _plan(sizes, table, *, experts, largest):
-    """The producer warpgroup's first act: i32 [E] rows of each expert, in global memory -> in shared memory, blocks up to and
-    with each expert, ends [E], and rows before it, starts [E + 1]."""
+    """The producer warpgroup's first act: i32 [E] rows of each expert, in global memory -> in shared memory, blocks up
+    to and with each expert, ends [E], and rows before it, starts [E + 1]."""
     @plgpu.inline_mgpu(arg_types=(mosaic.REF,) * 2)
     def f(ctx, sizes, table):
         del ctx
@@ -111,8 +115,10 @@ def _plan(sizes, table, *, experts, largest):
 
 
 def _expert_of(table, number, *, experts):
-    """How many experts end at or before block `number`, hence whose it is: every thread of the warpgroup looks at its own."""
-    @plgpu.inline_mgpu(arg_types=(mosaic.REF, mosaic.SPLAT), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=mosaic.SPLAT))
+    """How many experts end at or before block `number`, hence whose it is: every thread of the warpgroup looks at its
+    own."""
+    @plgpu.inline_mgpu(arg_types=(mosaic.REF, mosaic.SPLAT),
+                       return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=mosaic.SPLAT))
     def f(ctx, table, number):
         del ctx
         number = mosaic.scalar(number)
@@ -148,7 +154,8 @@ def _block(table, number, expert, *, experts, tiles):
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """Shared memory of a kernel: weight rows a stage, bytes of a row of scales, stages of weights, of tokens and of scales."""
+    """Shared memory of a kernel: weight rows a stage, bytes of a row of scales, stages of weights, of tokens and of
+    scales."""
 
     rows: int
     scale_row: int
@@ -177,13 +184,15 @@ def _layout(c, k, halves, experts):
 
 
 def _scale_words(rows, scale_row, k):
-    """i32 words of the scales of `rows` rows in shared memory. K that TMA cannot stride over: whole rows, in copies of 256."""
+    """i32 words of the scales of `rows` rows in shared memory. K that TMA cannot stride over: whole rows, in copies of
+    256."""
     return rows * scale_row // 4 if k % STEP == 0 else -(-(rows * scale_row // 4 + 4) // 256) * 256
 
 
 def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, interpret=False):
-    """layer i32 [1], w i32 [L, E * halves, N, K/8], s i32 [L, E * halves, N, K/64] (flat where K % 256), x bf16 [M, K],
-    row_scale f32 [M, 1], sizes i32 [E] (rows of each expert), factor f32 [E] (global scale times DECODE_FACTOR) -> [M, N]; halves is 2 where gate and up lie behind each other (gated), else 1."""
+    """layer i32 [1], w i32 [L, E * halves, N, K/8], s i32 [L, E * halves, N, K/64] (flat where K % 256), x bf16 [M,
+    K], row_scale f32 [M, 1], sizes i32 [E] (rows of each expert), factor f32 [E] (global scale times DECODE_FACTOR) ->
+    [M, N]; halves is 2 where gate and up lie behind each other (gated), else 1."""
     halves = 2 if gated else 1
     r = _layout(c, k, halves, experts)
     rows, wgs = r.rows // halves, c.warpgroups
@@ -192,7 +201,7 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
     scale_words = _scale_words(rows, r.scale_row, k)
     largest = c.tiles[-1]
     flat = bool(k % STEP)
-    most_chunks = c.chunks(c.computes[0])  # TMA copies in a stage of tokens; a stage of fewer is made up by plain arrivals
+    most_chunks = c.chunks(c.computes[0])  # copies in a stage of tokens; where fewer, plain arrivals make up for them
     consumer_registers, producer_registers = mosaic.register_budget(wgs, per_sm=c.per_sm)
     grid = c.sms * c.per_sm
 
@@ -211,20 +220,18 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                 total += (b - a) * (load > i).astype(jnp.int32)
             return total
 
-        # Not to be unrolled: the producer has few registers.
-        opaque = jnp.int32 if interpret else mosaic.opaque
-        many_steps = opaque(steps)
+        opaque = jnp.int32 if interpret else mosaic.opaque  # loops of the producer, which has few registers
 
         def own_tiles():
             return lax.div(table[7 + experts] * tiles + (grid - 1) - sm, jnp.int32(grid))
 
-        def over_steps(before, step, after, carry=None):
+        def over_steps(before, step, after, carry=None, *, size_of=lambda size: size):
             """before and after(block of scales), carry = step(block, step in it, step, carry)."""
             def over_block(b, carry):
                 first = b * block_steps
                 before(b)
-                size = many_steps if scale_blocks == 1 else jnp.minimum(block_steps, steps - first)
-                carry = lax.fori_loop(0, size, lambda i, carry: step(b, i, first + i, carry), carry)
+                size = steps if scale_blocks == 1 else jnp.minimum(block_steps, steps - first)
+                carry = lax.fori_loop(0, size_of(size), lambda i, carry: step(b, i, first + i, carry), carry)
                 after(b)
                 return carry
 
@@ -273,7 +280,8 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                                 plgpu.copy_gmem_to_smem(source, s_sm.at[slot, h, pl.ds(q * 256, 256)], s_full.at[slot])
                         else:
                             words = pl.ds(b * (SCALE_BLOCK // 64), r.scale_row // 4)
-                            plgpu.copy_gmem_to_smem(s.at[at_layer, expert, channels, words], s_sm.at[slot, h], s_full.at[slot])
+                            source = s.at[at_layer, expert, channels, words]
+                            plgpu.copy_gmem_to_smem(source, s_sm.at[slot, h], s_full.at[slot])
 
                 def step(_b, _i, at, x_at):
                     it = tile * steps + at
@@ -303,13 +311,14 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
 
                     return lax.fori_loop(0, step_stages, stage, x_at)
 
-                return over_steps(scales, step, lambda b: None, x_used)
+                return over_steps(scales, step, lambda b: None, x_used, size_of=opaque)
 
             tile = own_tiles()
             x_used = lax.fori_loop(0, tile, tile_of, jnp.int32(0))
             if interpret:  # it wants every completed phase of a barrier observed
-                for barrier, uses, stages in ((w_empty, tile * steps, r.w_stages), (s_empty, tile * scale_blocks, r.s_stages),
-                                              (x_empty, x_used, r.x_stages), (m_empty, tile, 2)):
+                for barrier, uses, stages in (
+                        (w_empty, tile * steps, r.w_stages), (s_empty, tile * scale_blocks, r.s_stages),
+                        (x_empty, x_used, r.x_stages), (m_empty, tile, 2)):
                     @pl.loop(jnp.maximum(uses, stages), uses + stages)
                     def _(use):
                         plgpu.barrier_wait(barrier.at[div_rem(use, stages)[1]])
@@ -347,7 +356,7 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                         row_factor = row_scale if row_scaled else None
                         if row_scaled and t <= 16:  # in few registers
                             row_factor = mosaic.row_scales(row_scale, start, rows_used, tokens=t)
-                    part = chunks if t == 8 else 1
+                    part = min(chunks, 2 if t == 8 else 1)
 
                     def slot(b):
                         return div_rem(tile * scale_blocks + b, r.s_stages)[1]
@@ -360,8 +369,8 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                             xst = div_rem(x_used + at * groups + g, r.x_stages)[1]
                             plgpu.barrier_wait(x_full.at[xst])
                             if interpret:
-                                _multiply_interpreted(acc, a_sm.at[wg], w_sm.at[st], s_sm.at[slot(b)], x_sm.at[xst], wg, i,
-                                                      g * chunks, chunks, rows, r.scale_row, shifts, t)
+                                _multiply_interpreted(acc, a_sm.at[wg], w_sm.at[st], s_sm.at[slot(b)], x_sm.at[xst],
+                                                      wg, i, g * chunks, chunks, rows, r.scale_row, shifts, t)
                             else:
                                 acc = mosaic.multiply_decoded(
                                     acc, lane_values, w_sm.at[st], s_sm.at[slot(b)], x_sm.at[xst], i, first=g * chunks,
@@ -385,7 +394,8 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                         acc = over_k(plgpu.layout_cast(jnp.zeros((64, t), jnp.float32), mosaic.WGMMA))
                     first = div_rem(linear, tiles)[1] * rows + wg * (64 // halves)
                     if interpret:
-                        _store_interpreted(acc, scale, row_scale if row_scaled else None, o, start, rows_used, first, gated=gated)
+                        row_factor = row_scale if row_scaled else None
+                        _store_interpreted(acc, scale, row_factor, o, start, rows_used, first, gated=gated)
                     else:
                         mosaic.store_tokens(acc, scale, row_factor, o, start, rows_used, first,
                                             tokens=t, width=n, gated=gated, masked=n % rows != 0)
@@ -416,7 +426,7 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
 
     scratch = dict(
         w_sm=plgpu.SMEM((r.w_stages, r.rows, STEP // 8), jnp.int32, transforms=mosaic.ROWS_128),
-        s_sm=plgpu.SMEM((r.s_stages, halves, scale_words) if flat else (r.s_stages, halves, rows, r.scale_row // 4), jnp.int32,
+        s_sm=plgpu.SMEM((r.s_stages, halves, *((scale_words,) if flat else (rows, r.scale_row // 4))), jnp.int32,
                         transforms=mosaic.ROWS_128 if r.scale_row == 128 and not flat else ()),
         x_sm=plgpu.SMEM((r.x_stages, c.x_rows, CHUNK), jnp.bfloat16, transforms=mosaic.ROWS_128),
         table=plgpu.SMEM((_table_words(experts),), jnp.int32),
@@ -441,7 +451,8 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
 
 
 def _multiply_interpreted(acc, a_sm, w, s, x, wg, unit, first, chunks, rows, scale_row, shifts, tokens):
-    """`mosaic.multiply_decoded` for the interpreter, by way of shared memory; gated: 32 rows of gate, then 32 of up."""
+    """`mosaic.multiply_decoded` for the interpreter, by way of shared memory; gated: 32 rows of gate, then 32 of
+    up."""
     halves = s.shape[0]
     height = 64 // halves
     words, scales = [], []
@@ -480,17 +491,20 @@ def _pad(x, *sizes):
     return jnp.pad(x, [(0, size - have) for size, have in zip(sizes, x.shape)])
 
 
-def _run(name, operand, row_scale, packed, scale, global_scale, group_sizes, *, layer, gated, out_dtype, use, interpret):
+def _run(name, operand, row_scale, packed, scale, global_scale, group_sizes, *, layer, gated, out_dtype, use,
+         interpret):
     halves = 2 if gated else 1
     if layer is None:
         packed, scale, global_scale = packed[None], scale[None], global_scale[None]
     if packed.ndim != (5 if gated else 4) or (gated and packed.shape[2] != 2):
-        raise ValueError(f"{name}: packed must be u8 {'[E, 2, I, K/2]' if gated else '[E, N, K/2]'}, with a leading axis of "
-                         f"layers where `layer` is given; got {packed.shape}")
+        expected = "[E, 2, I, K/2]" if gated else "[E, N, K/2]"
+        raise ValueError(f"{name}: packed must be u8 {expected}, with a leading axis of layers where `layer` is given; "
+                         f"got {packed.shape}")
     layers, experts, n, k = packed.shape[0], packed.shape[1], packed.shape[-2], packed.shape[-1] * 2
     m = operand.shape[0]
     if operand.shape != (m, k) or operand.dtype != jnp.bfloat16:
-        raise ValueError(f"{name}: operand must be bf16 [M, {k}] for weights {packed.shape}, got {operand.dtype} {operand.shape}")
+        raise ValueError(f"{name}: operand must be bf16 [M, {k}] for weights {packed.shape}, got {operand.dtype} "
+                         f"{operand.shape}")
     if row_scale.shape not in ((), (m, 1)):
         raise ValueError(f"{name}: row_scale must be f32 [] or [{m}, 1], got {row_scale.shape}")
     if group_sizes.shape != (experts,) or global_scale.shape != (layers, experts):
@@ -504,7 +518,8 @@ def _run(name, operand, row_scale, packed, scale, global_scale, group_sizes, *, 
     w = w.reshape(layers, experts * halves, n, k // 8)
     flat = k % STEP != 0
     if flat and s.size >= 2**31:
-        raise NotImplementedError(f"{name}: scales of {s.size} words; where K ({k}) is no multiple of {STEP}, 2**31 is the most")
+        raise NotImplementedError(f"{name}: weights {packed.shape} have {s.size} words of scales; 2**31 is the most "
+                                  f"where K ({k}) is no multiple of {STEP}")
     s = s.reshape(-1) if flat else s.reshape(layers, experts * halves, n, k // 64)
     layer = jnp.zeros(1, jnp.int32) if layer is None else layer.astype(jnp.int32).reshape(1)
     factor = jnp.take(global_scale, layer[0], axis=0).astype(jnp.float32) * jnp.float32(mosaic.DECODE_FACTOR)
@@ -528,17 +543,19 @@ def _run(name, operand, row_scale, packed, scale, global_scale, group_sizes, *, 
 def gate_up(operand, row_scale, packed, scale, global_scale, group_sizes, *, layer=None, use=None, interpret=False):
     """silu(x Wg^T) * (x Wu^T) for rows sorted by expert -> bf16 [M, I].
 
-    operand: bf16 [M, K], K permuted by `mosaic.permute_k`; row_scale: f32 [] or [M, 1], multiplies. packed u8 [E, 2, I, K/2],
-    gate first, scale e4m3 [E, 2, I, K/16], global_scale f32 [E]: the checkpoint's layout. group_sizes i32 [E]: rows of each
-    expert, in order; rows past their sum come out undefined. K a multiple of 64; any M, E, I. layer: i32 scalar; the weights
-    then carry a leading axis of layers, read in place. use: a `Config` in place of `config`'s; the bits are the same.
+    operand: bf16 [M, K], K permuted by `mosaic.permute_k`; row_scale: f32 [] or [M, 1], multiplies. packed u8 [E, 2,
+    I, K/2], gate first, scale e4m3 [E, 2, I, K/16], global_scale f32 [E]: the checkpoint's layout. group_sizes i32
+    [E]: rows of each expert, in order; rows past their sum come out undefined. K a multiple of 64; any M, E, I. layer:
+    i32 scalar; the weights then carry a leading axis of layers, read in place. use: a `Config` in place of `config`'s;
+    the bits are the same.
     """
     return _run("gate_up", operand, row_scale, packed, scale, global_scale, group_sizes, layer=layer, gated=True,
                 out_dtype=jnp.bfloat16, use=use, interpret=interpret)
 
 
-def matmul(operand, row_scale, packed, scale, global_scale, group_sizes, *, out_dtype=jnp.bfloat16, layer=None, use=None,
-           interpret=False):
-    """x W^T for rows sorted by expert -> [M, N] in out_dtype (bf16 or f32). packed u8 [E, N, K/2]; the rest as in `gate_up`."""
+def matmul(operand, row_scale, packed, scale, global_scale, group_sizes, *, out_dtype=jnp.bfloat16, layer=None,
+           use=None, interpret=False):
+    """x W^T for rows sorted by expert -> [M, N] in out_dtype (bf16 or f32). packed u8 [E, N, K/2]; else as
+    `gate_up`."""
     return _run("matmul", operand, row_scale, packed, scale, global_scale, group_sizes, layer=layer, gated=False,
                 out_dtype=out_dtype, use=use, interpret=interpret)

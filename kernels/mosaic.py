@@ -1,8 +1,8 @@
 """What the Hopper kernels share of Pallas Mosaic GPU: the one place that touches its internals.
 
-The NVFP4 decode is here once. Weights stay in the checkpoint's layout (u8 [..., N, K/2] and e4m3 [..., N, K/16], viewed
-as i32 words of 8 codes and of 4 scales); the activations' K is permuted inside 64-chunks instead (`permute_k`), so that
-a lane of a tensor core fragment owns one whole block of 16: 8 neighbouring bytes of codes and one scale.
+The NVFP4 decode is here once. Weights stay in the checkpoint's layout (u8 [..., N, K/2] and e4m3 [..., N, K/16],
+viewed as i32 words of 8 codes and of 4 scales); the activations' K is permuted inside 64-chunks instead (`permute_k`),
+so that a lane of a tensor core fragment owns one whole block of 16: 8 neighbouring bytes of codes and one scale.
 
 The decode multiplies by 2**-7: a kernel's epilogue multiplies by `global_scale * DECODE_FACTOR`.
 """
@@ -88,8 +88,8 @@ def decode_words(words, scales):
     shifts = 4 * lax.broadcasted_iota(jnp.int32, (1, 1, 8), 2)
     codes = (words[:, :, None] >> shifts) & 15
     low = codes & 7
-    doubled = jnp.where(low < 4, low, jnp.where(low < 6, 2 * low - 4, 4 * low - 16))  # 0 1 2 3 4 6 8 12; no table: a kernel
-    values = (jnp.where(codes < 8, 0.5, -0.5) * doubled.astype(jnp.float32)).reshape(n, k)  # may not capture one
+    doubled = jnp.where(low < 4, low, jnp.where(low < 6, 2 * low - 4, 4 * low - 16))
+    values = (jnp.where(codes < 8, 0.5, -0.5) * doubled.astype(jnp.float32)).reshape(n, k)  # no table: a kernel
     factors = lax.bitcast_convert_type(scales, jnp.float8_e4m3fn).astype(jnp.float32).reshape(n, k // 16, 1)
     decoded = values.reshape(n, k // 16, 16) * (factors * jnp.float32(1 / DECODE_FACTOR))
     return permute_k(decoded.reshape(n, k).astype(jnp.bfloat16))
@@ -249,9 +249,9 @@ def lanes(interleaved, *, pinned=False):
     """Of this thread: warp, place in its quad, fragment row, and which weight row of its warp the fragment row holds.
 
     interleaved (gate and up): fragment rows 0..7 and 8..15 hold rows 0 2 4 6 1 3 5 7 of the two operands. Otherwise
-    fragment rows r and r + 8 hold rows 2 r and 2 r + 1. Either way the 4 rows of a half warp fall into different units of
-    the 128-byte swizzle, so that 8-byte loads have no bank conflicts; `store_tokens` undoes it. pinned: computed where it
-    stands, not hoisted out of loops, where it would hold registers.
+    fragment rows r and r + 8 hold rows 2 r and 2 r + 1. Either way the 4 rows of a half warp fall into different units
+    of the 128-byte swizzle, so that 8-byte loads have no bank conflicts; `store_tokens` undoes it. pinned: computed
+    where it stands, not hoisted out of loops, where it would hold registers.
     """
     tid = rem(asm("mov.u32 $0,%tid.x;") if pinned else utils.thread_idx(), WARPGROUP)
     lane, warp = rem(tid, 32), div(tid, 32)
@@ -261,13 +261,16 @@ def lanes(interleaved, *, pinned=False):
 
 
 def fragment_lanes(wg, shifts, *, scale_row, other=None):
-    """What `multiply_decoded` wants of a thread: PER_THREAD values, computed where it stands (outside the loop over K).
+    """What `multiply_decoded` wants of a thread: PER_THREAD values, computed where it stands (outside the loop over
+    K).
 
-    wg: the warpgroup (i32), of 64 weight rows, or, where two operands interleave (gate and up), 32 of each. other: None, or
-    how far on the second one lies: rows of w_ref (a multiple of 8), bytes of s_ref (of 1024 if swizzled). shifts: i32, bytes
-    by which the scales of the rows r and r + 8 lie further on.
+    wg: the warpgroup (i32), of 64 weight rows, or, where two operands interleave (gate and up), 32 of each. other:
+    None, or how far on the second one lies: rows of w_ref (a multiple of 8), bytes of s_ref (of 1024 if swizzled).
+    shifts: i32, bytes by which the scales of the rows r and r + 8 lie further on.
     """
-    @plgpu.inline_mgpu(arg_types=(SPLAT,) * 3, return_type=(plgpu.ShapeDtypeStruct((128,), jnp.int32, layout=PER_THREAD),) * 6)
+    value = plgpu.ShapeDtypeStruct((128,), jnp.int32, layout=PER_THREAD)
+
+    @plgpu.inline_mgpu(arg_types=(SPLAT,) * 3, return_type=(value,) * 5)
     def f(ctx, wg, *shifts):
         del ctx
         warp, quad, _, weight_row = lanes(bool(other), pinned=True)
@@ -283,11 +286,7 @@ def fragment_lanes(wg, shifts, *, scale_row, other=None):
             at = add(add(mul(r, scale_row), mul(phase, 16) if scale_row == 128 else 0), further_scales)
             scales.append(add(at, scalar(shifts[h])))
         selector = asm("mad.lo.u32 $0,$1,0x1111,0x4400;", [quad], effects=False)  # byte `quad` of both words
-        # ldmatrix: lane 8 i + t names row t of matrix i, the i-th 16 bytes of token t.
-        lane = rem(thread_index(), 32)
-        token = rem(lane, 8)
-        tokens = add(mul(token, 128), mul(bit_xor(div(lane, 8), token), 16))
-        return tuple(per_thread(v) for v in (*codes, *scales, selector, tokens))
+        return tuple(per_thread(v) for v in (*codes, *scales, selector))
 
     return f(wg, *shifts)
 
@@ -295,23 +294,25 @@ def fragment_lanes(wg, shifts, *, scale_row, other=None):
 def multiply_decoded(acc, lane_values, w_ref, s_ref, x_ref, unit, *, first, chunks, part, tokens, scale_row):
     """acc f32 (64, tokens) + decoded weights times tokens over 64-chunks first .. first + chunks - 1 of 256 codes.
 
-    The weights are A of wgmma, from registers, times 2**-7. lane_values: `fragment_lanes`. w_ref: i32 [rows, 32], ROWS_128:
-    256 codes a row. s_ref: the scales of the same rows, `scale_row` bytes a row; ROWS_128 where that is 128, else plain.
-    unit: which 16 bytes of a row of scales belong to these codes (i32). x_ref: bf16 [>= chunks * tokens, 64], ROWS_128: the
-    64-chunks of the tokens, one behind the other. part: chunks decoded while the wgmmas of the part before run. 8 tokens go
-    through mma.sync, which has nothing to wait for; it gives the same bits.
+    The weights are A of wgmma, from registers, times 2**-7. lane_values: `fragment_lanes`. w_ref: i32 [rows, 32],
+    ROWS_128: 256 codes a row. s_ref: the scales of the same rows, `scale_row` bytes a row; ROWS_128 where that is 128,
+    else plain. unit: which 16 bytes of a row of scales belong to these codes (i32). x_ref: bf16 [>= chunks * tokens,
+    64], ROWS_128: the 64-chunks of the tokens, one behind the other. part: chunks decoded while the wgmmas of the part
+    before run.
     """
+    rows, scale_rows = plgpu.RefType(ROWS_128), plgpu.RefType(ROWS_128 if scale_row == 128 else ())
+
     @plgpu.inline_mgpu(
-        arg_types=(WGMMA, *[PER_THREAD] * 6, plgpu.RefType(ROWS_128), plgpu.RefType(ROWS_128 if scale_row == 128 else ()),
-                   plgpu.RefType(ROWS_128), SPLAT),
+        arg_types=(WGMMA, *[PER_THREAD] * 5, rows, scale_rows, rows, SPLAT),
         return_type=plgpu.ShapeDtypeStruct((64, tokens), jnp.float32, layout=WGMMA))
-    def f(ctx, acc, code0, code1, scale0, scale1, selector, token, w, s, x, unit):
+    def f(ctx, acc, code0, code1, scale0, scale1, selector, w, s, x, unit):
         del ctx
-        code0, code1, scale0, scale1, selector, token = map(of_thread, (code0, code1, scale0, scale1, selector, token))
+        code0, code1, scale0, scale1, selector = map(of_thread, (code0, code1, scale0, scale1, selector))
         unit = mul(scalar(unit), 16)
         # The stage is a multiple of 1024 bytes on: what is xored in does not meet it.
         code_at = [add(smem_address(w), v) for v in (code0, code1)]
-        scale_at = [add(smem_address(s), bit_xor(v, unit) if scale_row == 128 else add(v, unit)) for v in (scale0, scale1)]
+        in_row = bit_xor if scale_row == 128 else add
+        scale_at = [add(smem_address(s), in_row(v, unit)) for v in (scale0, scale1)]
 
         def load_codes(chunk):
             return [load_shared(bit_xor(at, 32 * chunk), 0, 2) for at in code_at]
@@ -332,36 +333,16 @@ def multiply_decoded(acc, lane_values, w_ref, s_ref, x_ref, unit, *, first, chun
         else:
             scales = [load_shared(at, 4 * first, chunks) for at in scale_at]
         codes = [load_codes(first + t) for t in range(part)]
-        octets = []
-        if tokens == 8:
-            at = add(smem_address(x), token)
-            at = [at, bit_xor(at, 64)]  # units 0..3 and 4..7 of the 128-byte rows
-            octets = [[asm(LDMATRIX.format(offset=t * stride), [a], "rrrr") for a in at] for t in range(chunks)]
         for start in range(0, chunks, part):
             decoded = [decode(codes[t], [scales[h][start + t] for h in range(2)]) for t in range(part)]
             if start + part < chunks:
                 codes = [load_codes(first + start + part + t) for t in range(part)]
-            if tokens == 8:
-                for t in range(part):
-                    sums = _mma(sums, decoded[t], octets[start + t])
-            else:
-                sums = _wgmma(sums, decoded, descriptor, tokens, [start + t for t in range(part)], stride,
-                              0 if start + part >= chunks else 1)
+            in_flight = 0 if start + part >= chunks else 1
+            sums = _wgmma(sums, decoded, descriptor, tokens, [start + t for t in range(part)], stride, in_flight)
         registers = np.array([pair(*sums[i:i + 2]) for i in range(0, len(sums), 2)], dtype=object)
         return wgmma_array(registers, (64, tokens))
 
     return f(acc, *lane_values, w_ref, s_ref, x_ref, unit)
-
-
-LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$0,$1,$2,$3}},[$4+{offset}];"
-MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3},{$4,$5,$6,$7},{$8,$9},{$10,$11,$12,$13};"
-
-
-def _mma(sums, decoded, octet):
-    """Adds decoded[k16 step] times 8 tokens, octet: what two LDMATRIX gave."""
-    for step, left in enumerate(decoded):
-        sums = asm(MMA, [*left, *octet[step // 2][2 * (step % 2):][:2], *sums], "ffff", effects=False)
-    return sums
 
 
 def _wgmma(sums, decoded, descriptor, tokens, chunks, stride, in_flight):
@@ -373,12 +354,12 @@ def _wgmma(sums, decoded, descriptor, tokens, chunks, stride, in_flight):
     for i in range(len(left) // 4):
         a = ",".join(f"${2 * n + 4 * i + j}" for j in range(4))
         offset = (chunks[i // 4] * stride + 32 * (i % 4)) >> 4
-        text.append(f"add.s64 d,${2 * n + len(left)},{offset}; wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16 "
-                    f"{accumulator},{{{a}}},d,p,1,1,0;")
+        text.append(f"add.s64 d,${2 * n + len(left)},{offset}; "
+                    f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16 {accumulator},{{{a}}},d,p,1,1,0;")
     text.append(f"wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned {in_flight};}}")
     constraints = ",".join(["=f"] * n + [str(i) for i in range(n)] + ["r"] * len(left) + ["l"])
-    struct = llvm.inline_asm(llvm.StructType.get_literal([f32] * n), [*sums, *left, descriptor], "\n".join(text), constraints,
-                             has_side_effects=True)
+    struct = llvm.inline_asm(llvm.StructType.get_literal([f32] * n), [*sums, *left, descriptor], "\n".join(text),
+                             constraints, has_side_effects=True)
     return [llvm.extractvalue(f32, struct, [i]) for i in range(n)]
 
 
@@ -418,9 +399,9 @@ def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, wi
     """f32 (64, tokens), decoded weights x tokens -> out[row + t, channel...] of token t < count; out [M, width].
 
     acc: the WGMMA accumulator of `multiply_decoded` (its row order is undone here). factor: f32 scalar; row_scale:
-    None, or f32 [M, 1] in global memory, or its `row_scales`: token t is multiplied by row_scale[row + t] * factor. out: bf16 or f32. gated:
-    bf16 silu(r) * (r + 8) of 32 channels, else 64 channels. channel: the warpgroup's first. masked: channels may reach
-    past `width`.
+    None, or f32 [M, 1] in global memory, or its `row_scales`: token t is multiplied by row_scale[row + t] * factor.
+    out: bf16 or f32. gated: bf16 silu(r) * (r + 8) of 32 channels, else 64 channels. channel: the warpgroup's first.
+    masked: channels may reach past `width`.
     """
     single = out.dtype == jnp.float32
     if gated and single:
@@ -429,7 +410,9 @@ def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, wi
     fetched = isinstance(row_scale, tuple | list)
     extra = tuple(row_scale) if fetched else () if row_scale is None else (row_scale,)
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, SPLAT, REF, *[SPLAT] * 3, *([PER_THREAD] * len(extra) if fetched else [REF] * len(extra))))
+    extra_types = [PER_THREAD if fetched else REF] * len(extra)
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, SPLAT, REF, *[SPLAT] * 3, *extra_types))
     def f(ctx, acc, factor, out, row, count, channel, *extra):
         del ctx
         factor, row, count, channel = map(scalar, (factor, row, count, channel))
@@ -437,7 +420,7 @@ def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, wi
         channel = add(channel, mul(warp, 8 if gated else 16))
         registers = acc.registers.reshape(tokens // 8, 2)
         pair_token = mul(quad, 2)  # the first token of an accumulator's pair register
-        scales, ahead = {}, 4  # so many octets of tokens ahead are row scales fetched: they hide their latency, in few registers
+        scales, ahead = {}, 4  # octets of tokens by which row scales are fetched ahead of their use
 
         def fetch_scales(j):
             if j >= tokens // 8:
@@ -521,8 +504,9 @@ def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, wi
 def thread_kernel(program, names, out_types, *, grid, warps, cluster=1, shared_words=0):
     """A kernel that is one thread's program, written with the functions of this section.
 
-    program: refs by name -> None; names: of the inputs, the outputs, and "shared" (i32 [shared_words] of the CTA's shared
-    memory) where shared_words > 0. grid: CTAs, in clusters of `cluster`. -> a function of the inputs, a tuple of outputs.
+    program: refs by name -> None; names: of the inputs, the outputs, and "shared" (i32 [shared_words] of the CTA's
+    shared memory) where shared_words > 0. grid: CTAs, in clusters of `cluster`. -> a function of the inputs, a tuple
+    of outputs.
     """
     def body(*refs):
         @plgpu.inline_mgpu(arg_types=(REF,) * len(refs))
@@ -580,7 +564,8 @@ def select(condition, a, b):
 
 
 def load_global(address, words, condition, form="b32"):
-    """`words` i32 registers (1, or a multiple of 4) of read-only global memory, zeros where the i32 condition is zero."""
+    """`words` i32 registers (1, or a multiple of 4) of read-only global memory, zeros where the i32 condition is
+    zero."""
     registers = [f"${i}" for i in range(words)]
     zeros = "".join(f"mov.b32 {r},0;" for r in registers)
     loads = f"@p ld.global.nc.{form} $0,[$1];" if words == 1 else "".join(
@@ -620,8 +605,10 @@ def warpgroup_barrier():
 
 
 def count_in_warpgroup(condition, barrier):
-    """How many threads of the warpgroup have a non-zero i32 condition; all of them wait here. barrier: a free hardware barrier."""
-    return asm(f"{{.reg .pred p; setp.ne.u32 p,$1,0; barrier.cta.red.popc.aligned.u32 $0,{barrier},128,p;}}", [condition])
+    """How many threads of the warpgroup have a non-zero i32 condition. All of them wait here, at hardware barrier
+    `barrier`, which must be free."""
+    text = f"{{.reg .pred p; setp.ne.u32 p,$1,0; barrier.cta.red.popc.aligned.u32 $0,{barrier},128,p;}}"
+    return asm(text, [condition])
 
 
 def opaque(value):

@@ -1,11 +1,14 @@
 """Grouped matmuls: the schedule under the interpreter, the compile without a GPU, and the results on one."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
 from nvfp4jax.kernels import aot, mosaic
 from nvfp4jax.kernels import grouped_hopper as grouped
 
@@ -52,12 +55,14 @@ def oracle(x, row_scale, codes, scale, global_scale, sizes, *, gated):
         w = VALUES[codes[expert]] * np.repeat(scale[expert].astype(np.float64), 16, -1)
         xs = x[rows].astype(np.float64)
         if gated:
-            (gate, up), (gate_terms, up_terms) = ([f(xs) @ f(w[i]).T * factor for i in range(2)] for f in (np.array, np.abs))
+            (gate, up), (gate_terms, up_terms) = (
+                [f(xs) @ f(w[i]).T * factor for i in range(2)] for f in (np.array, np.abs))
             gate_bound, up_bound = bound_of_sum(gate_terms), bound_of_sum(up_terms)
             silu = gate / (1 + np.exp(-gate))
             results.append(silu * up)
             # |silu'| < 1.1; the approximate exp2 and reciprocal are good to a few units of 2**-22.
-            bounds.append((1.1 * gate_bound + np.abs(silu) * 2.0**-19) * (np.abs(up) + up_bound) + np.abs(silu) * up_bound)
+            gate_error = 1.1 * gate_bound + np.abs(silu) * 2.0**-19
+            bounds.append(gate_error * (np.abs(up) + up_bound) + np.abs(silu) * up_bound)
         else:
             results.append(xs @ w.T * factor)
             bounds.append(bound_of_sum(np.abs(xs) @ np.abs(w).T * factor))
@@ -71,7 +76,7 @@ def check(out, reference, bound):
     assert np.isfinite(out).all()
     error = np.abs(out - reference)
     allowed = bound + rounding * np.abs(reference) + 1e-30
-    assert (error <= allowed).all(), f"{(error > allowed).mean():.1%} of the results are off, by up to {(error / allowed).max()} bounds"
+    assert (error <= allowed).all(), f"{(error > allowed).mean():.1%} off, by up to {(error / allowed).max()} bounds"
 
 
 def run(case, *, gated, **options):
@@ -79,51 +84,43 @@ def run(case, *, gated, **options):
     return np.asarray(jax.jit(lambda *a: f(*a, **options))(*arguments(*case)))
 
 
-# --- the plan -------------------------------------------------------------------------------------------------------
+# --- the configuration ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("tiles", [(8,), (8, 16, 24, 32), (48, 64, 80, 96)])
-def test_plan_covers_every_row_once(rng, tiles):
-    experts, m = 7, 500
-    f = jax.jit(lambda sizes: grouped.plan(sizes, m, tiles))
-    cases = [rng.multinomial(rng.integers(0, m + 1), rng.dirichlet(np.full(experts, 0.3))) for _ in range(20)]
-    cases += [np.eye(experts, dtype=int)[i] * s for i, s in ((0, m), (6, m), (3, 1), (2, 0), (4, 97), (5, 193))]
-    for sizes in cases:
-        blocks, count = map(np.asarray, f(jnp.asarray(sizes, jnp.int32)))
-        assert count[0] <= len(blocks)
-        expected = [(e, row) for e, row in zip(np.repeat(np.arange(experts), sizes), np.arange(sum(sizes)))]
-        got = []
-        for expert, start, rows, tile in blocks[:count[0]]:
-            assert 0 < rows <= tiles[tile] and (tile == 0 or rows > tiles[tile - 1])
-            got += [(expert, start + i) for i in range(rows)]
-        assert got == expected, sizes
-        assert count[0] == sum(-(-s // tiles[-1]) for s in sizes)
-
-
-@pytest.mark.parametrize("m", [1, 8, 31, 64, 128, 500, 512, 2048, 8192, 65536])
-@pytest.mark.parametrize("n, k", [QWEN3_30B, QWEN3_235B, DEEPSEEK_V3, MIXTRAL, (64, 64), (72, 192), (704, 1408)])
-@pytest.mark.parametrize("experts", [1, 8, 128, 256])
-def test_every_configuration_fits(m, n, k, experts):
-    for gated in (True, False):
-        shape = (n, k) if gated else (k, n)
-        c = grouped.config(m, experts, *shape, gated=gated)
-        layout = grouped._layout(c, shape[1], 2 if gated else 1)
+def test_every_configuration_fits():
+    shapes = [QWEN3_30B, QWEN3_235B, DEEPSEEK_V3, MIXTRAL, (64, 64), (72, 192), (704, 1408)]
+    for m, experts, (n, k), gated in itertools.product(
+            (1, 8, 31, 64, 128, 500, 512, 2048, 8192, 65536), (1, 8, 128, 256), shapes, (True, False)):
+        n, k = (n, k) if gated else (k, n)
+        c = grouped.config(m, experts, n, k, gated=gated)
+        layout = grouped._layout(c, k, 2 if gated else 1, experts)
         consumer, producer = mosaic.register_budget(c.warpgroups, per_sm=c.per_sm)
-        threads = (c.warpgroups + 1) * 128
-        assert (consumer * c.warpgroups + producer) * 128 * c.per_sm <= 65536 and threads <= 1024
+        assert (consumer * c.warpgroups + producer) * 128 * c.per_sm <= 65536
         assert layout.x_stages >= 2 and layout.w_stages >= 2
-        assert all(t % 8 == 0 for t in c.tiles) and max(c.computes) == max(c.tiles) <= 256
+        tokens = layout.x_stages * c.x_rows * 128
+        weights = layout.w_stages * layout.rows * 128 + layout.s_stages * layout.rows * layout.scale_row
+        assert (tokens + weights) * c.per_sm <= mosaic.SHARED_MEMORY
+        assert all(t % 8 == 0 for t in c.tiles + c.computes) and max(c.computes) == max(c.tiles) <= min(256, c.x_rows)
+
+
+def test_a_register_budget_that_would_hang_is_refused():
+    for consumers in range(1, 5):
+        consumer, producer = mosaic.register_budget(consumers)
+        assert consumer * consumers + producer <= 65536 // ((consumers + 1) * 128) // 8 * 8 * (consumers + 1)
+    with pytest.raises(ValueError, match="no register budget"):
+        mosaic.register_budget(4, producer=512)
 
 
 # --- the schedule, interpreted --------------------------------------------------------------------------------------
 
 SMALL = dict(warpgroups=2, sms=2)
 SCHEDULES = {
-    "decode": ((3, 0, 9, 1), 72, 512, True, grouped.Config((8,), (8,), **SMALL)),
-    "K off the step": ((3, 0, 19), 100, 320, False, grouped.Config((8, 16), (8, 16), **SMALL)),
-    "tiny": ((0, 5), 72, 64, True, grouped.Config((8,), (8,), warpgroups=1, per_sm=2, sms=1, overlap=True)),
-    "scales in blocks": ((20, 1), 64, 2304, False, grouped.Config((8, 16, 24), (24,), overlap=True, **SMALL)),
-    "tokens in chunks": ((17, 2, 0), 130, 768, False, grouped.Config((8, 24), (24,), overlap=True, x_chunks=1, **SMALL)),
-    "gated chunks": ((40, 2), 64, 512, True, grouped.Config((16, 32), (16, 32), x_chunks=2, **SMALL)),
+    "decode": ((3, 0, 9, 1), 72, 512, True, grouped.Config((8,), (8,), 32, **SMALL)),
+    "K off the step": ((3, 0, 19), 100, 320, False, grouped.Config((8, 16), (8, 16), 64, **SMALL)),
+    "tiny": ((0, 5), 72, 64, True, grouped.Config((8,), (8,), 32, warpgroups=1, per_sm=2, sms=1)),
+    "scales from any word": ((2, 5, 1), 67, 320, True, grouped.Config((8,), (8,), 32, **SMALL)),
+    "scales in blocks": ((20, 1), 64, 2304, False, grouped.Config((8, 16, 24), (8, 24), 32, **SMALL)),
+    "tokens in chunks": ((17, 2, 0), 130, 768, False, grouped.Config((8, 24), (24,), 24, **SMALL)),
+    "stages of a size": ((40, 2, 9), 64, 512, True, grouped.Config((8, 16, 32), (8, 16, 32), 32, **SMALL)),
 }
 
 
@@ -146,7 +143,8 @@ def test_stacked_layers_under_the_interpreter(rng):
     stacked = [np.stack(v) for v in zip(*layers)]
     args = arguments(x, row_scale, *stacked, sizes)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        f = jax.jit(lambda layer, *a: grouped.matmul(*a, layer=layer, use=grouped.Config((8,), (8,), **SMALL), interpret=True))
+        use = grouped.Config((8,), (8,), 32, **SMALL)
+        f = jax.jit(lambda layer, *a: grouped.matmul(*a, layer=layer, use=use, interpret=True))
         out = np.asarray(f(jnp.int32(2), *args))
     check(out, *oracle(x, row_scale, codes, scale, global_scale, sizes, gated=False))
 
@@ -176,8 +174,9 @@ def structs(m, experts, n, k, *, gated, token_scale=True):
 
 
 COMPILED = [(gated, m, 128, *(QWEN3_30B if gated else QWEN3_30B[::-1]))
-            for gated in (True, False) for m in (8, 128, 512, 2048, 8192, 65536)]
-COMPILED += [(True, 64, 256, *DEEPSEEK_V3), (False, 64, 8, *MIXTRAL[::-1]), (True, 16, 60, 1408, 2048), (False, 2000, 60, 2048, 1408)]
+            for gated in (True, False) for m in (8, 128, 512, 2048, 4096, 8192, 65536)]
+COMPILED += [(True, 64, 256, *DEEPSEEK_V3), (False, 64, 8, *MIXTRAL[::-1]), (True, 16, 60, 1408, 2048),
+             (False, 2000, 60, 2048, 1408)]
 
 
 @pytest.mark.aot
@@ -195,9 +194,11 @@ def test_compiles_without_spills(gated, m, experts, n, k):
     assert f"setmaxnreg.inc.sync.aligned.u32 {consumer};" in kernel.ptx
     assert f"setmaxnreg.dec.sync.aligned.u32 {producer};" in kernel.ptx
     if kernel.sass:
-        loop = kernel.loop("HGMMA")
-        elements = 64 * loop["HGMMA"] / 4 * 64 / 128  # 4 HGMMA a 64-chunk of 64 rows, by 128 threads
-        assert sum(loop.values()) / elements < 3.5
+        loops = [(kernel.loop(opcode), opcode) for opcode in ("HGMMA", "HMMA")]
+        for loop, opcode in loops:
+            if loop[opcode]:  # one of either a k16 step of 64 rows, by 128 threads
+                assert sum(loop.values()) / (loop[opcode] * 64 * 16 / 128) < 3.9
+        assert any(loop[opcode] for loop, opcode in loops)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------
@@ -245,7 +246,7 @@ def test_gpu_against_float64(rng, name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("k", [64, 256])
 def test_gpu_every_code_with_every_scale(rng, k):
-    blocks = np.arange(128 * 16)[:127 * 16] // 16  # scale of a block; 16 rows of each, so that every code meets every place
+    blocks = np.arange(127 * 16) // 16  # the scale of a block
     n = -(-len(blocks) // (k // 16))
     scale = np.resize(blocks, (1, n, k // 16)).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
     codes = (np.arange(16)[None, :] + (np.arange(n * k // 16) // 127)[:, None]) % 16
@@ -262,11 +263,12 @@ def test_gpu_every_code_with_every_scale(rng, k):
 @pytest.mark.parametrize("gated", [True, False])
 def test_gpu_rows_keep_their_bits(rng, gated):
     """5 rows of one expert among other rows, other experts and other M, hence other kernels: the same bits."""
-    n, k, experts = (192, 2048, 16) if gated else (512, 768, 16)
+    n, k, experts = (2304, 2048, 16) if gated else (4608, 768, 16)
     x, row_scale, codes, scale, global_scale, _ = make(rng, (5,) + (0,) * (experts - 1), n, k, gated=gated, spare=0)
     f = jax.jit(grouped.gate_up if gated else lambda *a: grouped.matmul(*a, out_dtype=jnp.float32))
     expected, seen = None, set()
-    for m, own in ((1, 1), (5, 5), (12, 6), (16, 9), (40, 5), (96, 13), (300, 31), (1000, 75), (2000, 250), (4096, 700), (4096, 4096)):
+    for m, own in ((1, 1), (5, 5), (12, 9), (16, 9), (40, 17), (96, 13), (300, 31), (1000, 75), (2000, 250),
+                   (4096, 700), (4096, 4096)):
         sizes = np.zeros(experts, np.int32)
         sizes[7] = own
         for other in rng.choice([e for e in range(experts) if e != 7], m - own):
@@ -285,7 +287,7 @@ def test_gpu_rows_keep_their_bits(rng, gated):
         if expected is not None and own >= 5:
             np.testing.assert_array_equal(out.view(np.uint8), expected.view(np.uint8), err_msg=f"M = {m}")
     np.testing.assert_array_equal(alone.view(np.uint8), expected[:1].view(np.uint8))
-    assert len(seen) >= 4
+    assert len(seen) >= 5
 
 
 @pytest.mark.gpu
