@@ -57,17 +57,19 @@ def test_inspect_hugging_face(run, form):
 
 
 def test_rollout_of_token_ids(run, quantized):
-    lines = run(
-        "rollout", "--checkpoint", quantized, "--token-ids", "1,2,3", "--token-ids", "7 8 9 10 11", "--max-new-tokens", 5, "--json",
-        "--num-samples", 2,
-    ).splitlines()  # fmt: skip
+    common = ("rollout", "--checkpoint", quantized, "--scan-layers", "--max-new-tokens", 5, "--num-samples", 2)
+    lines = run(*common, "--token-ids", "1,2,3", "--token-ids", "7 8 9 10 11", "--json").splitlines()
     records = [json.loads(line) for line in lines]
     assert [(r["prompt"], r["sample"]) for r in records] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    expected = generate(load_model(quantized), np.array([[1, 2, 3]]), max_new_tokens=5)
-    assert records[0]["tokens"] == records[1]["tokens"] == np.asarray(expected.tokens)[0].tolist()
-    np.testing.assert_allclose(records[0]["logprobs"], np.asarray(expected.logprobs)[0], atol=2e-2)
-    text = run("rollout", "--checkpoint", quantized, "--token-ids", "1,2,3", "--max-new-tokens", 5, "--stop-token", records[0]["tokens"][1])
-    assert text == f"[0.0] {records[0]['tokens'][0]},{records[0]['tokens'][1]}\n"
+    ids, mask = np.array([[0, 0, 1, 2, 3], [7, 8, 9, 10, 11]]), np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    expected = generate(load_model(quantized, scan_layers=True), ids, mask, max_new_tokens=5, num_samples=2)
+    for i, record in enumerate(records):
+        assert record["tokens"] == np.asarray(expected.tokens)[i].tolist()
+        np.testing.assert_allclose(record["logprobs"], np.asarray(expected.logprobs)[i], rtol=1e-6)
+    first, second = records[0]["tokens"][:2]
+    assert first != second
+    text = run(*common, "--token-ids", "1,2,3", "--stop-token", second)
+    assert text == f"[0.0] {first},{second}\n[0.1] {first},{second}\n"
 
 
 def test_rollout_of_text(run, tmp_path, quantized):
@@ -80,15 +82,20 @@ def test_rollout_of_text(run, tmp_path, quantized):
     shutil.copytree(quantized, folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     (tmp_path / "prompts.txt").write_text("w1 w2 w3\n\nw9\n")
-    text = run("rollout", "--checkpoint", folder, "--prompt", "w1 w2 w3", "--prompt-file", tmp_path / "prompts.txt", "--max-new-tokens", 3)
+    text = run("rollout", "--checkpoint", folder, "--scan-layers", "--prompt", "w1 w2 w3", "--prompt-file", tmp_path / "prompts.txt", "--max-new-tokens", 3)
     lines = text.splitlines()
     assert len(lines) == 3 and lines[0].removeprefix("[0.0] ") == lines[1].removeprefix("[1.0] ")
-    expected = generate(load_model(folder), np.array([[1, 2, 3]]), max_new_tokens=3)
+    expected = generate(load_model(folder, scan_layers=True), np.array([[1, 2, 3]]), max_new_tokens=3)
     assert lines[0] == "[0.0] " + " ".join(f"w{i}" for i in np.asarray(expected.tokens)[0])
 
 
 def test_sampling_depends_on_the_seed_alone(run, quantized):
-    call = lambda seed: run("rollout", "--checkpoint", quantized, "--token-ids", "1,2", "--max-new-tokens", 8, "--temperature", 2.0, "--seed", seed)  # noqa: E731
+    def call(seed):
+        return run(
+            "rollout", "--checkpoint", quantized, "--scan-layers", "--token-ids", "1,2", "--max-new-tokens", 8, "--temperature", 2.0,
+            "--seed", seed,
+        )  # fmt: skip
+
     assert call(0) == call(0) != call(1)
 
 

@@ -19,7 +19,7 @@ from flax import nnx
 
 from nvfp4jax import models
 from nvfp4jax.checkpoint import formats
-from nvfp4jax.checkpoint.formats import BF16, BLOCK, E4M3, Checkpoint, PackedWeight
+from nvfp4jax.checkpoint.formats import BLOCK, E4M3, Checkpoint, PackedWeight
 from nvfp4jax.checkpoint.safetensors import CheckpointError
 from nvfp4jax.layers import Experts, NVFP4Experts, NVFP4Linear, quantize_weight
 from nvfp4jax.swap import Rule, path_string, quantize_model

@@ -16,7 +16,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from checkpoint import folders
-
 from nvfp4jax.checkpoint import formats, huggingface
 from nvfp4jax.checkpoint.safetensors import read_folder, read_tensor
 

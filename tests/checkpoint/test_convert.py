@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoint import folders
-from checkpoint.test_huggingface import assert_same, leaves
 from conftest import DATA
 from flax import nnx
 
 import nvfp4jax
+from checkpoint import folders
+from checkpoint.test_huggingface import assert_same, leaves
 from nvfp4jax import models
 from nvfp4jax.array import quantize_weight
 from nvfp4jax.checkpoint import CheckpointError, convert, huggingface, load_model, orbax

@@ -4,8 +4,9 @@ import logging
 
 import hypothesis.strategies as st
 import pytest
-from checkpoint import fuzz
 from hypothesis import HealthCheck, given, settings
+
+from checkpoint import fuzz
 
 
 @pytest.fixture(scope="module")

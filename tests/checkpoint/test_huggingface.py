@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoint import folders
 from conftest import DATA
 from flax import nnx
 
 import nvfp4jax
+from checkpoint import folders
 from nvfp4jax import models
 from nvfp4jax.checkpoint import CheckpointError, formats, load_model, orbax
 from nvfp4jax.layers import NVFP4Experts, NVFP4Linear

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint import folders
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import nvfp4jax
+from checkpoint import folders
 from nvfp4jax import layers, models
 from nvfp4jax.checkpoint import CheckpointError, orbax
 from nvfp4jax.checkpoint.reload import Quantizer, Reader, publish, steps
