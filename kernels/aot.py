@@ -12,7 +12,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import glob
 import importlib.util
 import os
 import pathlib
@@ -147,22 +146,29 @@ def compile(f, *args, target: str = "h200") -> list[Kernel]:
             if hashes in _reports:  # jax 0.12 compiles and dumps a kernel once a process
                 return _reports[hashes]
             lowered.compile()
-        paths = sorted(glob.glob(f"{glob.escape(folder)}/*.ptxas"), key=lambda p: int(re.search(r"_(\d+)\.ptxas", p)[1]))
-        kernels = [_read(pathlib.Path(path)) for path in paths]
-    if not kernels or len(kernels) < len(set(hashes)):
-        raise RuntimeError(f"aot.compile: {len(kernels)} reports for {len(set(hashes))} Mosaic GPU kernels; some were "
-                           "compiled before in this process inside another function: compile them one by one")
+        # Each kind of dump counts for itself; what was lowered but compiled before has no assembler's report.
+        resources, reports = (_numbered(folder, suffix) for suffix in (".resources.txt", ".ptxas"))
+        if not reports or len(reports) != len(resources):
+            raise RuntimeError(f"aot.compile: {len(reports)} reports for {len(resources)} Mosaic GPU kernels; the others were "
+                               "compiled before in this process inside another function: compile them one by one")
+        kernels = [_read(*paths) for paths in zip(reports, resources)]
     _reports[hashes] = kernels
     return kernels
 
 
-def _read(ptxas: pathlib.Path) -> Kernel:
+def _numbered(folder, suffix):
+    """NAME_0suffix, NAME_1suffix, ... in `folder`, in order."""
+    number = lambda path: int(re.search(r"_(\d+)$", path.name.removesuffix(suffix))[1])
+    return sorted(pathlib.Path(folder).glob(f"*{suffix}"), key=number)
+
+
+def _read(ptxas: pathlib.Path, resources: pathlib.Path) -> Kernel:
     log = ptxas.read_text()
     number = lambda pattern, text=log: sum(int(n) for n in re.findall(pattern, text))
     sass = list(ptxas.parent.glob(ptxas.stem + ".sass*"))
     return Kernel(
         name=ptxas.stem, registers=number(r"Used (\d+) registers"),
         spills=number(r"(\d+) bytes spill"), stack=number(r"(\d+) bytes stack frame"),
-        smem=number(r"smem_scratch_bytes=(\d+)", ptxas.with_suffix(".resources.txt").read_text()),
+        smem=number(r"smem_scratch_bytes=(\d+)", resources.read_text()),
         warnings=tuple(re.findall(r".*\(C7\d+\).*", log)), ptx=ptxas.with_suffix(".ptx").read_text(),
         sass=sass[0].read_text() if sass else "")
