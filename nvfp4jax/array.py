@@ -102,18 +102,7 @@ def quantize(
     amax: Float[Array, "..."] | None = None,
     valid: Bool[Array, "..."] | None = None,
 ) -> NVFP4Array:
-    """Quantizes to NVFP4 with a global scale computed from the values themselves (online), in plain jnp.
-
-    x: float [..., K], K a multiple of 16.
-    scaling: "tensor" (one amax over the valid rows), "tensor_pow2" (its global scale rounded up to a power of two, so that
-        a row's codes do not depend on its neighbours), or "token" (one amax a row).
-    four_over_six: None, "mae" or "mse" (arXiv 2512.02010), with E4M3 maximum 256.
-    amax: f32 [] or [..., 1], where a producer has computed it already; a static scale is amax = input_scale * 2688.
-    valid: bool x.shape[:-1]; rows where it is False take no part in the amax.
-
-    A row that holds NaN or infinity decodes to NaN, alone. ValueError for K not a multiple of 16 or an unknown mode.
-    Contract: TransformerEngine's reference quantizer, to the bit.
-    """
+    """`ops.quantize` in plain jnp: the implementation that every other is held to, bit for bit."""
     check_quantize(x, scaling, four_over_six)
     if amax is None:
         amax = scaling_modes.activation_amax(x, scaling, valid)

@@ -20,189 +20,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from nvfp4jax import array as nvfp4_array
+from nvfp4jax import ops_xla
 from nvfp4jax import scaling as scaling_modes
 from nvfp4jax.array import NVFP4Array
-from nvfp4jax.kernels import routing
+from nvfp4jax.ops_xla import Scaling, Spec
 
 log = logging.getLogger("nvfp4jax")
 
 MODES = (None, "static", *scaling_modes.ONLINE, "expert")
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """What is static about a matmul: how the activation is quantized, and who is asked to compute."""
-
-    scaling: str | None
-    four_over_six: str | None
-    weight_four_over_six: str | None
-    out_dtype: jnp.dtype
-    implementation: str | tuple[str, ...] | None
-    name: str
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Scaling:
-    """The arrays that go with a mode: a given amax, the mask of rows that count, a static input scale."""
-
-    amax: Array | None = None
-    valid: Array | None = None
-    input_scale: Array | None = None
-
-
-def quantize_activation(
-    x: Array | NVFP4Array, spec: Spec, scaling: Scaling, group_sizes: Array | None = None
-) -> tuple[Array, Array | None]:
-    """x -> (operand, row scale): the decoded qvalue * scale and the global scale (f32 [] or [..., 1]), or (x, None).
-
-    The operand is bfloat16, in which qvalue * scale is exact, so that a matmul of two operands errs only by accumulation.
-    """
-    if isinstance(x, NVFP4Array):
-        return x.dequantize_blocks(), x.global_scale
-    if spec.scaling is None:
-        return x, None
-    if spec.scaling == "static":
-        input_scale = scaling.input_scale
-        if group_sizes is not None and input_scale.ndim == 1:
-            input_scale = input_scale[scaling_modes.group_ids(group_sizes, x.shape[0])][:, None]
-        q = nvfp4_array.quantize_static(x, input_scale, four_over_six=spec.four_over_six)
-    else:
-        amax = scaling.amax
-        if amax is None and spec.scaling == "expert":
-            amax = scaling_modes.expert_amax(x, group_sizes, scaling.valid)
-        elif amax is None:
-            amax = scaling_modes.activation_amax(x, spec.scaling, scaling.valid)
-        q = nvfp4_array.quantize_with_amax(
-            x, jnp.asarray(amax, jnp.float32), pow2=spec.scaling == "tensor_pow2", four_over_six=spec.four_over_six
-        )
-    return q.dequantize_blocks(), q.global_scale
-
-
-def product_operands(*operands: Array) -> tuple[Array, ...]:
-    """The operands of a product that accumulates in float32, as the backend takes them.
-
-    XLA:CPU cannot run bfloat16 x bfloat16 -> float32 in every layout; in float32 the products are the same.
-    """
-    if jax.default_backend() == "cpu" or len({o.dtype for o in operands}) > 1:
-        return tuple(o.astype(jnp.float32) for o in operands)
-    return operands
-
-
-def _dot(operand: Array, weight: Array) -> Array:
-    """[..., K] x [N, K] -> f32 [..., N], float32 accumulation; a float32 operand keeps its precision."""
-    operand, weight = product_operands(operand, weight)
-    precision = lax.Precision.HIGHEST if operand.dtype == jnp.float32 else None
-    dims = (((operand.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(operand, weight, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _scaled(acc: Array, *scales: Array | None) -> Array:
-    """acc times each scale in turn: their product alone may leave float32's range."""
-    for scale in scales:
-        if scale is not None:
-            acc = acc * scale.reshape((1,) * (acc.ndim - scale.ndim) + scale.shape)
-    return acc
-
-
-def _matmul_xla(x, w: NVFP4Array, bias, spec: Spec, scaling: Scaling) -> Array:
-    operand, row_scale = quantize_activation(x, spec, scaling)
-    w = w.select()
-    acc = _scaled(_dot(operand, w.dequantize_blocks()), row_scale, w.global_scale)
-    if bias is not None:
-        acc = acc + bias.astype(jnp.float32).reshape((1,) * (acc.ndim - 1) + bias.shape)
-    return acc.astype(spec.out_dtype)
-
-
-def _grouped(operand: Array, group_sizes: Array, out: int, weight_of: Callable[[Array], tuple[Array, Array | None]]) -> Array:
-    """f32 [M, out]: each row times the [out, K] weight of its group. One group's weight is decoded at a time, empty groups
-    cost nothing, and work grows with the rows: tiles of each group in turn."""
-    m = operand.shape[0]
-    tile = min(128, max(8, 1 << max(0, m - 1).bit_length()))
-    padded = jnp.pad(operand, ((0, tile), (0, 0)))
-    ends = jnp.cumsum(group_sizes).astype(jnp.int32)
-
-    def group(e, acc):
-        end = ends[e]
-        start = end - group_sizes[e].astype(jnp.int32)
-        weight, scale = weight_of(e)
-
-        def rows(carry):
-            first, acc = carry
-            y = _scaled(_dot(lax.dynamic_slice_in_dim(padded, first, tile), weight), scale)
-            inside = (first + jnp.arange(tile, dtype=jnp.int32) < end)[:, None]
-            old = lax.dynamic_slice_in_dim(acc, first, tile)
-            return first + tile, lax.dynamic_update_slice_in_dim(acc, jnp.where(inside, y, old), first, 0)
-
-        return lax.while_loop(lambda carry: carry[0] < end, rows, (start, acc))[1]
-
-    def step(e, acc):
-        return lax.cond(group_sizes[e] > 0, group, lambda e, acc: acc, e, acc)
-
-    return lax.fori_loop(0, group_sizes.shape[0], step, jnp.zeros((m + tile, out), jnp.float32))[:m]
-
-
-def _expert(w: NVFP4Array, e: Array) -> NVFP4Array:
-    """Expert e of [E, N, K] with its global scale as f32 []."""
-    if w.layer is not None:
-        stack = [lax.dynamic_slice(v, (w.layer, e) + (0,) * (v.ndim - 2), (1, 1, *v.shape[2:]))[0, 0] for v in _leaves(w)]
-    else:
-        stack = [lax.dynamic_index_in_dim(v, e, keepdims=False) for v in _leaves(w)]
-    return NVFP4Array(stack[0], stack[1], stack[2].reshape(()))
-
-
-def _leaves(w: NVFP4Array) -> tuple[Array, Array, Array]:
-    e = 1 if w.layer is not None else 0
-    lead = w.packed.shape[: e + 1]
-    return w.packed, w.scale, jnp.broadcast_to(w.global_scale.reshape(*w.global_scale.shape[: e + 1], 1), (*lead, 1))
-
-
-def _grouped_xla(x, w: NVFP4Array, group_sizes, spec: Spec, scaling: Scaling) -> Array:
-    operand, row_scale = quantize_activation(x, spec, scaling, group_sizes)
-
-    def weight_of(e):
-        expert = _expert(w, e)
-        return expert.dequantize_blocks(), expert.global_scale
-
-    return _scaled(_grouped(operand, group_sizes, w.shape[1], weight_of), row_scale).astype(spec.out_dtype)
-
-
-def _swiglu_xla(x, w: NVFP4Array, group_sizes, spec: Spec, scaling: Scaling) -> Array:
-    """w [E, 2, I, K], gate first -> silu(x gate^T) * (x up^T), in float32 until the last rounding."""
-    flat = dataclasses.replace(
-        w, packed=_merge_halves(w.packed, w.layer), scale=_merge_halves(w.scale, w.layer), global_scale=_flat_scale(w)
-    )
-    both = _grouped_xla(x, flat, group_sizes, dataclasses.replace(spec, out_dtype=jnp.dtype(jnp.float32)), scaling)
-    gate, up = jnp.split(both, 2, -1)
-    return (jax.nn.silu(gate) * up).astype(spec.out_dtype)
-
-
-def _merge_halves(v: Array, layer) -> Array:
-    lead = 1 if layer is None else 2
-    return v.reshape(*v.shape[:lead], 2 * v.shape[lead + 1], v.shape[-1])
-
-
-def _flat_scale(w: NVFP4Array) -> Array:
-    """The one global scale of an expert's gate and up: [E, 1, 1] or [L, E, 1, 1] from any number of trailing ones."""
-    lead = w.packed.shape[: 1 if w.layer is None else 2]
-    return w.global_scale.reshape(*lead, 1, 1)
-
-
-def _quantize_xla(x, amax, valid, spec: Spec) -> NVFP4Array:
-    return nvfp4_array.quantize(x, scaling=spec.scaling, four_over_six=spec.four_over_six, amax=amax, valid=valid)
-
-
-def _quantize_weight_xla(w, spec: Spec) -> NVFP4Array:
-    return nvfp4_array.quantize_weight(w, four_over_six=spec.weight_four_over_six)
-
-
-def _experts_xla(x, expert_ids, weights, gate_up: NVFP4Array, down: NVFP4Array, spec: Spec, scalings) -> Array:
-    route = routing.route_xla(expert_ids, gate_up.shape[0])
-    rows = x[route.token_of_row]
-    first, second = (s if s.valid is None else dataclasses.replace(s, valid=s.valid[route.token_of_row]) for s in scalings)
-    h = _grouped_swiglu(spec, rows, gate_up, route.group_sizes, first)
-    y = _grouped_matmul(spec, h, down, route.group_sizes, second)
-    return routing.combine_xla(y, route, weights, out_dtype=spec.out_dtype)
 
 
 def _hopper(name: str) -> Callable:
@@ -217,12 +42,12 @@ def _hopper(name: str) -> Callable:
 
 
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
-    "quantize": {"xla": _quantize_xla, "hopper": _hopper("quantize")},
-    "quantize_weight": {"xla": _quantize_weight_xla, "hopper": _hopper("quantize_weight")},
-    "matmul": {"xla": _matmul_xla, "hopper": _hopper("matmul")},
-    "grouped_matmul": {"xla": _grouped_xla, "hopper": _hopper("grouped_matmul")},
-    "grouped_swiglu": {"xla": _swiglu_xla, "hopper": _hopper("grouped_swiglu")},
-    "experts": {"xla": _experts_xla, "hopper": _hopper("experts")},
+    "quantize": {"xla": ops_xla.quantize, "hopper": _hopper("quantize")},
+    "quantize_weight": {"xla": ops_xla.quantize_weight, "hopper": _hopper("quantize_weight")},
+    "matmul": {"xla": ops_xla.matmul, "hopper": _hopper("matmul")},
+    "grouped_matmul": {"xla": ops_xla.grouped_matmul, "hopper": _hopper("grouped_matmul")},
+    "grouped_swiglu": {"xla": ops_xla.grouped_swiglu, "hopper": _hopper("grouped_swiglu")},
+    "experts": {"xla": ops_xla.experts, "hopper": _hopper("experts")},
 }
 
 
@@ -275,8 +100,8 @@ def _quantized_weight(w: Array | NVFP4Array, spec: Spec) -> NVFP4Array:
 
 
 def _decoded_activation(x, spec, scaling, group_sizes=None) -> Array:
-    operand, row_scale = quantize_activation(x, spec, scaling, group_sizes)
-    return _scaled(operand.astype(jnp.float32), row_scale)
+    operand, row_scale = ops_xla.quantize_activation(x, spec, scaling, group_sizes)
+    return ops_xla.scaled(operand.astype(jnp.float32), row_scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -293,12 +118,12 @@ def _matmul_bwd(spec, saved, dy):
     dy = dy.astype(jnp.float32)
     decoded = _quantized_weight(w, spec).dequantize(jnp.float32)
     flat = dy.reshape(-1, dy.shape[-1])
-    dx = _no_cotangent(x) if isinstance(x, NVFP4Array) else _dot(dy, decoded.T).astype(x.dtype)
+    dx = _no_cotangent(x) if isinstance(x, NVFP4Array) else ops_xla.dot(dy, decoded.T).astype(x.dtype)
     if isinstance(w, NVFP4Array):
         dw = _no_cotangent(w)
     else:
         rows = _decoded_activation(x, spec, scaling).reshape(flat.shape[0], -1)
-        dw = _dot(flat.T, rows.T).astype(w.dtype)
+        dw = ops_xla.dot(flat.T, rows.T).astype(w.dtype)
     dbias = None if bias is None else flat.sum(0).astype(bias.dtype)
     return dx, dw, dbias, _no_cotangent(scaling)
 
@@ -328,7 +153,7 @@ def _grouped_bwd(spec, saved, dy):
 
 
 def _grouped_dx(dy: Array, w: NVFP4Array, group_sizes: Array) -> Array:
-    return _grouped(dy, group_sizes, w.shape[-1], lambda e: (_expert(w, e).dequantize(jnp.float32).T, None))
+    return ops_xla.grouped(dy, group_sizes, w.shape[-1], lambda e: (ops_xla.one_expert(w, e).dequantize(jnp.float32).T, None))
 
 
 def _grouped_dw(dy: Array, rows: Array, group_sizes: Array) -> Array:
@@ -338,7 +163,7 @@ def _grouped_dw(dy: Array, rows: Array, group_sizes: Array) -> Array:
 
     def group(e):
         mine = jnp.where(((ids == e) & inside)[:, None], dy, jnp.float32(0))
-        return _dot(mine.T, rows.T)
+        return ops_xla.dot(mine.T, rows.T)
 
     return lax.map(group, jnp.arange(group_sizes.shape[0], dtype=ids.dtype))
 
@@ -367,9 +192,9 @@ def _swiglu_fwd(spec, x, w, group_sizes, scaling):
 def _swiglu_bwd(spec, saved, dy):
     x, w, group_sizes, scaling = saved
     quantized = _quantized_swiglu_weight(w, spec).select()
-    flat = NVFP4Array(_merge_halves(quantized.packed, None), _merge_halves(quantized.scale, None), _flat_scale(quantized))
+    flat = NVFP4Array(ops_xla.merge_halves(quantized.packed, None), ops_xla.merge_halves(quantized.scale, None), ops_xla.flat_scale(quantized))
     wide = dataclasses.replace(spec, out_dtype=jnp.dtype(jnp.float32))
-    both = _grouped_xla(x, flat, group_sizes, wide, scaling)
+    both = ops_xla.grouped_matmul(x, flat, group_sizes, wide, scaling)
     _, silu_vjp = jax.vjp(lambda both: jax.nn.silu(both[:, : both.shape[1] // 2]) * both[:, both.shape[1] // 2 :], both)
     (dboth,) = silu_vjp(dy.astype(jnp.float32))
     dx = _no_cotangent(x) if isinstance(x, NVFP4Array) else _grouped_dx(dboth, flat, group_sizes).astype(x.dtype)
@@ -396,7 +221,8 @@ def _experts_fwd(spec, x, expert_ids, weights, gate_up, down, scalings):
 def _experts_bwd(spec, saved, dy):
     x, expert_ids, weights, gate_up, down, scalings = saved
     spec = dataclasses.replace(spec, implementation="xla")
-    _, vjp = jax.vjp(lambda x, weights: _experts_xla(x, expert_ids, weights, gate_up, down, spec, scalings), x, weights)
+    products = [lambda x, w, sizes, spec, scaling, f=f: f(spec, x, w, sizes, scaling) for f in (_grouped_swiglu, _grouped_matmul)]
+    _, vjp = jax.vjp(lambda x, w: ops_xla.experts(x, expert_ids, w, gate_up, down, spec, scalings, products), x, weights)
     dx, dweights = vjp(dy)
     return dx, _no_cotangent(expert_ids), dweights, *map(_no_cotangent, (gate_up, down, scalings))
 

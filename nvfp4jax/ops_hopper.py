@@ -1,4 +1,4 @@
-"""The operations on Hopper GPUs, by the kernels of `nvfp4jax.kernels`: same signatures as their XLA twins in `ops`.
+"""The operations on Hopper GPUs, by the kernels of `nvfp4jax.kernels`: same signatures as their twins in `ops_xla`.
 
 A kernel reads an activation as its decoded operand (qvalue * scale in bfloat16, K permuted) and a row scale, and the weight in
 the checkpoint's own layout. NotImplementedError says what a kernel does not support.
@@ -11,7 +11,7 @@ from nvfp4jax import scaling as scaling_modes
 from nvfp4jax.array import NVFP4Array
 from nvfp4jax.kernels import dense_hopper, grouped_hopper, quantize_hopper, routing
 from nvfp4jax.kernels.mosaic import permute_k
-from nvfp4jax.ops import Scaling, Spec
+from nvfp4jax.ops_xla import Scaling, Spec
 
 ONE = 1.0  # the row scale of activations that are not quantized
 

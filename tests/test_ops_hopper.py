@@ -38,9 +38,9 @@ def test_quantize(key, scaling, four_over_six):
 
 def test_quantize_weight(key):
     w = jax.random.normal(key, (6, 96, 192)) * jnp.exp2(jnp.arange(6, dtype=jnp.float32))[:, None, None]
-    for w in (w, w[0]):
+    for v in (w, w[0]):
         for kind in (None, "mse"):
-            f = lambda name: jax.jit(lambda w: ops.quantize_weight(w, four_over_six=kind, implementation=name))(w)  # noqa: B023
+            f = lambda name: jax.jit(lambda w: ops.quantize_weight(w, four_over_six=kind, implementation=name))(v)  # noqa: B023
             same_bits(f("hopper"), f("xla"))
 
 

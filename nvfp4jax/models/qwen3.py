@@ -12,7 +12,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
-from nvfp4jax import layers, ops, scaling
+from nvfp4jax import layers, ops_xla, scaling
 from nvfp4jax.models import attention, stacking
 from nvfp4jax.models.attention import KVCache, LayerCache, RMSNorm, StepInputs
 
@@ -344,7 +344,7 @@ class Qwen3(nnx.Module):
         table = self.embed_tokens.embedding[...].astype(x.dtype)
         return jnp.einsum(
             "bth,vh->btv",
-            *ops.product_operands(x, table),
+            *ops_xla.product_operands(x, table),
             precision=self.dtypes.precision,
             preferred_element_type=jnp.float32,
         )
