@@ -194,11 +194,9 @@ def test_compiles_without_spills(gated, m, experts, n, k):
     assert f"setmaxnreg.inc.sync.aligned.u32 {consumer};" in kernel.ptx
     assert f"setmaxnreg.dec.sync.aligned.u32 {producer};" in kernel.ptx
     if kernel.sass:
-        loops = [(kernel.loop(opcode), opcode) for opcode in ("HGMMA", "HMMA")]
-        for loop, opcode in loops:
-            if loop[opcode]:  # one of either a k16 step of 64 rows, by 128 threads
-                assert sum(loop.values()) / (loop[opcode] * 64 * 16 / 128) < 3.9
-        assert any(loop[opcode] for loop, opcode in loops)
+        loop = kernel.loop("HGMMA")  # one a k16 step of 64 rows, by 128 threads
+        limit = 3.7 if c.warpgroups == 4 or c.per_sm == 2 else 4.5  # with tokens that bind, a stage is one 64-chunk of K
+        assert loop["HGMMA"] and sum(loop.values()) / (loop["HGMMA"] * 64 * 16 / 128) < limit
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------
