@@ -97,7 +97,7 @@ def _scaled(v, factor, bias):
 
 # --- few tokens -----------------------------------------------------------------------------------------------------
 
-def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, twin=False):
+def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, bias_stacked=False, twin=False):
     """w i32 [(L,) N, K/8], s i32 [(L,) N, K/64], x bf16 [M, K], row_scale f32 [1] or [M], g f32 [1 or L], bias
     [(L,) N] or f32 [1], layer i32 [1] -> [M, N]. tiles: 16-row tiles of a CTA. twin: jnp in place of PTX."""
     rows, warps = 16 * tiles, tiles * slices
@@ -214,7 +214,7 @@ def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, 
                 put_sums(acc, addresses[0], red)
                 plgpu.barrier_arrive(done)
                 plgpu.barrier_wait(done)
-                bias_at = layer[0] * n if stacked else jnp.int32(0)
+                bias_at = layer[0] * n if bias_stacked else jnp.int32(0)
                 finish(factor, row_scale, bias, bias_at, first, o, red)
 
     # --- of a thread: its warp's 16-row tile and slice
@@ -364,7 +364,7 @@ def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, 
             total = functools.reduce(jnp.add, [red[p, pl.ds(0, m), pl.ds(0, rows)] for p in range(slices)])
             total = total * (row_scale[...].reshape(-1, 1) * factor)
             if bias_dtype is not None:
-                total = total + bias[(*at, pl.ds(first, rows))].astype(jnp.float32)[None]
+                total = total + bias[(*(at if bias_stacked else ()), pl.ds(first, rows))].astype(jnp.float32)[None]
             o[:, pl.ds(first, rows)] = total.astype(out_dtype)
 
     return plgpu.kernel(
@@ -419,7 +419,7 @@ def _store_pair(pointer, values, flags, dtype, *, aligned):
 
 # --- more tokens, few rows of weights -------------------------------------------------------------------------------
 
-def _split(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stacked, twin=False):
+def _split(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stacked, bias_stacked=False, twin=False):
     """As `_wide`, but the slices run beside one another, one a CTA of a cluster, and meet through its shared memory."""
     rows = 64 * wgs
     steps = -(-k // STEP)
@@ -507,7 +507,7 @@ def _split(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stac
                 plgpu.barrier_arrive(done)
                 plgpu.barrier_wait(done)  # all warpgroups have read their tokens
                 factor = g[layer[0] if stacked else 0] * mo.DECODE_FACTOR
-                bias_at = layer[0] * n if stacked else jnp.int32(0)
+                bias_at = layer[0] * n if bias_stacked else jnp.int32(0)
                 meet(acc, x_sm, p, wg, factor, row_scale, bias, bias_at, token_tile * tokens, row_tile * rows, o)
 
     consumer_registers, producer_registers = mo.register_budget(wgs)
@@ -577,9 +577,9 @@ def _split(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stac
 
 # --- many tokens, or many rows of weights ---------------------------------------------------------------------------
 
-def _wide(n, k, m, *, slices, wgs, tokens, paired, parts=None, per_row, bias_dtype, out_dtype, stacked, twin=False):
-    """As `_narrow`, for any M. wgs: warpgroups of 64 rows that share the tokens; tokens: the tile of M, a multiple of 8; paired: CTAs of two
-    neighbouring row tiles share the tokens too, each fetches half of them for both."""
+def _wide(n, k, m, *, slices, wgs, tokens, paired, parts=None, per_row, bias_dtype, out_dtype, stacked, bias_stacked=False, twin=False):
+    """As `_narrow`, for any M. wgs: warpgroups of 64 rows that share the tokens; tokens: the tile of M, a multiple of 8;
+    paired: CTAs of two neighbouring row tiles share the tokens too, each fetches half of them for both. parts: `_parts`."""
     rows, width = 64 * wgs, 2 if paired else 1
     steps = -(-k // STEP)
     slice_steps = -(-steps // slices)
@@ -717,10 +717,10 @@ def _wide(n, k, m, *, slices, wgs, tokens, paired, parts=None, per_row, bias_dty
                     scales = row_scale[pl.ds(row, tokens)].reshape(1, -1) if per_row else row_scale[...].reshape(1, 1)
                     total = total * (scales * factor)
                     if bias_dtype is not None:
-                        total = total + bias[(*at, pl.ds(channel, 64))].astype(jnp.float32)[:, None]
+                        total = total + bias[(*(at if bias_stacked else ()), pl.ds(channel, 64))].astype(jnp.float32)[:, None]
                     o[pl.ds(row, tokens), pl.ds(channel, 64)] = total.T.astype(out_dtype)
                 else:
-                    bias_at = layer[0] * n if stacked else jnp.int32(0)
+                    bias_at = layer[0] * n if bias_stacked else jnp.int32(0)
                     total = scaled(total, factor, row_scale, bias, bias_at, row, channel)
                     mo.store_tokens(total, jnp.float32(1), None, o, row, m - row, channel,
                                     tokens=tokens, width=n, masked=n % (rows * width) != 0)
@@ -799,7 +799,8 @@ def matmul(operand, row_scale, packed, scale, global_scale, *, bias=None, out_dt
         global_scale: f32 [], multiplies.
         bias: f32 or bf16 [N], added in float32.
         out_dtype: bfloat16 or float32.
-        layer: i32 []: the weights, their scales and the bias have one more leading axis, of which this index is read in place.
+        layer: i32 []: the weights, their scales and, if it has one too, the bias have one more leading axis, of which this index
+            is read in place.
 
     Returns:
         out_dtype [M, N]. The bits of a row depend on nothing but the row and the weights.
@@ -826,9 +827,9 @@ def _matmul(operand, row_scale, packed, scale, global_scale, bias, out_dtype, la
         raise ValueError(f"dense_hopper.matmul: want a bfloat16 operand, uint8 codes and float8_e4m3fn scales, got "
                          f"{operand.dtype}, {packed.dtype}, {scale.dtype}")
     if row_scale.shape not in ((), (m, 1)) or global_scale.shape != lead or (
-            bias is not None and bias.shape != (*lead, n)):
+            bias is not None and bias.shape not in ((n,), (*lead, n))):
         raise ValueError(f"dense_hopper.matmul: row_scale {row_scale.shape} wants [] or {(m, 1)}, global_scale "
-                         f"{global_scale.shape} wants {lead}, bias {None if bias is None else bias.shape} {(*lead, n)}")
+                         f"{global_scale.shape} wants {lead}, bias {None if bias is None else bias.shape} {(n,)} or {(*lead, n)}")
     if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float32) or (
             bias is not None and bias.dtype not in (jnp.bfloat16, jnp.float32)):
         raise NotImplementedError(f"dense_hopper.matmul: out_dtype {out_dtype} and bias must be bfloat16 or float32")
@@ -837,7 +838,7 @@ def _matmul(operand, row_scale, packed, scale, global_scale, bias, out_dtype, la
         scales = jnp.pad(scales, [(0, 0)] * (scales.ndim - 1) + [(0, -scales.shape[-1] % 4)])
     make, settings = plan or _plan(n, k, m)
     kernel = make(n, k, m, per_row=row_scale.ndim == 2, bias_dtype=None if bias is None else jnp.dtype(bias.dtype),
-                  out_dtype=out_dtype, stacked=stacked, twin=twin, **settings)
+                  out_dtype=out_dtype, stacked=stacked, bias_stacked=bias is not None and bias.ndim == 2, twin=twin, **settings)
     float32 = lambda a: a.astype(jnp.float32).reshape(-1)
     return kernel(words, scales, operand, float32(row_scale), float32(global_scale),
                   float32(global_scale) if bias is None else bias.reshape(-1) if not twin else bias,

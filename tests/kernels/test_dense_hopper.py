@@ -204,12 +204,14 @@ def test_results_and_batch_invariance(n, k):
 @pytest.mark.parametrize("m", [4, 40])
 @pytest.mark.parametrize("n, k, layers, bias, out_dtype", [
     (4097, 2048, (3,), jnp.bfloat16, jnp.float32), (4098, 2048, (), jnp.float32, jnp.bfloat16),
-    (20003, 576, (2,), jnp.float32, jnp.bfloat16), (20002, 512, (), jnp.bfloat16, jnp.float32)])
-def test_bias_layers_and_dtypes(m, n, k, layers, bias, out_dtype):
+    (2050, 4096, (2,), jnp.float32, jnp.bfloat16), (20003, 576, (2,), jnp.float32, jnp.bfloat16),
+    (20002, 512, (), jnp.bfloat16, jnp.float32)])
+@pytest.mark.parametrize("one_bias", [False, True])
+def test_bias_layers_and_dtypes(m, n, k, layers, bias, out_dtype, one_bias):
     rng = np.random.default_rng(m + n)
     packed, scale, dequantized = weights(rng, n, k, layers)
     x = tokens(rng, m, k)
-    biases = rng.normal(size=(*layers, n)).astype(bias) * 100
+    biases = (rng.normal(size=n if one_bias else (*layers, n)) * 100).astype(bias)
     factors = rng.uniform(0.5, 2, layers).astype(np.float32)
     poison(m, n, out_dtype)
     layer = layers[0] - 1 if layers else None
@@ -217,7 +219,7 @@ def test_bias_layers_and_dtypes(m, n, k, layers, bias, out_dtype):
         mosaic.permute_k(jnp.asarray(x)), jnp.float32(0.5), jnp.asarray(packed), jnp.asarray(scale), jnp.asarray(factors),
         bias=jnp.asarray(biases), out_dtype=out_dtype, layer=None if layer is None else jnp.int32(layer)))
     at = () if layer is None else (layer,)
-    check(out, x, dequantized[at], float(factors[at]) * 0.5, biases[at].astype(np.float64))
+    check(out, x, dequantized[at], float(factors[at]) * 0.5, biases[() if one_bias else at].astype(np.float64))
 
 
 @pytest.mark.gpu
