@@ -201,6 +201,21 @@ def test_results_and_batch_invariance(n, k):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("n, k", [(33792, 1024), (4096, 2048), (2048, 4096), (1024, 2048)])
+def test_prefill_and_decode_agree(n, k):
+    rng = np.random.default_rng(n + k)
+    packed, scale, _ = weights(rng, n, k)
+    packed, scale, x = jnp.asarray(packed), jnp.asarray(scale), mosaic.permute_k(jnp.asarray(tokens(rng, 4096, k)))
+    f = jax.jit(functools.partial(dense_hopper.matmul, out_dtype=jnp.float32))
+    one = jnp.float32(1)
+    full = np.asarray(f(x, one, packed, scale, one)).view(np.int32)
+    for m in (1, 24, 64, 256, 1024):
+        start = int(rng.integers(0, 4096 - m + 1))
+        out = np.asarray(f(x[start:start + m], one, packed, scale, one)).view(np.int32)
+        np.testing.assert_array_equal(out, full[start:start + m], err_msg=f"M={m} from row {start}")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("m", [4, 40])
 @pytest.mark.parametrize("n, k, layers, bias, out_dtype", [
     (4097, 2048, (3,), jnp.bfloat16, jnp.float32), (4098, 2048, (), jnp.float32, jnp.bfloat16),
