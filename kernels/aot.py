@@ -80,10 +80,7 @@ class Kernel:
 @functools.cache
 def _device(target: str):
     """The topology's device and a sharding on it. One target a process: Mosaic caches the architecture."""
-    from jax._src.interpreters import pxla
     from jax.experimental import topologies
-    from jax.experimental.mosaic.gpu import utils as mosaic_utils
-    from jax.extend import backend
 
     if _device.cache_info().currsize:
         raise RuntimeError("aot.compile: this process compiles for another target already; start a new process")
@@ -91,9 +88,25 @@ def _device(target: str):
         platform="cuda", target_config=_TARGET.format(**TARGETS[target]), topology="1x1x1")
     device = topology.devices[0]
     mesh = topologies.make_mesh(topology, (1,), ("x",))
-    for module in (pxla, backend, mosaic_utils.jex_backend):  # Mosaic asks the default device for its architecture
+    return device, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+@contextlib.contextmanager
+def _default_device(device):
+    """Mosaic asks the default device for its architecture. Put back afterwards: eager jax needs the real one."""
+    from jax._src.interpreters import pxla
+    from jax.experimental.mosaic.gpu import utils as mosaic_utils
+    from jax.extend import backend
+
+    modules = {id(m): m for m in (pxla, backend, mosaic_utils.jex_backend)}.values()
+    before = [module.get_default_device for module in modules]
+    for module in modules:
         module.get_default_device = lambda: device
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    try:
+        yield
+    finally:
+        for module, function in zip(modules, before, strict=True):
+            module.get_default_device = function
 
 
 def nvdisasm_root() -> str | None:
@@ -132,7 +145,7 @@ def compile(f, *args, target: str = "h200") -> list[Kernel]:
         f: a function of arrays.
         *args: its arguments: arrays, ShapeDtypeStructs or (shape, dtype) pairs.
     """
-    sharding = _device(target)
+    device, sharding = _device(target)
     from jax.experimental.pallas import mosaic_gpu as _  # noqa: F401  (overwrites MOSAIC_GPU_CUDA_ROOT on import)
 
     structs = [a if hasattr(a, "shape") else jax.ShapeDtypeStruct(*a) for a in args]
@@ -140,7 +153,7 @@ def compile(f, *args, target: str = "h200") -> list[Kernel]:
     root = nvdisasm_root()
     dumps = {f"MOSAIC_GPU_DUMP_{what}": "1" for what in _DUMPS if what != "SASS" or root}
     with tempfile.TemporaryDirectory() as folder:
-        with _environment(MOSAIC_GPU_DUMP_TO=folder, **dumps, **({"MOSAIC_GPU_CUDA_ROOT": root} if root else {})):
+        with _default_device(device), _environment(MOSAIC_GPU_DUMP_TO=folder, **dumps, **({"MOSAIC_GPU_CUDA_ROOT": root} if root else {})):
             lowered = jax.jit(lambda *a: f(*a)).lower(*structs)
             hashes = tuple(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', lowered.as_text()))
             if hashes in _reports:  # jax 0.12 compiles and dumps a kernel once a process

@@ -4,6 +4,8 @@ A kernel reads an activation as its decoded operand (qvalue * scale in bfloat16,
 the checkpoint's own layout. NotImplementedError says what a kernel does not support.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -13,11 +15,9 @@ from nvfp4jax.kernels import dense_hopper, grouped_hopper, quantize_hopper, rout
 from nvfp4jax.kernels.mosaic import permute_k
 from nvfp4jax.ops_xla import Scaling, Spec
 
-ONE = 1.0  # the row scale of activations that are not quantized
 
-
-def operand(x, spec: Spec, scaling: Scaling, group_sizes=None) -> tuple[jax.Array, jax.Array]:
-    """x [M, K] -> (operand bf16 [M, K], K permuted; row scale f32 [] or [M, 1])."""
+def operand(x, spec: Spec, scaling: Scaling, group_sizes=None, rows=None) -> tuple[jax.Array, jax.Array]:
+    """x [M, K] -> (operand bf16 [M, K], K permuted; row scale f32 [] or [M, 1]). rows: i32 [R], to gather on the way."""
     if isinstance(x, NVFP4Array):
         row_scale = x.global_scale
         if row_scale.ndim not in (0, 2):
@@ -26,17 +26,18 @@ def operand(x, spec: Spec, scaling: Scaling, group_sizes=None) -> tuple[jax.Arra
     if spec.scaling is None:
         if x.dtype != jnp.bfloat16:
             raise NotImplementedError(f"{spec.name}: {x.dtype} activations without quantization; the kernels multiply bfloat16")
-        return permute_k(x), jnp.float32(ONE)
+        return permute_k(x if rows is None else x[rows]), jnp.float32(1)
     if spec.scaling == "static":
         scale = scaling.input_scale
         if scale.ndim:
             raise NotImplementedError(f"{spec.name}: one input_scale an expert")
-        return quantize_hopper.operand(x, four_over_six=spec.four_over_six, global_scale=scale)
+        return quantize_hopper.operand(x, four_over_six=spec.four_over_six, global_scale=scale, rows=rows)
     mode, amax = spec.scaling, scaling.amax
-    if mode == "expert":
+    if mode == "expert":  # one amax an expert, given to each of its rows; their sort comes first
+        x, rows = x if rows is None else x[rows], None
         mode, amax = "token", scaling_modes.expert_amax(x, group_sizes, scaling.valid) if amax is None else amax
     valid = scaling.valid if mode != "token" else None
-    return quantize_hopper.operand(x, scaling=mode, four_over_six=spec.four_over_six, amax=amax, valid=valid)
+    return quantize_hopper.operand(x, scaling=mode, four_over_six=spec.four_over_six, amax=amax, valid=valid, rows=rows)
 
 
 def _flat(x, spec: Spec, scaling: Scaling) -> tuple:
@@ -76,16 +77,7 @@ def quantize(x, amax, valid, spec: Spec) -> NVFP4Array:
 
 
 def quantize_weight(w, spec: Spec) -> NVFP4Array:
-    """Each matrix's amax, then one launch over all rows with the amax of their matrix."""
-    *lead, n, k = w.shape
-    w = w.astype(jnp.bfloat16)
-    amax = scaling_modes.magnitude(w).max((-2, -1), keepdims=True)
-    rows = jnp.broadcast_to(amax, (*lead, n, 1)).reshape(-1, 1)
-    packed, scale, global_scale = quantize_hopper.quantize(
-        w.reshape(-1, k), scaling="token", four_over_six=spec.weight_four_over_six, amax=rows
-    )
-    one = global_scale.reshape(*lead, n, 1)[..., :1, :]
-    return NVFP4Array(packed.reshape(*lead, n, -1), scale.reshape(*lead, n, -1), one if lead else one[0, 0])
+    return NVFP4Array(*quantize_hopper.quantize_weight(w.astype(jnp.bfloat16), four_over_six=spec.weight_four_over_six))
 
 
 def matmul(x, w: NVFP4Array, bias, spec: Spec, scaling: Scaling) -> jax.Array:
@@ -132,23 +124,18 @@ def _bfloat16_result(spec: Spec) -> None:
 
 
 def experts(x, expert_ids, weights, gate_up: NVFP4Array, down: NVFP4Array, spec: Spec, scalings) -> jax.Array:
-    """Tokens are quantized once, before the sort: a row's operand is its token's. "expert" needs the sort first."""
+    """A token is quantized as its rows are gathered: a tensor's amax runs over the tokens, before the sort."""
     _bfloat16_result(spec)
     first, second = scalings
     route = routing.route(expert_ids, gate_up.shape[0])
-    token = route.token_of_row
-    if spec.scaling == "expert":
-        valid = None if first.valid is None else first.valid[token]
-        rows, row_scale = operand(x[token], spec, Scaling(None, valid), route.group_sizes)
-    else:
-        rows, row_scale = operand(x, spec, first)
-        rows, row_scale = rows[token], row_scale if row_scale.ndim == 0 else row_scale[token]
+    of_rows = lambda s: s if s.valid is None else dataclasses.replace(s, valid=s.valid[route.token_of_row])  # noqa: E731
+    first = of_rows(first) if spec.scaling == "expert" else first
+    rows, row_scale = operand(x, spec, first, route.group_sizes, route.token_of_row)
     h = grouped_hopper.gate_up(
         rows, row_scale, gate_up.packed, gate_up.scale, _global_scale(gate_up, 1), route.group_sizes, layer=gate_up.layer
     )
-    valid = None if second.valid is None else second.valid[token]
-    hidden, hidden_scale = operand(h, spec, Scaling(None, valid, second.input_scale), route.group_sizes)
+    rows, row_scale = operand(h, spec, of_rows(second), route.group_sizes)
     y = grouped_hopper.matmul(
-        hidden, hidden_scale, down.packed, down.scale, _global_scale(down, 1), route.group_sizes, layer=down.layer
+        rows, row_scale, down.packed, down.scale, _global_scale(down, 1), route.group_sizes, layer=down.layer
     )
     return routing.combine(y, route, weights, out_dtype=spec.out_dtype)

@@ -43,12 +43,7 @@ _texts = {}
 def _compiled(program, code, captured, names, out_types, in_types, grid, warps, cluster, shared_words):
     """The PTX of a program, and its buffers in the order of their first use, which is how the compiler passes them.
 
-    Each program compiles once: jax 0.12 dumps a kernel once a process. Compiling for an absent GPU replaces the default
-    device; it is put back, for the tests after this one."""
-    from jax._src.interpreters import pxla
-    from jax.experimental.mosaic.gpu import utils
-    from jax.extend import backend
-
+    Each program compiles once: jax 0.12 dumps a kernel once a process."""
     key = code, captured, names, tuple((o.shape, o.dtype) for o in out_types), in_types, grid, warps, cluster
     if key not in _texts:
         order = []
@@ -61,13 +56,7 @@ def _compiled(program, code, captured, names, out_types, in_types, grid, warps, 
 
         build = THREAD_KERNEL(lambda refs: program(Recorded(refs)), names, out_types, grid=grid, warps=warps, cluster=cluster,
                               shared_words=shared_words)
-        modules = (pxla, backend, utils.jex_backend)
-        before = [module.get_default_device for module in modules]
-        try:
-            kernel, = aot.compile(build, *(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in in_types))
-        finally:
-            for module, function in zip(modules, before):
-                module.get_default_device = function
+        kernel, = aot.compile(build, *(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in in_types))
         _texts[key] = kernel.ptx, order
     return _texts[key]
 
