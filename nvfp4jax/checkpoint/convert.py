@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -31,6 +32,8 @@ from nvfp4jax.checkpoint.huggingface import module_name, quantizable
 from nvfp4jax.checkpoint.safetensors import CheckpointError, TensorInfo, Writer, read_header
 from nvfp4jax.layers import Experts, NVFP4Experts, NVFP4Linear
 from nvfp4jax.swap import Rule, path_string, quantize_model
+
+_log = logging.getLogger(__name__)
 
 OUTPUTS = ("orbax", "modelopt", "compressed-tensors")
 REPORT = "quantization_report.json"
@@ -470,6 +473,9 @@ def quantize_folder(
     working = save_dir.with_name(save_dir.name + ".partial")
     try:
         units = list(_units(checkpoint, qmodel, method, share, notes))
+        if output == "compressed-tensors" and checkpoint.quantization.kv_cache is not None:
+            _log.warning("%s: the KV cache's scales are left out: compressed-tensors output has none", source)
+            units = [unit for unit in units if not any(name.endswith((".k_scale", ".v_scale")) for name in unit.specs)]
         working = _working_folder(working, _fingerprint(checkpoint, method, share, rules, output))
         if output == "orbax" and packed:
             report = _packed_report(checkpoint, qmodel)
