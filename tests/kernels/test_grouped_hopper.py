@@ -1,11 +1,13 @@
 """Grouped matmuls: the schedule under the interpreter, the compile without a GPU, and the results on one."""
 
+import dataclasses
 import itertools
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import ptx_hopper
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -195,8 +197,54 @@ def test_compiles_without_spills(gated, m, experts, n, k):
     assert f"setmaxnreg.dec.sync.aligned.u32 {producer};" in kernel.ptx
     if kernel.sass:
         loop = kernel.loop("HGMMA")  # one a k16 step of 64 rows, by 128 threads
-        limit = 3.7 if c.warpgroups == 4 or c.per_sm == 2 else 4.5  # with tokens that bind, a stage is one 64-chunk of K
+        limit = 3.7 if c.warpgroups == 4 or c.per_sm == 2 else 4.5  # tokens that bind: stages of one 64-chunk
         assert loop["HGMMA"] and sum(loop.values()) / (loop["HGMMA"] * 64 * 16 / 128) < limit
+
+
+# --- the compiled kernel, on the CPU ----------------------------------------------------------------------------------
+
+EMULATED = {  # sizes, N, K, gated, configuration or rows of the rule's
+    "decode": ((3, 0, 9), 64, 256, True, grouped.Config((8,), (8,), 32, warpgroups=1, sms=1)),
+    "few rows": ((1, 0, 1, 2), 256, 768, False, 8),
+    "two stages a step": ((3, 0, 19, 33, 1), 200, 512, True, grouped.Config((8, 16, 32), (8, 16, 32), 32, sms=2)),
+    "a large tile": ((3, 0, 19, 70, 1), 100, 768, False, 60),
+    "scales in blocks": ((20, 1), 70, 2304, False, grouped.Config((8, 16, 24), (8, 16, 24), 64, sms=2)),
+    "64 rows": ((90, 60, 7), 256, 768, False, 192),
+    "256 rows": ((300, 130), 128, 512, True, 1024),
+    "scales from any word": ((2, 5, 1), 67, 320, True, 8),
+    "200 experts": ((1,) * 130 + (0,) * 50 + (2,) * 20, 64, 64, True, 200),
+}
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(not aot.available(), reason="needs jax-cuda13-plugin and jax-cuda13-pjrt")
+@pytest.mark.parametrize("name", EMULATED)
+def test_compiled_kernel_on_the_cpu(rng, name):
+    """The machine-independent code of the kernel, plan, rings, swizzles and stores included, warps in random order."""
+    sizes, n, k, gated, use = EMULATED[name]
+    experts, halves = len(sizes), 2 if gated else 1
+    if isinstance(use, int):
+        use = dataclasses.replace(grouped.config(use, experts, n, k, gated=gated), sms=2)
+    case = x, row_scale, codes, scale, global_scale, group_sizes = make(rng, sizes, n, k, gated=gated)
+    f = grouped.gate_up if gated else grouped.matmul
+    kernel, = aot.compile(lambda *a: f(*a, use=use), *structs(len(x), experts, n, k, gated=gated))
+    operand, _, packed, scale, _, _ = map(np.asarray, arguments(*case))
+    rows, layout = use.warpgroups * 64 // halves, grouped._layout(use, k, halves, experts)
+    words = packed.reshape(experts * halves, n, k // 2).view(np.int32)
+    scales = scale.view(np.uint8).reshape(experts * halves, n, k // 16).view(np.int32)
+    maps = [ptx_hopper.TensorMap(scales.reshape(-1), (256,), False) if k % 256 else
+            ptx_hopper.TensorMap(scales, (layout.scale_row // 4, rows, 1), layout.scale_row == 128)]
+    maps += [ptx_hopper.TensorMap(words, (32, rows, 1), True)]
+    maps += [ptx_hopper.TensorMap(operand, (64, t), True) for t in use.tiles]
+    out = np.full((len(x), n), np.nan, ml_dtypes.bfloat16)
+    factor = global_scale * np.float32(mosaic.DECODE_FACTOR)
+    layer = [np.zeros(1, np.int32)] if k % 256 else []  # elsewhere nothing depends on the number of the only layer
+    buffers = {"ld.global.nc.f32": [row_scale], "ld.global.nc.b32": [group_sizes], "ld.global.b32": [*layer, factor],
+               "st.global": [out]}
+    ptx_hopper.run(kernel.ptx, buffers, maps, grid=use.sms * use.per_sm, threads=(use.warpgroups + 1) * 128,
+                   shared=mosaic.SHARED_MEMORY, seed=int(rng.integers(2**31)))
+    check(out, *oracle(*case, gated=gated))
+    assert np.isnan(out[sum(sizes):].astype(np.float32)).all()  # nothing is written past the groups
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------
