@@ -83,18 +83,9 @@ def quantize_weight(w, spec: Spec) -> NVFP4Array:
 def matmul(x, w: NVFP4Array, bias, spec: Spec, scaling: Scaling) -> jax.Array:
     x, scaling, lead = _flat(x, spec, scaling)
     rows, row_scale = operand(x, spec, scaling)
-    outside = bias is not None and w.layer is not None  # the kernel would want a stack of biases too
     y = dense_hopper.matmul(
-        rows,
-        row_scale,
-        w.packed,
-        w.scale,
-        _global_scale(w, 0),
-        bias=None if outside else bias,
-        out_dtype=jnp.float32 if outside else spec.out_dtype,
-        layer=w.layer,
+        rows, row_scale, w.packed, w.scale, _global_scale(w, 0), bias=bias, out_dtype=spec.out_dtype, layer=w.layer
     )
-    y = (y + bias.astype(jnp.float32)[None]).astype(spec.out_dtype) if outside else y
     return y.reshape(*lead, y.shape[-1])
 
 
