@@ -105,7 +105,7 @@ NARROW, SPLIT, WIDE = dense_hopper._narrow, dense_hopper._split, dense_hopper._w
     (192, 768, 8, (WIDE, dict(slices=1, wgs=1, tokens=8, paired=False))),
     (128, 5120, 16, (WIDE, dict(slices=1, wgs=2, tokens=8, paired=False))),  # several blocks of scales, tiles of tokens
     (128, 1280, 48, (WIDE, dict(slices=2, wgs=2, tokens=48, paired=False))),  # slices of 3 and 2 steps, scales with each step
-], ids=str)
+], ids=lambda v: "-".join([v[0].__name__, *map(str, v[1].values())]) if isinstance(v, tuple) else str(v))
 def test_interpreted(n, k, m, plan, capfd):
     rng = np.random.default_rng(n + k + m)
     packed, scale, dequantized = weights(rng, n, k)
