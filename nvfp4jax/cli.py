@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -153,12 +153,13 @@ def rollout(
             print(f"[{i // num_samples}.{i % num_samples}] " + (",".join(map(str, new)) if text is None else text))
 
 
-def _grouped(names: Sequence[str]) -> dict[str, list[str]]:
-    """Names that differ in layer and expert numbers alone, under one pattern."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(re.sub(r"(?<=[./])\d+(?=[./]|$)", "*", name), []).append(name)
-    return groups
+def _grouped(leaves: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """(pattern, names): leaves of one shape and dtype whose names differ in layer and expert numbers alone."""
+    groups: dict[tuple, list[str]] = {}
+    for name, leaf in leaves.items():
+        pattern = re.sub(r"(?<=[./])\d+(?=[./]|$)", "*", name)
+        groups.setdefault((pattern, tuple(leaf.shape), str(leaf.dtype)), []).append(name)
+    return ((pattern, names) for (pattern, *_), names in groups.items())
 
 
 def _range(values: Sequence[float]) -> str:
@@ -199,8 +200,7 @@ def _inspect_huggingface(directory: Path) -> None:
     print(f"{directory}: Hugging Face, {' '.join(map(str, checkpoint.config.get('architectures') or ['?']))}, quantization: {described}")
     rows, elements = [], 0
     scales = (".weight_scale", ".weight_scale_2", ".weight_global_scale", ".input_scale", ".input_global_scale", ".weight_scale_inv")
-    weights = [name for name in tensors if not name.endswith(scales)]
-    for pattern, names in _grouped(weights).items():
+    for pattern, names in _grouped({name: info for name, info in tensors.items() if not name.endswith(scales)}):
         info = tensors[names[0]]
         module = names[0].removesuffix(".weight").removesuffix(".weight_packed")
         modules = [name.removesuffix(".weight").removesuffix(".weight_packed") for name in names]
@@ -242,8 +242,7 @@ def _inspect_orbax(directory: Path) -> None:
     scales = orbax.restore_leaves(directory, {name: leaf for name, leaf in shapes.items() if name.endswith(suffixes)}, subset=True)
     values = {name: np.asarray(value).reshape(-1).tolist() for name, value in scales.items()}
     rows, elements = [], 0
-    weights = [name for name in shapes if not name.endswith((*suffixes, "_scale"))]
-    for pattern, names in _grouped(weights).items():
+    for pattern, names in _grouped({name: leaf for name, leaf in shapes.items() if not name.endswith((*suffixes, "_scale"))}):
         leaf = shapes[names[0]]
         packed = leaf.dtype == np.uint8
         parts = [f"{name}{suffix}" for name in names for suffix in ("_scale", "_global_scale", "_input_scale") if f"{name}{suffix}" in shapes]

@@ -47,6 +47,12 @@ def test_inspect_orbax(run, quantized):
     assert f"{3 * 8 * 2 * 64 * (64 + 8) + 3 * 8 * 4:,}" in text  # codes, block scales and global scales of gate_up
 
 
+def test_inspect_tells_layers_of_two_formats_apart(run, tmp_path):
+    run("quantize", "--model-dir", MOE / "bf16", "--save-dir", tmp_path / "q", "--keep-first-n", 1)
+    rows = [line.split()[1:3] for line in run("inspect", tmp_path / "q").splitlines() if line.startswith("layers/*/self_attn/k_proj/kernel")]
+    assert sorted(rows) == [["1", "bfloat16"], ["3", "nvfp4"]]
+
+
 @pytest.mark.parametrize("form", ["bf16", "modelopt-nvfp4", "compressed-tensors-nvfp4"])
 def test_inspect_hugging_face(run, form):
     text = run("inspect", MOE / form)
