@@ -42,7 +42,7 @@ def quantize_weight(w: Float[Array, "... N K"], four_over_six: str | None, name:
     """`ops.quantize_weight` compiled, shapes only for an abstract w; errors name the layer."""
     nvfp4_array.check_k(w.shape[-1], name, w.shape)
     if _is_abstract(w):
-        return jax.eval_shape(lambda w: ops.quantize_weight(w, four_over_six=four_over_six), w)
+        return jax.eval_shape(lambda w: _quantize_weight(w, four_over_six=four_over_six), w)  # traced once a shape
     if not isinstance(w, jax.core.Tracer) and not bool(_all_finite(w)):
         raise ValueError(f"{name}: the weight of shape {tuple(w.shape)} holds NaN or infinity; NVFP4 would spread it over whole rows")
     return _quantize_weight(w, four_over_six=four_over_six)  # no name: layers of one shape share a program
