@@ -18,7 +18,7 @@ class NVFP4Array:
 
     packed: u8 [..., K/2], two E2M1 codes a byte, the first in the low nibble.
     scale: float8_e4m3fn [..., K/16].
-    global_scale: f32 [] or broadcastable to x, e.g. [..., 1] for one a row, [E, 1, 1] for one an expert.
+    global_scale: f32 [], [..., 1] for one a row, or with fewer axes, those of the leading axes: [E] or [E, 1, 1] for one an expert.
     layer: None, or an i32 scalar: the array is entry `layer` of a stack, and packed, scale and global_scale hold the whole
         stack in a leading axis. A kernel reads its layer in place; nothing is copied in front of it.
     """
@@ -47,6 +47,11 @@ class NVFP4Array:
         )
 
     @property
+    def aligned_global_scale(self) -> Float[Array, "..."]:
+        """The global scale with as many axes as packed has, those of length 1 appended."""
+        return self.global_scale.reshape(*self.global_scale.shape, *(1,) * (self.packed.ndim - self.global_scale.ndim))
+
+    @property
     def qvalue(self) -> Array:
         """The codes as float4_e2m1fn [..., K]."""
         return numerics.decode_e2m1(numerics.unpack(self.select().packed)).astype(jnp.float4_e2m1fn)
@@ -54,7 +59,7 @@ class NVFP4Array:
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "... K"]:
         """(qvalue * scale) * global_scale in float32, rounded to dtype."""
         array = self.select()
-        return (array.dequantize_blocks(jnp.float32) * _over_k(array.global_scale, array.ndim)).astype(dtype)
+        return (array.dequantize_blocks(jnp.float32) * array.aligned_global_scale).astype(dtype)
 
     def dequantize_blocks(self, dtype: DTypeLike = jnp.bfloat16) -> Float[Array, "... K"]:
         """qvalue * scale, without the global scale: exact in bfloat16."""
@@ -76,10 +81,6 @@ def _unflatten(_, leaves):
 jax.tree_util.register_pytree_with_keys(
     NVFP4Array, lambda a: ([(jax.tree_util.GetAttrKey(n), getattr(a, n)) for n in _FIELDS], None), _unflatten
 )
-
-
-def _over_k(global_scale: jax.Array, rank: int) -> jax.Array:
-    return global_scale.reshape((1,) * (rank - global_scale.ndim) + global_scale.shape)
 
 
 def check_k(k: int, what: str, shape: tuple[int, ...]) -> None:

@@ -191,8 +191,7 @@ def _swiglu_fwd(spec, x, w, group_sizes, scaling):
 
 def _swiglu_bwd(spec, saved, dy):
     x, w, group_sizes, scaling = saved
-    quantized = _quantized_swiglu_weight(w, spec).select()
-    flat = NVFP4Array(ops_xla.merge_halves(quantized.packed, None), ops_xla.merge_halves(quantized.scale, None), ops_xla.flat_scale(quantized))
+    flat = ops_xla.merge_halves(_quantized_swiglu_weight(w, spec))
     wide = dataclasses.replace(spec, out_dtype=jnp.dtype(jnp.float32))
     both = ops_xla.grouped_matmul(x, flat, group_sizes, wide, scaling)
     _, silu_vjp = jax.vjp(lambda both: jax.nn.silu(both[:, : both.shape[1] // 2]) * both[:, both.shape[1] // 2 :], both)

@@ -53,18 +53,12 @@ def _flat(x, spec: Spec, scaling: Scaling) -> tuple:
 
 
 def _global_scale(w: NVFP4Array, axes: int) -> jax.Array:
-    """The global scales without their axes of length 1: [(L)] or [(L), E]."""
+    """The global scales of a weight with `axes` leading axes of experts: f32 [(L)] or [(L), E]."""
     lead = w.packed.shape[: axes + (w.layer is not None)]
-    if w.global_scale.size != max(1, _size(lead)):
-        raise NotImplementedError(f"global scales of shape {w.global_scale.shape} for a weight of shape {w.shape}")
-    return w.global_scale.reshape(lead)
-
-
-def _size(shape) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
+    scale = w.aligned_global_scale
+    if any(size > 1 for size in scale.shape[len(lead) :]):
+        raise NotImplementedError(f"global scales of shape {w.global_scale.shape} for a weight of shape {w.shape}: one a matrix is supported")
+    return jnp.broadcast_to(scale.reshape(scale.shape[: len(lead)]), lead)
 
 
 def quantize(x, amax, valid, spec: Spec) -> NVFP4Array:

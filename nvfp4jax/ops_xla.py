@@ -97,7 +97,7 @@ def scaled(acc: Array, *scales: Array | None) -> Array:
 def matmul(x, w: NVFP4Array, bias, spec: Spec, scaling: Scaling) -> Array:
     operand, row_scale = quantize_activation(x, spec, scaling)
     w = w.select()
-    acc = scaled(dot(operand, w.dequantize_blocks()), row_scale, w.global_scale)
+    acc = scaled(dot(operand, w.dequantize_blocks()), row_scale, w.aligned_global_scale.reshape(-1))
     if bias is not None:
         acc = acc + bias.astype(jnp.float32).reshape((1,) * (acc.ndim - 1) + bias.shape)
     return acc.astype(spec.out_dtype)
@@ -132,18 +132,14 @@ def grouped(operand: Array, group_sizes: Array, out: int, weight_of: Callable[[A
 
 
 def one_expert(w: NVFP4Array, e: Array) -> NVFP4Array:
-    """Expert e of [E, N, K] with its global scale as f32 []."""
-    if w.layer is not None:
-        stack = [lax.dynamic_slice(v, (w.layer, e) + (0,) * (v.ndim - 2), (1, 1, *v.shape[2:]))[0, 0] for v in _leaves(w)]
-    else:
-        stack = [lax.dynamic_index_in_dim(v, e, keepdims=False) for v in _leaves(w)]
-    return NVFP4Array(stack[0], stack[1], stack[2].reshape(()))
-
-
-def _leaves(w: NVFP4Array) -> tuple[Array, Array, Array]:
-    e = 1 if w.layer is not None else 0
-    lead = w.packed.shape[: e + 1]
-    return w.packed, w.scale, jnp.broadcast_to(w.global_scale.reshape(*w.global_scale.shape[: e + 1], 1), (*lead, 1))
+    """Expert e of [E, N, K]; its global scale is f32 [1, 1], or [N, 1] where each row has its own."""
+    stacked = w.layer is not None
+    scale = w.aligned_global_scale
+    experts = w.packed.shape[: 1 + stacked]
+    leaves = w.packed, w.scale, jnp.broadcast_to(scale, (*experts, *scale.shape[len(experts) :]))
+    if not stacked:
+        return NVFP4Array(*(lax.dynamic_index_in_dim(v, e, keepdims=False) for v in leaves))
+    return NVFP4Array(*(lax.dynamic_slice(v, (w.layer, e, 0, 0), (1, 1, *v.shape[2:]))[0, 0] for v in leaves))
 
 
 def grouped_matmul(x, w: NVFP4Array, group_sizes, spec: Spec, scaling: Scaling) -> Array:
@@ -151,30 +147,25 @@ def grouped_matmul(x, w: NVFP4Array, group_sizes, spec: Spec, scaling: Scaling) 
 
     def weight_of(e):
         weight = one_expert(w, e)
-        return weight.dequantize_blocks(), weight.global_scale
+        return weight.dequantize_blocks(), weight.global_scale.reshape(-1)
 
     return scaled(grouped(operand, group_sizes, w.shape[1], weight_of), row_scale).astype(spec.out_dtype)
 
 
 def grouped_swiglu(x, w: NVFP4Array, group_sizes, spec: Spec, scaling: Scaling) -> Array:
     """w [E, 2, I, K], gate first -> silu(x gate^T) * (x up^T), in float32 until the last rounding."""
-    flat = dataclasses.replace(
-        w, packed=merge_halves(w.packed, w.layer), scale=merge_halves(w.scale, w.layer), global_scale=flat_scale(w)
-    )
-    both = grouped_matmul(x, flat, group_sizes, dataclasses.replace(spec, out_dtype=jnp.dtype(jnp.float32)), scaling)
-    gate, up = jnp.split(both, 2, -1)
+    wide = dataclasses.replace(spec, out_dtype=jnp.dtype(jnp.float32))
+    gate, up = jnp.split(grouped_matmul(x, merge_halves(w), group_sizes, wide, scaling), 2, -1)
     return (jax.nn.silu(gate) * up).astype(spec.out_dtype)
 
 
-def merge_halves(v: Array, layer) -> Array:
-    lead = 1 if layer is None else 2
-    return v.reshape(*v.shape[:lead], 2 * v.shape[lead + 1], v.shape[-1])
-
-
-def flat_scale(w: NVFP4Array) -> Array:
-    """The one global scale of an expert's gate and up: [E, 1, 1] or [L, E, 1, 1] from any number of trailing ones."""
-    lead = w.packed.shape[: 1 if w.layer is None else 2]
-    return w.global_scale.reshape(*lead, 1, 1)
+def merge_halves(w: NVFP4Array) -> NVFP4Array:
+    """[E, 2, I, K] -> [E, 2 I, K]."""
+    flat = lambda v: v.reshape(*v.shape[:-3], v.shape[-3] * v.shape[-2], v.shape[-1])  # noqa: E731
+    scale = w.aligned_global_scale
+    if scale.shape[-3:] != (1, 1, 1):
+        scale = jnp.broadcast_to(scale, (*scale.shape[:-3], *w.packed.shape[-3:-1], 1))
+    return NVFP4Array(flat(w.packed), flat(w.scale), flat(scale), w.layer)
 
 
 def quantize(x, amax, valid, spec: Spec) -> NVFP4Array:

@@ -71,6 +71,23 @@ def test_every_code_and_scale_pair():
     np.testing.assert_array_equal(nvfp4jax.matmul(jnp.eye(16), w, scaling=None).T, decode(w))
 
 
+@pytest.mark.parametrize("scaling", ["tensor", "token"])
+def test_weights_quantized_like_activations(key, scaling):
+    """A weight from `quantize`: one global scale for all of it, or one for each of its rows."""
+    x, sizes = jax.random.normal(key, (9, 64)), jnp.array([2, 0, 7], jnp.int32)
+    loud = jnp.exp(jax.random.normal(key, (3, 2, 16, 1)))
+    w = nvfp4jax.quantize(jax.random.normal(key, (3, 2, 16, 64)) * loud, scaling=scaling)
+    halves = [nvfp4jax.quantize(jax.random.normal(key, (3, 16, 64)) * loud[:, i], scaling=scaling) for i in (0, 1)]
+    a, ids = np.asarray(x, np.float64), [0] * 2 + [2] * 7
+    y = nvfp4jax.grouped_matmul(x, halves[0], sizes, scaling=None)
+    for i, e in enumerate(ids):
+        check(y[i : i + 1], a[i : i + 1], decode(halves[0])[e])
+    one = jax.tree.map(lambda v: v if v.ndim == 0 else v[1], halves[1])
+    check(nvfp4jax.matmul(x, one, scaling=None), a, decode(one))
+    gate, up = (np.stack([decode(w)[e, h] @ a[i] for i, e in enumerate(ids)]) for h in (0, 1))
+    np.testing.assert_allclose(nvfp4jax.grouped_swiglu(x, w, sizes, scaling=None), gate / (1 + np.exp(-gate)) * up, rtol=1e-4, atol=1e-3)
+
+
 def groups(rng, m, e):
     """Group sizes of every kind that sum to m or less."""
     yield np.bincount(rng.integers(0, e, m), minlength=e)
