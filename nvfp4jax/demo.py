@@ -26,7 +26,6 @@ from nvfp4jax.rollout import rollout as jitted_rollout
 from nvfp4jax.swap import quantized_layers
 
 console = Console(width=110, highlight=False)
-EXPERT_MODES = ("expert",)
 
 
 def relative(a, b) -> float:
@@ -155,7 +154,7 @@ def main(
         table.add_row(weights, activations, f"{relative(logits, exact):.4f}", f"{(tokens == greedy).mean():.0%}")
 
     row("bfloat16", "bfloat16", half)
-    for activation in (None, "tensor", "tensor_pow2", "token", *(EXPERT_MODES if experts else ())):
+    for activation in (None, "tensor", "tensor_pow2", "token", *(["expert"] if experts else [])):
         rules = [r if r.skip else Rule(r".*/experts", activation=activation) for r in rules] if activation == "expert" else [
             r if r.skip else Rule(".*", activation=activation) for r in rules
         ]
