@@ -38,10 +38,6 @@ def _f32(value: float) -> str:
     return f"0f{bits:08X}"
 
 
-def _list(first: int, count: int) -> str:
-    return ",".join(f"${i}" for i in range(first, first + count))
-
-
 # --- inline PTX: every register is an untyped i32 --------------------------------------------------------------------
 
 # A pair of bf16 with -0 made +0: adding +0 does, where a product with 1 would not.

@@ -142,13 +142,17 @@ def _grouped_fwd(spec, x, w, group_sizes, scaling):
 
 def _grouped_bwd(spec, saved, dy):
     x, w, group_sizes, scaling = saved
-    dy = dy.astype(jnp.float32)
-    quantized = _quantized_weight(w, spec)
+    return _grouped_cotangents(spec, x, w, _quantized_weight(w, spec), group_sizes, scaling, dy.astype(jnp.float32))
+
+
+def _grouped_cotangents(spec, x, w, quantized: NVFP4Array, group_sizes, scaling, dy: Array) -> tuple:
+    """Of x, w, group_sizes and scaling, for f32 dy [M, N]; quantized: w as [E, N, K]."""
     dx = _no_cotangent(x) if isinstance(x, NVFP4Array) else _grouped_dx(dy, quantized, group_sizes).astype(x.dtype)
     if isinstance(w, NVFP4Array):
         dw = _no_cotangent(w)
     else:
-        dw = _grouped_dw(dy, _decoded_activation(x, spec, scaling, group_sizes), group_sizes).astype(w.dtype)
+        rows = _decoded_activation(x, spec, scaling, group_sizes)
+        dw = _grouped_dw(dy, rows, group_sizes).reshape(w.shape).astype(w.dtype)
     return dx, dw, _no_cotangent(group_sizes), _no_cotangent(scaling)
 
 
@@ -196,13 +200,7 @@ def _swiglu_bwd(spec, saved, dy):
     both = ops_xla.grouped_matmul(x, flat, group_sizes, wide, scaling)
     _, silu_vjp = jax.vjp(lambda both: jax.nn.silu(both[:, : both.shape[1] // 2]) * both[:, both.shape[1] // 2 :], both)
     (dboth,) = silu_vjp(dy.astype(jnp.float32))
-    dx = _no_cotangent(x) if isinstance(x, NVFP4Array) else _grouped_dx(dboth, flat, group_sizes).astype(x.dtype)
-    if isinstance(w, NVFP4Array):
-        dw = _no_cotangent(w)
-    else:
-        rows = _decoded_activation(x, spec, scaling, group_sizes)
-        dw = _grouped_dw(dboth, rows, group_sizes).reshape(w.shape).astype(w.dtype)
-    return dx, dw, _no_cotangent(group_sizes), _no_cotangent(scaling)
+    return _grouped_cotangents(spec, x, w, flat, group_sizes, scaling, dboth)
 
 
 _grouped_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
