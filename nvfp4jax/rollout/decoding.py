@@ -3,14 +3,14 @@
     prefill(graphdef, params, prompt, ...) -> DecodeState   the prompts run once, their caches repeated for each sample
     decode(graphdef, params, state, ...)   -> DecodeState   tokens until a limit or until all have stopped
 
-`rollout` is both in one program. An engine that swaps weights between steps calls `decode` in chunks, with other params
-of the same shapes: nothing is traced again.
+`rollout` is both in one program. `generate(weights=...)` runs them as two and swaps weights between chunks of `decode`:
+params of the same shapes, so nothing is traced again.
 """
 
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,8 @@ class Rollout:
     experts: None, or i32 [L_moe, B * num_samples, max_new_tokens, k], the experts that each new token was routed to as
         the model read it: -1 where it never did (a row's last token, and after the end).
     prompt_experts: None, or i32 [L_moe, B, T, k], those of the prompts' tokens, -1 at padding.
+    weight_versions: None, or i32 like tokens, the step of the weights that made the logits each token was sampled from,
+        -1 after the end.
     """
 
     tokens: Int[Array, "R N"]
@@ -43,6 +45,17 @@ class Rollout:
     logprobs: Float[Array, "R N"]
     experts: Int[Array, "L R N k"] | None = None
     prompt_experts: Int[Array, "L B T k"] | None = None
+    weight_versions: Int[Array, "R N"] | None = None
+
+
+@runtime_checkable
+class WeightSource(Protocol):
+    """Where `generate` looks for newer weights; `checkpoint.reload.Reader` is one."""
+
+    active_step: int  # the step of the weights that the model holds
+
+    def take(self) -> Any:
+        """At once: None, or newer weights, `.state` (tree, shapes, dtypes and shardings of the model's) and their `.step`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +221,45 @@ def rollout(
     return dataclasses.replace(state, cache=None)
 
 
+_prefill = jax.jit(prefill, static_argnames=("graphdef", "settings"))
+_decode = jax.jit(decode, static_argnames=("graphdef", "settings"), donate_argnames="state")
+
+
+def _swapping_rollout(
+    model: nnx.Module,
+    weights: WeightSource,
+    swap_every: int,
+    prompt: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    key: jax.Array,
+    limit: int,
+    controls: Controls,
+    settings: Settings,
+) -> tuple[DecodeState, np.ndarray]:
+    """`rollout` in chunks of `swap_every` tokens, newer weights between them; and the version of each step, i32 [limit]."""
+    graphdef, params = nnx.split(model)
+    structure, params = jax.tree.structure(params), jax.tree.map(_committed, params)
+    versions = np.full(limit, weights.active_step, np.int32)
+    keys = row_keys(key, prompt.shape[0], settings.num_samples)
+    state = None
+    for start in [0, *range(1, limit, swap_every)]:
+        new = weights.take()
+        if new is not None:
+            if jax.tree.structure(new.state) != structure:
+                raise ValueError(f"weights: the state of step {new.step} has another tree than the model's")
+            nnx.update(model, new.state)
+            params = jax.tree.map(_committed, new.state)
+            versions[start:] = new.step
+        if state is None:
+            state = _prefill(graphdef, params, prompt, mask, keys, controls, settings)
+        else:
+            end = jnp.int32(min(start + swap_every, limit))
+            state = _decode(graphdef, params, state, end, controls, settings)
+        if np.asarray(state.done).all():  # waits for the chunk
+            break
+    return dataclasses.replace(state, cache=None), versions
+
+
 def bucket(length: int) -> int:
     """length rounded up to a multiple of 16, or of an eighth of its power of two: few programs, little waste."""
     step = max(16, 1 << max(0, length.bit_length() - 4))
@@ -230,6 +282,8 @@ def generate(
     return_experts: bool = False,
     cache_length: int | None = None,
     cache_dtype: DTypeLike | None = None,
+    weights: WeightSource | None = None,
+    swap_every: int = 16,
 ) -> Rollout:
     """Samples `num_samples` continuations of each prompt.
 
@@ -243,12 +297,16 @@ def generate(
     stop_tokens: a row ends with the first of them it draws. pad_id: fills what follows.
     cache_length: slots of the KV cache, at least T + max_new_tokens; without it, T and max_new_tokens are rounded up
         (see `bucket`), so that near lengths share a program. cache_dtype: the model's where it is None.
+    weights: a `checkpoint.reload.Reader` of this model, or the like. It is asked for newer weights before the prompts and
+        then at most every `swap_every` tokens, and never waited for. Weights that it hands over serve from the next
+        token on and stay in `model`; `weight_versions` tells them apart. Rows in flight go on with the keys and values
+        that older weights made of the tokens before (the usual in-flight update of reinforcement learning).
 
     ValueError, naming the argument, for what does not fit.
     """
     ids, mask = _check_prompts(model, input_ids, attention_mask)
     batch, length = ids.shape
-    for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
+    for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples), ("swap_every", swap_every)):
         if value < 1:
             raise ValueError(f"{name}={value}: at least 1")
     if not temperature >= 0:
@@ -289,11 +347,18 @@ def generate(
         key = jax.random.key(0)  # greedy: drawn from by nobody
     elif not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
-    graphdef, params = nnx.split(model)
-    params = jax.tree.map(_committed, params)
-    state = rollout(
-        graphdef, params, jnp.asarray(ids), jnp.asarray(mask), key, jnp.int32(max_new_tokens), controls, settings
-    )
+    prompt, valid = jnp.asarray(ids), jnp.asarray(mask)
+    versions = None
+    if weights is None:
+        graphdef, params = nnx.split(model)
+        params = jax.tree.map(_committed, params)
+        state = rollout(graphdef, params, prompt, valid, key, jnp.int32(max_new_tokens), controls, settings)
+    else:
+        state, of_step = _swapping_rollout(
+            model, weights, swap_every, prompt, valid, key, max_new_tokens, controls, settings
+        )
+        sampled = np.arange(max_new_tokens) < np.asarray(state.lengths)[:, None]
+        versions = jnp.asarray(np.where(sampled, of_step, np.int32(-1)))
     prompt_experts = state.prompt_experts
     if return_experts:
         back = jnp.asarray(np.argsort(order, axis=1, kind="stable"))
@@ -304,6 +369,7 @@ def generate(
         state.logprobs[:, :max_new_tokens],
         state.experts[:, :, :max_new_tokens] if return_experts else None,
         prompt_experts,
+        versions,
     )
 
 

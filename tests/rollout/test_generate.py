@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import logging
+import types
 
 import jax
 import jax.numpy as jnp
@@ -340,6 +342,7 @@ def test_new_weights_never_retrace(monkeypatch):
     [
         (dict(max_new_tokens=0), "max_new_tokens=0"),
         (dict(num_samples=0), "num_samples=0"),
+        (dict(swap_every=0), "swap_every=0"),
         (dict(temperature=-1.0), "temperature=-1.0"),
         (dict(temperature=float("nan")), "temperature=nan"),
         (dict(temperature=1.0), "key is None"),
@@ -384,3 +387,143 @@ def test_raw_keys_and_masks_of_pads():
         model, np.where(mask == 1, ids, -100), mask, max_new_tokens=16, temperature=1.0, key=jax.random.key_data(key)
     )
     assert_equal(typed, raw)
+
+
+class Scripted:
+    """Weights that turn up at the n-th look, as a Reader's would: {look: (step, state)}."""
+
+    def __init__(self, arrivals: dict, active_step: int = 3):
+        self.arrivals, self.active_step, self.looks = arrivals, active_step, 0
+
+    def take(self):
+        self.looks += 1
+        if self.looks not in self.arrivals:
+            return None
+        self.active_step, state = self.arrivals[self.looks]
+        return types.SimpleNamespace(step=self.active_step, state=state)
+
+
+def shifted(state: nnx.State, by: float) -> nnx.State:
+    return jax.tree.map(lambda x: x * jnp.asarray(1 + by, x.dtype), state)
+
+
+def one_by_one(model, states, ids, mask, new_tokens, *, key, temperature, stop):
+    """The oracle: the model called once a token on a batch without padding slots, weights states[n] for the n-th token,
+    all bookkeeping in numpy. One sample a prompt; every prompt as long as the others."""
+    graphdef, _ = nnx.split(model)
+    assert mask.all()
+    rows, length = ids.shape
+
+    @jax.jit
+    def call(state, tokens, positions, cache, key_mask):
+        return nnx.merge(graphdef, state)(tokens, positions, cache, key_mask)
+
+    cache = model.init_cache(rows, length + new_tokens, None)
+    key_mask = np.arange(length + new_tokens)[None] < np.full((rows, 1), length)
+    read = jnp.asarray(ids, jnp.int32)
+    positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), (rows, 1))
+    keys = rollout.row_keys(key, rows, 1)
+    tokens, logprobs = np.zeros((rows, new_tokens), int), np.zeros((rows, new_tokens))
+    lengths, alive = np.zeros(rows, int), np.ones(rows, bool)
+    for n in range(new_tokens):
+        logits, cache = call(states[n], read, positions, cache, jnp.asarray(key_mask))
+        for row in np.flatnonzero(alive):
+            scaled = np.asarray(logits[row, -1], np.float64) / temperature
+            drawn = int(jax.random.categorical(jax.random.fold_in(keys[row], n), logits[row, -1] / temperature))
+            tokens[row, n] = drawn
+            logprobs[row, n] = scaled[drawn] - scaled.max() - np.log(np.exp(scaled - scaled.max()).sum())
+            lengths[row] += 1
+        alive &= ~np.isin(tokens[:, n], stop)
+        key_mask[:, length + n] = True
+        read = jnp.asarray(tokens[:, n : n + 1], jnp.int32)
+        positions = jnp.full((rows, 1), length + n, jnp.int32)
+    return tokens, logprobs, lengths
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_new_weights_in_flight_against_an_oracle(scan):
+    """Weights swapped twice during a rollout: each token from the weights that its version names, over the old cache."""
+    name = "qwen3-tiny"
+    ids = prompts(name)[0][:, -12:]
+    model = nnx.clone(model_of(name, scan, **loading.REFERENCE_RUN))
+    first = nnx.state(nnx.clone(model))
+    second, third = shifted(first, 0.2), shifted(first, -0.15)
+    common = dict(key=jax.random.key(8), temperature=0.8)
+    states = [first] * 5 + [second] * 4 + [third] * 3  # looks 1, 2, 3...: before tokens 0, 1, 5, 9
+    free = one_by_one(model, states, ids, np.ones_like(ids), 12, stop=(), **common)[0]
+    stop = (int(free[1, 6]),)
+    tokens, logprobs, lengths = one_by_one(model, states, ids, np.ones_like(ids), 12, stop=stop, **common)
+    source = Scripted({3: (5, second), 4: (9, third)})
+    out = generate(model, ids, max_new_tokens=12, stop_tokens=stop, pad_id=7, weights=source, swap_every=4, **common)
+    np.testing.assert_array_equal(out.lengths, lengths)
+    assert lengths[1] < 12 and lengths.max() == 12
+    versions = np.asarray([3] * 5 + [5] * 4 + [9] * 3)
+    for row, n in enumerate(lengths):
+        np.testing.assert_array_equal(out.tokens[row, :n], tokens[row, :n])
+        np.testing.assert_allclose(out.logprobs[row, :n], logprobs[row, :n], atol=2e-5)
+        np.testing.assert_array_equal(out.weight_versions[row], np.where(np.arange(12) < n, versions, -1))
+    assert out.weight_versions.dtype == jnp.int32 and (np.asarray(out.tokens)[1, lengths[1] :] == 7).all()
+    # The swaps matter, and the newest weights stay in the model.
+    stale = generate(model_of(name, scan, **loading.REFERENCE_RUN), ids, max_new_tokens=12, **common)
+    assert (np.asarray(stale.tokens)[:, :5] == free[:, :5]).all() and (np.asarray(stale.tokens) != free).any()
+    for a, b in zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(third), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chunks_with_nothing_to_swap_are_the_undivided_rollout(name):
+    """Whatever the chunks, the bits of one rollout; the versions name the weights that served; padding has none."""
+    ids, mask = prompts(name)
+    model = nvfp4jax.quantize_model(model_of(name, True), nvfp4jax.Rule(r"layers/.*", activation="tensor"))
+    common = dict(
+        max_new_tokens=11, temperature=1.0, num_samples=2, key=jax.random.key(2), return_experts="moe" in name
+    )
+    free = generate(model, ids, mask, **common)
+    assert free.weight_versions is None
+    common["stop_tokens"] = (int(free.tokens[0, 5]), int(free.tokens[3, 2]))
+    whole = generate(model, ids, mask, **common)
+    for swap_every in (1, 4, 100):
+        source = Scripted({})
+        out = generate(model, ids, mask, weights=source, swap_every=swap_every, **common)
+        for field in ("tokens", "lengths", "logprobs", "experts", "prompt_experts"):
+            a, b = getattr(whole, field), getattr(out, field)
+            assert (a is None) == (b is None) and (a is None or np.asarray(a).tobytes() == np.asarray(b).tobytes()), field
+        expected = np.where(np.arange(11) < np.asarray(whole.lengths)[:, None], 3, -1)
+        np.testing.assert_array_equal(out.weight_versions, expected)
+        longest = int(max(whole.lengths))
+        assert source.looks == min(1 + -(-10 // swap_every), 1 + max(1, -(-(longest - 1) // swap_every)))
+
+
+def test_swaps_in_flight_compile_nothing():
+    """Two programs, a prefill and a chunk, for any weights, limit and length of a chunk."""
+    name = "qwen3-tiny"
+    ids, mask = prompts(name)
+    model = nvfp4jax.quantize_model(model_of(name, True), nvfp4jax.Rule(r"layers/.*"))
+    state = nnx.state(nnx.clone(model))
+    made = jax.jit(lambda: shifted(nnx.state(model_of(name, True)), 0.1))()
+    made = nvfp4jax.quantize_params(made, model)  # not committed to a device
+    put = jax.device_put(made, jax.devices()[0])  # committed, as restored ones are
+    generate(model, ids, mask, max_new_tokens=10, weights=Scripted({}), swap_every=3)
+    sizes = decoding._prefill._cache_size(), decoding._decode._cache_size()
+    before = decoding.rollout._cache_size()
+    compiled = []
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.getLogger("jax._src.dispatch"), "propagate", False)
+        handler = logging.Handler()
+        handler.emit = lambda record: compiled.append(record.getMessage())
+        logging.getLogger("jax._src.dispatch").addHandler(handler)
+        for new_tokens, swap_every in ((10, 3), (16, 5), (12, 1)):
+            source = Scripted({2: (4, made), 3: (5, put), 4: (6, state)})
+            out = generate(model, ids, mask, max_new_tokens=new_tokens, weights=source, swap_every=swap_every)
+            assert len(set(np.asarray(out.weight_versions).reshape(-1).tolist())) == 4
+        logging.getLogger("jax._src.dispatch").removeHandler(handler)
+    assert (decoding._prefill._cache_size(), decoding._decode._cache_size()) == sizes
+    assert decoding.rollout._cache_size() == before
+    assert not [line for line in compiled if "decode" in line or "prefill" in line]
+
+
+def test_weights_of_another_tree_are_refused():
+    name = "qwen3-tiny"
+    model = model_of(name)
+    with pytest.raises(ValueError, match="weights: the state of step 8 has another tree"):
+        generate(model, *prompts(name), max_new_tokens=2, weights=Scripted({1: (8, nnx.State({}))}))
