@@ -191,7 +191,7 @@ def _scale_words(rows, scale_row, k):
 
 def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, interpret=False):
     """layer i32 [1], w i32 [L, E * halves, N, K/8], s i32 [L, E * halves, N, K/64] (flat where K % 256), x bf16 [M,
-    K], row_scale f32 [M, 1], sizes i32 [E] (rows of each expert), factor f32 [E] (global scale times DECODE_FACTOR) ->
+    K], row_scale f32 [M, 1] (row_scaled) or [1, 1], sizes i32 [E] (rows of each expert), global_scale f32 [L, E] ->
     [M, N]; halves is 2 where gate and up lie behind each other (gated), else 1."""
     halves = 2 if gated else 1
     r = _layout(c, k, halves, experts)
@@ -205,7 +205,7 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
     consumer_registers, producer_registers = mosaic.register_budget(wgs, per_sm=c.per_sm)
     grid = c.sms * c.per_sm
 
-    def kernel(layer, w, s, x, row_scale, sizes, factor, o, w_sm, s_sm, x_sm, table, w_full, w_empty, x_full,
+    def kernel(layer, w, s, x, row_scale, sizes, global_scale, o, w_sm, s_sm, x_sm, table, w_full, w_empty, x_full,
                x_empty, s_full, s_empty, planned, m_full, m_empty, a_sm=None):
         wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
 
@@ -338,13 +338,16 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                 plgpu.barrier_wait(m_full.at[m_slot])
                 e, start, rows_used, load = (table[m_slot * 4 + i] for i in range(4))
                 plgpu.barrier_arrive(m_empty.at[m_slot])
-                scale = factor[e]
+                at_layer = layer[0] if layers > 1 else 0
+                scale = global_scale[at_layer, e] * jnp.float32(mosaic.DECODE_FACTOR)
+                if not row_scaled:
+                    scale = row_scale[0, 0] * scale
 
                 def shift(h):
                     """Words by which a tile's scales lie further on than the 16 bytes that TMA started at."""
                     if not flat or n * (k // 64) % 4 == 0:
                         return jnp.int32(0)
-                    return div_rem(((layer[0] * experts + e) * halves + h) * (n * (k // 64) % 4), 4)[1]
+                    return div_rem(((at_layer * experts + e) * halves + h) * (n * (k // 64) % 4), 4)[1]
 
                 shifts = shift(0), shift(halves - 1)
 
@@ -522,11 +525,8 @@ def _run(name, operand, row_scale, packed, scale, global_scale, group_sizes, *, 
                                   f"where K ({k}) is no multiple of {STEP}")
     s = s.reshape(-1) if flat else s.reshape(layers, experts * halves, n, k // 64)
     layer = jnp.zeros(1, jnp.int32) if layer is None else layer.astype(jnp.int32).reshape(1)
-    factor = jnp.take(global_scale, layer[0], axis=0).astype(jnp.float32) * jnp.float32(mosaic.DECODE_FACTOR)
     row_scaled = row_scale.ndim == 2
-    if not row_scaled:
-        factor = row_scale.astype(jnp.float32) * factor
-        row_scale = jnp.zeros((1, 1), jnp.float32)
+    row_scale, global_scale = row_scale.astype(jnp.float32), global_scale.astype(jnp.float32)
     use = use or config(m, experts, n, k, gated=gated)
     kernel = _grouped(layers, experts, n, k, m, use, gated=gated, row_scaled=row_scaled, out_dtype=out_dtype,
                       interpret=interpret)
@@ -536,7 +536,7 @@ def _run(name, operand, row_scale, packed, scale, global_scale, group_sizes, *, 
         w = _pad(w, *w.shape[:2], wide, long // 8)
         s = jnp.pad(s, (0, rows * (k // 64) + 256)) if flat else _pad(s, *s.shape[:2], wide, -(-k // SCALE_BLOCK) * 32)
         operand = _pad(operand, m + use.tiles[-1], long)
-    out = kernel(layer, w, s, operand, row_scale.astype(jnp.float32), group_sizes.astype(jnp.int32), factor)
+    out = kernel(layer, w, s, operand, row_scale.reshape(-1, 1), group_sizes.astype(jnp.int32), global_scale)
     return out[:, :n] if interpret else out
 
 

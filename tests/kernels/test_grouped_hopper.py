@@ -237,9 +237,8 @@ def test_compiled_kernel_on_the_cpu(rng, name):
     maps += [ptx_hopper.TensorMap(words, (32, rows, 1), True)]
     maps += [ptx_hopper.TensorMap(operand, (64, t), True) for t in use.tiles]
     out = np.full((len(x), n), np.nan, ml_dtypes.bfloat16)
-    factor = global_scale * np.float32(mosaic.DECODE_FACTOR)
     layer = [np.zeros(1, np.int32)] if k % 256 else []  # elsewhere nothing depends on the number of the only layer
-    buffers = {"ld.global.nc.f32": [row_scale], "ld.global.nc.b32": [group_sizes], "ld.global.b32": [*layer, factor],
+    buffers = {"ld.global.nc.f32": [row_scale], "ld.global.nc.b32": [group_sizes], "ld.global.b32": [*layer, global_scale],
                "st.global": [out]}
     ptx_hopper.run(kernel.ptx, buffers, maps, grid=use.sms * use.per_sm, threads=(use.warpgroups + 1) * 128,
                    shared=mosaic.SHARED_MEMORY, seed=int(rng.integers(2**31)))
