@@ -28,8 +28,9 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from nvfp4jax import models
 from nvfp4jax.checkpoint import formats, huggingface
-from nvfp4jax.checkpoint.digest import digests, unhealthy
+from nvfp4jax.checkpoint.digest import check
 from nvfp4jax.checkpoint.safetensors import CheckpointError
+from nvfp4jax.layers import WEIGHTS
 from nvfp4jax.swap import Rule, path_string, quantize_model, quantized_layers
 
 FORMAT_VERSION = 1
@@ -96,10 +97,7 @@ def save(path: str | Path, state: Any, metadata: Mapping[str, Any]) -> None:
     path = Path(path).absolute()
     refuse_existing(path)
     leaves = flatten(state)
-    complaints = unhealthy(leaves)
-    if complaints:
-        raise CheckpointError(f"{path}: not saved: {complaints[0]}")
-    full = {"format_version": FORMAT_VERSION, **metadata, "digests": digests(leaves)}
+    full = {"format_version": FORMAT_VERSION, **metadata, "digests": _digests(path, leaves)}
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _writing():
@@ -108,6 +106,13 @@ def save(path: str | Path, state: Any, metadata: Mapping[str, Any]) -> None:
         for leftover in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*"):
             shutil.rmtree(leftover, ignore_errors=True)
         raise
+
+
+def _digests(path: Path, leaves: Mapping[str, Any]) -> dict[str, str]:
+    digests, complaints = check(dict(leaves))
+    if complaints:
+        raise CheckpointError(f"{path}: not saved: {complaints[0]}")
+    return digests
 
 
 def _writing() -> ocp.Context:
@@ -135,16 +140,13 @@ class PartialSave:
             shutil.rmtree(leftover)
 
     def add(self, leaves: Mapping[str, Any]) -> None:
-        complaints = unhealthy(dict(leaves))
-        if complaints:
-            raise CheckpointError(f"{self.path}: not saved: {complaints[0]}")
+        self._digests |= _digests(self.path, leaves)
         with _writing():
             ocp.partial.save(self.path, _nested(leaves))
-        self._digests |= digests(dict(leaves))
 
     def finish(self, leaves: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
         """Adds the last leaves (at least one) and the metadata; the folder appears."""
-        self._digests |= digests(dict(leaves))
+        self._digests |= _digests(self.path, leaves)
         full = {"format_version": FORMAT_VERSION, **metadata, "digests": self._digests}
         with _writing():
             ocp.partial.save(self.path, _nested(leaves), custom_metadata=full)
@@ -235,10 +237,10 @@ def restore_leaves(path: str | Path, wanted: Mapping[str, Any], *, subset: bool 
         raise CheckpointError(f"{path}: cannot be read ({failure})")
     loaded = flatten(tree)
     leaves = {name: loaded[name] for name in wanted}
-    for name, value in digests(leaves).items():
+    digests, complaints = check(leaves)
+    for name, value in digests.items():
         if value != expected[name]:
             raise CheckpointError(f"{path}: {name}: its bytes do not match the digest in the metadata: the file is damaged")
-    complaints = unhealthy(leaves)
     if complaints:
         raise CheckpointError(f"{path}: {complaints[0]}")
     return leaves
@@ -333,7 +335,7 @@ def save_model(path: str | Path, model: nnx.Module, config: Mapping[str, Any], *
     rules = rules_of(model) if rules is None else rules
     dtype = str(jnp.dtype(model.dtypes.dtype))
     full = {"recipe": recipe_id(rules), "config": dict(config), "rules": rules_to_json(rules), "dtype": dtype, **metadata}
-    save(path, nnx.state(model, nnx.Not(nnx.RngState)), full)
+    save(path, nnx.state(model, WEIGHTS), full)
 
 
 def abstract_model(path: Path, metadata: Mapping[str, Any], dtype: jnp.dtype | None = None, activation: str | None = None) -> nnx.Module:
@@ -357,11 +359,11 @@ def load_model(path: str | Path, dtype: jnp.dtype | None = None, *, activation: 
     metadata = read_metadata(path)
     stored = abstract_model(path, metadata)
     model = abstract_model(path, metadata, dtype, activation)
-    leaves = restore_leaves(path, flatten(nnx.state(stored)))
-    wanted = flatten(nnx.state(model))
+    leaves = restore_leaves(path, flatten(nnx.state(stored, WEIGHTS)))
+    wanted = flatten(nnx.state(model, WEIGHTS))
     if extra := [name for name in wanted if name not in leaves]:
         raise CheckpointError(f"{path}: {extra[0]} is not in the folder, which activation={activation!r} needs; use an online mode")
-    values = {path: leaves[path_string(path)].astype(variable.dtype) for path, variable in nnx.to_flat_state(nnx.state(model))}
+    values = {path: leaves[path_string(path)].astype(variable.dtype) for path, variable in nnx.to_flat_state(nnx.state(model, WEIGHTS))}
     model = huggingface.fill(model, values)
     return models.stack_layers(model) if scan_layers else model
 
@@ -381,7 +383,7 @@ def restore_state(path: str | Path, model: nnx.Module) -> nnx.State:
 
     Use it as `nnx.update(model, state)`, or pass it to a jitted rollout, which does not retrace.
     """
-    state = nnx.state(model, nnx.Not(nnx.RngState))
+    state = nnx.state(model, WEIGHTS)
     if not has_layers(model) or all(depth is None for depth in models.depths(model)):
         return restore(path, state)
     lengths = [depth or 1 for depth in models.depths(model)]

@@ -180,6 +180,92 @@ def test_digest_sees_every_byte_the_order_and_the_shape():
         assert len(digests({"a": a[:0], "b": a[0, 0]})) == 2
 
 
+def by_hand(x: np.ndarray) -> str:
+    """The digest's definition, in numpy and Python integers."""
+
+    def mix(h):
+        h = ((h ^ (h >> 16)) * 0x85EBCA6B) % 2**32
+        h = ((h ^ (h >> 13)) * 0xC2B2AE35) % 2**32
+        return h ^ (h >> 16)
+
+    key = lambda index, seed: mix((index + seed) % 2**32) | 1  # noqa: E731
+    shape = x.shape or (1,)
+    raw = np.ascontiguousarray(x).reshape(shape).view(f"u{x.dtype.itemsize}")
+    words = raw.view(np.uint32) if x.shape and shape[-1] * x.dtype.itemsize % 4 == 0 else raw
+    words = words.reshape(-1, words.shape[-1]).tolist()
+    low = high = 0
+    for r, row in enumerate(words):
+        for c, word in enumerate(row):
+            word = word * 0x85EBCA6B % 2**32
+            word ^= word >> 16
+            low += word * key(c, 0x9E3779B9) * key(r, 0x2545F491)
+            high += word * key(c, 0x7F4A7C15) * key(r, 0x4F6CDD1D)
+    salt = 2166136261
+    for letter in f"{x.dtype}{list(x.shape)}":
+        salt = salt * 16777619 % 2**32 ^ ord(letter)
+    return f"{high % 2**32 ^ salt:08x}{low % 2**32:08x}"
+
+
+def test_digest_against_its_definition():
+    rng = np.random.default_rng(1)
+    for dtype in (np.uint8, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.float32, np.int8):
+        for shape in ((), (1,), (7,), (64,), (6, 8), (3, 5), (4, 3, 12), (2, 3, 4, 6), (0, 8)):
+            x = rng.integers(0, 100, shape).astype(dtype)
+            assert digests({"x": jnp.asarray(x)})["x"] == by_hand(x), (dtype, shape)
+
+
+def test_digest_sees_structured_damage():
+    """What a sum over words might miss: swapped rows, columns and blocks, signs, the same bit everywhere, zeros, shifts."""
+    rng = np.random.default_rng(2)
+    x = rng.integers(0, 2**32, (32, 64), dtype=np.uint32)
+    variants = {"": x}
+    for i in range(31):
+        for axis in (0, 1):
+            order = np.arange(x.shape[axis])
+            order[[i, i + 1]] = order[[i + 1, i]]
+            variants[f"swap {axis} {i}"] = x.take(order, axis)
+            variants[f"roll {axis} {i}"] = np.roll(x, i + 1, axis)
+        block = x.copy()
+        block[i : i + 2, i : i + 2] = block[i : i + 2, i : i + 2][::-1, ::-1]
+        variants[f"block {i}"] = block
+    for bit in range(32):
+        variants[f"bit {bit} of all"] = x ^ np.uint32(1 << bit)
+        for _ in range(40):
+            variants[f"bit {bit} of some {len(variants)}"] = x ^ (rng.integers(0, 2, x.shape, dtype=np.uint32) << np.uint32(bit))
+            pair = x.copy()
+            pair.reshape(-1)[rng.choice(x.size, 2, False)] ^= np.uint32(1 << bit)
+            variants[f"bit {bit} of two {len(variants)}"] = pair
+    for rows in (1, 8, 31):
+        for low in (0, 1):
+            cut = x.copy()
+            cut[-rows:] = low * 0xFFFFFFFF
+            variants[f"lost {rows} {low}"] = cut
+    assert len(variants) > 2700
+    found = digests({name: jnp.asarray(v.view(np.uint8)) for name, v in variants.items()})
+    # Not only the pair: each half alone, which a weaker sum would let collide.
+    for half in (slice(0, 8), slice(8, 16)):
+        assert len({value[half] for value in found.values()}) == len(variants)
+
+
+def test_health_of_every_value():
+    """Each bit pattern of the 8- and 16-bit floats, at every place in a word: unfit exactly where numpy says so."""
+    for dtype in (ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2):
+        bits = 8 * np.dtype(dtype).itemsize
+        values = np.arange(2**bits).astype(f"u{bits // 8}").view(dtype)
+        bad = ~np.isfinite(values.astype(np.float32))
+        assert bad.any() and unhealthy({"x": jnp.asarray(values[~bad][: bad.size // 8 * 7])}) == []
+        for place in range(5):
+            for value in values[bad][:: max(1, bad.sum() // 20)]:
+                for width in (5, 8):
+                    row = np.ones(width, dtype)
+                    row[place] = value
+                    assert len(unhealthy({"x": jnp.asarray(row)})) == 1
+    f32 = np.asarray([np.finfo(np.float32).max, -0.0, 1e-45, -np.finfo(np.float32).max], np.float32)
+    assert unhealthy({"x": jnp.asarray(f32)}) == []
+    for value in (np.inf, -np.inf, np.nan, np.uint32(0xFFFFFFFF).view(np.float32), np.uint32(0x7F800001).view(np.float32)):
+        assert len(unhealthy({"x": jnp.asarray(np.asarray([1, value], np.float32))})) == 1
+
+
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
 @pytest.mark.parametrize("spec", [("x", None), (None, "x"), ("x", "y"), (None, "y"), (("x", "y"),), ()])
 def test_digest_does_not_depend_on_the_sharding(spec):

@@ -20,6 +20,7 @@ import nvfp4jax
 from checkpoint import folders
 from nvfp4jax import layers, models
 from nvfp4jax.checkpoint import CheckpointError, orbax
+from nvfp4jax.checkpoint.digest import digests
 from nvfp4jax.checkpoint.reload import Quantizer, Reader, publish, steps
 from nvfp4jax.rollout import decoding
 
@@ -121,7 +122,7 @@ def rewrite(path, model, change):
     """Publishes a model and then alters what lies on disk through `change(leaves, metadata)`, digests untouched by default."""
     leaves = orbax.flatten(nnx.state(model))
     metadata = {"recipe": "te-exact/token", "config": CONFIG, "rules": orbax.rules_to_json(RULES), "dtype": "bfloat16"}
-    good = orbax.digests(leaves)
+    good = digests(leaves)
     change(leaves, metadata)
     orbax.ocp.save(path, orbax._nested(leaves), custom_metadata={"format_version": 1, "digests": good} | metadata)
 
@@ -130,7 +131,7 @@ def replace(name, f, redigest=False):
     def change(leaves, metadata):
         leaves[name] = f(leaves[name])
         if redigest:
-            metadata["digests"] = orbax.digests(leaves)
+            metadata["digests"] = digests(leaves)
 
     return change
 
