@@ -5,20 +5,24 @@ as checkpoints have it. The activation's scale is computed in the call (online),
 
     None          activations stay as they are (weights only)
     "static"      the checkpoint's or a calibration's input_scale
+    "delayed"     the largest amax of the last 16 calls (this call's own, where there were none): a baseline to compare with
     "tensor"      one amax over the valid rows of this call; "tensor_pow2": its global scale rounded up to a power of two
     "token"       one amax a row: a row's bits do not depend on its batch
     "expert"      (experts only) one amax over the rows of an expert
+
+A delayed layer is scaled by its history and then puts its own amax into it, at every call: state, an `AmaxHistory`, that moves with
+a model as BatchNorm's statistics do (under jit by `nnx.jit`, or split, merged and handed back). `generate` hands it on.
 
 Shapes below are without the leading axis that a stack of layers adds; see `layer_index`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from nvfp4jax import array as nvfp4_array
 from nvfp4jax import ops, scaling
@@ -28,6 +32,35 @@ from nvfp4jax.kernels import routing
 
 class NVFP4Param(nnx.Param):
     """A Param that holds part of an NVFP4 weight: a scan over stacked layers leaves it whole and sets `layer_index`."""
+
+
+class InputAmax(nnx.Variable):
+    """What a layer has seen of its input's amax, brought up to date by each call: no weight, and in no checkpoint of weights."""
+
+
+class AmaxHistory(InputAmax):
+    """f32 [16]: the amax of the last calls, newest first; 0 where there was none (mode "delayed")."""
+
+
+class LargestAmax(InputAmax):
+    """f32 []: the largest amax of all calls; in place only while `nvfp4jax.calibrate` runs."""
+
+
+def see(seen: InputAmax | None, x: Float[Array, "..."], valid: Bool[Array, "..."] | None) -> Array | None:
+    """Notes the amax of x over its valid rows; the amax to scale x by, where the layer's history says it, else None."""
+    if seen is None:
+        return None
+    amax = scaling.activation_amax(jax.lax.stop_gradient(x), "tensor", valid)
+    if isinstance(seen, LargestAmax):
+        seen.set_value(jnp.maximum(seen.get_value(), amax))
+        return None
+    amax, history = scaling.delayed_amax(seen.get_value(), amax)
+    seen.set_value(history)
+    return amax
+
+
+# An nnx filter: what a checkpoint of weights holds, and a trainer's next step replaces.
+WEIGHTS = nnx.Not(nnx.Any(nnx.RngState, InputAmax))
 
 
 def _is_abstract(*values) -> bool:
@@ -58,6 +91,20 @@ def _check_activation(activation: str | None, allowed: tuple[str | None, ...], n
         raise ValueError(f"{name}: activation={activation!r} is not one of {', '.join(map(str, allowed))}")
 
 
+def set_activation(layer: "NVFP4Linear | NVFP4Experts", activation: str | None, input_scales: Mapping[str, Array | None] | None = None) -> None:
+    """Puts an NVFP4 layer into a mode, with what the mode needs for each of the layer's inputs.
+
+    input_scales: by the names in `layer.inputs`, for "static"; one that is missing or None is to come (`nvfp4jax.calibrate`).
+    """
+    _check_activation(activation, layer.modes, layer.name)
+    layer.activation = activation
+    for name in layer.inputs:
+        scale = (input_scales or {}).get(name) if activation == "static" else None
+        setattr(layer, f"{name}_scale", nnx.data(None) if scale is None else nnx.Param(jnp.asarray(scale, jnp.float32)))
+        history = AmaxHistory(jnp.zeros((*layer.lead, scaling.HISTORY), jnp.float32)) if activation == "delayed" else nnx.data(None)
+        setattr(layer, f"{name}_amax", history)
+
+
 def _metadata(param: nnx.Variable, axes: tuple[tuple[int, ...], ...]) -> dict:
     """The Param's metadata, its sharding (if any) rearranged: new axis i is sharded as the first of the old axes[i]."""
     meta = dict(param.get_metadata())
@@ -76,8 +123,12 @@ class NVFP4Linear(nnx.Module):
     """y = x w^T + bias with w in NVFP4; takes the place of `nnx.Linear`.
 
     Params: kernel u8 [N, K/2], kernel_scale float8_e4m3fn [N, K/16], kernel_global_scale f32 []; bias as the float layer
-    had it, or None; input_scale f32 [] (static mode) or None. `activation`: see the module's docstring.
+    had it, or None; input_scale f32 [] (static mode) or None. `activation`: see the module's docstring. input_amax: an
+    `AmaxHistory` (delayed mode) or None.
     """
+
+    modes = (*ops.MODES[:-1], "delayed")
+    inputs = ("input",)
 
     def __init__(
         self,
@@ -93,10 +144,9 @@ class NVFP4Linear(nnx.Module):
         implementation: str | tuple[str, ...] | None = None,
         input_scale: Array | None = None,
     ):
-        _check_activation(activation, ops.MODES[:-1], name)
+        _check_activation(activation, self.modes, name)
         self.name = name
         self.contracted, self.features = features
-        self.activation = activation
         self.four_over_six = four_over_six
         self.weight_four_over_six = weight_four_over_six
         self.implementation = implementation
@@ -111,14 +161,17 @@ class NVFP4Linear(nnx.Module):
         self.kernel_scale = NVFP4Param(w.scale, **meta)
         self.kernel_global_scale = NVFP4Param(_squeeze(w.global_scale, lead), **_scalar_metadata(meta))
         self.bias = nnx.data(None) if bias is None else bias
-        self.input_scale = nnx.data(None)
-        if activation == "static" and input_scale is not None:
-            self.input_scale = nnx.Param(jnp.asarray(input_scale, jnp.float32))
+        set_activation(self, activation, {"input": input_scale})
 
     @classmethod
     def from_float(cls, layer: nnx.Linear, *, name: str = "linear", **options) -> "NVFP4Linear":
         """layer: nnx.Linear, kernel [in, out] (or a stack of them). options: activation and the rest of the constructor's."""
         return cls(layer.kernel, layer.bias, name=name, features=((layer.in_features,), (layer.out_features,)), dtype=layer.dtype, **options)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The leading axes that a stack adds."""
+        return tuple(self.kernel_global_scale.shape)
 
     @property
     def in_features(self) -> int:
@@ -161,14 +214,16 @@ class NVFP4Linear(nnx.Module):
 
     def _matmul(self, x: Array, bias: Array | None) -> Array:
         """x [..., K] -> [..., N]."""
-        dtype = self.dtype if self.dtype is not None else jnp.promote_types(x.dtype, self.param_dtype)
+        x = x.astype(self.dtype if self.dtype is not None else jnp.promote_types(x.dtype, self.param_dtype))
+        valid = scaling.current_valid_rows(x.shape[:-1])
         return ops.matmul(
-            x.astype(dtype),
+            x,
             self.weight(),
-            scaling=self.activation,
+            scaling="tensor" if self.activation == "delayed" else self.activation,
             four_over_six=self.four_over_six,
             bias=bias,
-            valid=scaling.current_valid_rows(x.shape[:-1]) if self.activation in ("tensor", "tensor_pow2") else None,
+            amax=see(self.input_amax, x, valid),
+            valid=valid if self.activation in ("tensor", "tensor_pow2") else None,
             input_scale=None if self.input_scale is None else self.input_scale.get_value(),
             implementation=self.implementation,
             name=self.name,
@@ -298,18 +353,27 @@ class Experts(nnx.Module):
 
         self.gate_proj, self.up_proj = init(hidden, intermediate), init(hidden, intermediate)
         self.down_proj = init(intermediate, hidden)
+        self.gate_up_input_amax, self.down_input_amax = nnx.data(None), nnx.data(None)
 
     def __call__(self, x: Float[Array, "T H"], expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]) -> Float[Array, "T H"]:
         dtype = self.dtype if self.dtype is not None else jnp.promote_types(x.dtype, self.gate_proj.dtype)
         route = routing.route_xla(expert_ids, self.num_experts)
         rows = x.astype(dtype)[route.token_of_row]
+        valid = _valid_of_rows(x, route)
 
         def product(rows, w):
             precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
             return jax.lax.ragged_dot(rows, w.get_value().astype(dtype), route.group_sizes, precision=precision)
 
+        see(self.gate_up_input_amax, rows, valid)
         h = jax.nn.silu(product(rows, self.gate_proj)) * product(rows, self.up_proj)
+        see(self.down_input_amax, h, valid)
         return routing.combine_xla(product(h, self.down_proj), route, weights, out_dtype=dtype)
+
+
+def _valid_of_rows(x: Array, route: routing.Routing) -> Array | None:
+    valid = scaling.current_valid_rows(x.shape[:1])
+    return None if valid is None else valid[route.token_of_row]
 
 
 class NVFP4Experts(nnx.Module):
@@ -317,8 +381,12 @@ class NVFP4Experts(nnx.Module):
 
     Params: gate_up u8 [E, 2, I, H/2] (gate first), gate_up_scale [E, 2, I, H/16], gate_up_global_scale f32 [E], shared by gate
     and up; down u8 [E, H, I/2], down_scale, down_global_scale; gate_up_input_scale and down_input_scale f32 [E] (static mode)
-    or None. `activation` as in the module's docstring.
+    or None. `activation` as in the module's docstring; gate_up_input_amax and down_input_amax: an `AmaxHistory`, of all experts
+    together (delayed mode), or None.
     """
+
+    modes = (*ops.MODES, "delayed")
+    inputs = ("gate_up_input", "down_input")
 
     def __init__(
         self,
@@ -334,10 +402,9 @@ class NVFP4Experts(nnx.Module):
         implementation: str | tuple[str, ...] | None = None,
         input_scales: tuple[Array, Array] | None = None,
     ):
-        _check_activation(activation, ops.MODES, name)
+        _check_activation(activation, self.modes, name)
         self.name = name
         self.num_experts, self.hidden, self.intermediate = gate_proj.shape[-3:]
-        self.activation = activation
         self.four_over_six = four_over_six
         self.weight_four_over_six = weight_four_over_six
         self.implementation = implementation
@@ -354,14 +421,17 @@ class NVFP4Experts(nnx.Module):
             setattr(self, weight, NVFP4Param(made[(weight,)], **meta))
             setattr(self, f"{weight}_scale", NVFP4Param(made[(f"{weight}_scale",)], **meta))
             setattr(self, f"{weight}_global_scale", NVFP4Param(made[(f"{weight}_global_scale",)], **_metadata(param, lead)))
-        self.gate_up_input_scale, self.down_input_scale = nnx.data(None), nnx.data(None)
-        if activation == "static" and input_scales is not None:
-            self.gate_up_input_scale, self.down_input_scale = (nnx.Param(jnp.asarray(s, jnp.float32)) for s in input_scales)
+        set_activation(self, activation, dict(zip(self.inputs, input_scales or (None, None), strict=True)))
 
     @classmethod
     def from_float(cls, layer: nnx.Module, *, name: str = "experts", **options) -> "NVFP4Experts":
         """layer: `Experts`, or any module with Params gate_proj, up_proj [E, hidden, I] and down_proj [E, I, hidden] (or stacks)."""
         return cls(layer.gate_proj, layer.up_proj, layer.down_proj, name=name, dtype=getattr(layer, "dtype", None), **options)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The leading axes that a stack adds."""
+        return tuple(self.gate_up_global_scale.shape[:-1])
 
     def float_names(self) -> tuple[tuple[str, ...], ...]:
         return (("gate_proj",), ("up_proj",), ("down_proj",))
@@ -396,10 +466,13 @@ class NVFP4Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "T H"], expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]) -> Float[Array, "T H"]:
         dtype = self.dtype if self.dtype is not None else jnp.promote_types(x.dtype, self.param_dtype)
+        x = x.astype(dtype)
+        if self.gate_up_input_amax is not None:
+            return self._by_products(x, expert_ids.astype(jnp.int32), weights)
         gate_up, down = self.weights()
         scales = (self.gate_up_input_scale, self.down_input_scale)
         return ops.experts(
-            x.astype(dtype),
+            x,
             expert_ids,
             weights,
             gate_up,
@@ -411,6 +484,28 @@ class NVFP4Experts(nnx.Module):
             implementation=self.implementation,
             name=self.name,
         )
+
+    def _by_products(self, x: Array, expert_ids: Array, weights: Array) -> Array:
+        """The same as one operation a product, so that the amax of what each reads is seen."""
+        route = routing.route_xla(expert_ids, self.num_experts)
+        valid = _valid_of_rows(x, route)
+
+        def product(op: Callable[..., Array], x: Array, w: NVFP4Array, seen: InputAmax) -> Array:
+            return op(
+                x,
+                w,
+                route.group_sizes,
+                scaling="tensor" if self.activation == "delayed" else self.activation,
+                four_over_six=self.four_over_six,
+                amax=see(seen, x, valid),
+                implementation=self.implementation,
+                name=self.name,
+            )
+
+        gate_up, down = self.weights()
+        h = product(ops.grouped_swiglu, x[route.token_of_row], gate_up, self.gate_up_input_amax)
+        y = product(ops.grouped_matmul, h, down, self.down_input_amax)
+        return routing.combine_xla(y, route, weights, out_dtype=x.dtype)
 
 
 class NVFP4Weight(nnx.Module):

@@ -10,7 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nvfp4jax import numerics
 
-ONLINE = ("tensor", "tensor_pow2", "token")  # modes any matmul knows; experts add "expert", layers add "static" and None
+# Modes any matmul knows; experts add "expert", layers add "static", "delayed" and None.
+ONLINE = ("tensor", "tensor_pow2", "token")
+HISTORY = 16  # calls that a delayed amax looks back on
 
 _valid_rows: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("valid_rows", default=None)
 
@@ -63,6 +65,16 @@ def activation_amax(
             raise ValueError(f"valid has shape {valid.shape}; x of shape {x.shape} needs {x.shape[:-1]}")
         row_amax = jnp.where(valid[..., None], row_amax, jnp.float32(0))
     return row_amax.max(initial=jnp.float32(0))
+
+
+def delayed_amax(history: Float[Array, "H"], amax: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, "H"]]:
+    """(the amax to scale a call by, the history after it): the largest of the calls before, this call's where there is none.
+
+    history: f32, the amaxes of the last calls, newest first, 0 where there was none. amax: f32 [], of this call.
+    TransformerEngine's delayed scaling (`amax_compute_algo="max"`), but for the first call, which has a scale of 1 there.
+    """
+    largest = history.max()
+    return jnp.where(largest > 0, largest, amax), jnp.concatenate([amax[None], history[:-1]])
 
 
 def group_ids(group_sizes: Int[Array, "E"], rows: int) -> Int[Array, "M"]:

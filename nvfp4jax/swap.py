@@ -22,7 +22,7 @@ class Rule:
 
     module_path: a regular expression for `re.fullmatch` on the path joined by '/', e.g. r"layers/\\d+/mlp/.*"; the first
         rule that matches a layer decides.
-    activation: None (weights only), "static", "tensor", "tensor_pow2", "token"; for experts also "expert".
+    activation: None (weights only), "static", "delayed", "tensor", "tensor_pow2", "token"; for experts also "expert".
     four_over_six, weight_four_over_six: None, "mae" or "mse", for activations and for weights.
     skip: leave the layers in floating point.
     implementation: passed to the layer's operations.
@@ -151,6 +151,19 @@ def quantize_model(model: nnx.Module, rules: Sequence[Rule]) -> nnx.Module:
     if unused:
         some = ", ".join(seen_layers[:6]) + (", ..." if len(seen_layers) > 6 else "")
         raise ValueError(f"rule {unused[0]!r} matches no layer that an earlier rule has not taken; the layers are: {some}")
+    return result
+
+
+def with_activation(qmodel: nnx.Module, activation: str | None) -> nnx.Module:
+    """A model with the weights of `qmodel`, shared, whose NVFP4 layers treat their input in another mode.
+
+    "static" keeps the input scales that there are and leaves the others to `nvfp4jax.calibrate`; "delayed" starts with an empty
+    history, unless the layer has one. ValueError, naming the layer, for a mode that it does not know.
+    """
+    result = nnx.merge(*nnx.split(qmodel))
+    for _, layer in nnx.iter_modules(result):
+        if isinstance(layer, layers.NVFP4Linear | layers.NVFP4Experts) and layer.activation != activation:
+            layers.set_activation(layer, activation)
     return result
 
 

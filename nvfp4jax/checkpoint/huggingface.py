@@ -21,7 +21,7 @@ from nvfp4jax import models
 from nvfp4jax.checkpoint import formats
 from nvfp4jax.checkpoint.formats import BLOCK, E4M3, Checkpoint, PackedWeight
 from nvfp4jax.checkpoint.safetensors import CheckpointError
-from nvfp4jax.layers import Experts, NVFP4Experts, NVFP4Linear, quantize_weight
+from nvfp4jax.layers import Experts, InputAmax, NVFP4Experts, NVFP4Linear, quantize_weight
 from nvfp4jax.swap import Rule, path_string, quantize_model
 
 _log = logging.getLogger(__name__)
@@ -256,7 +256,7 @@ def load_model(
 
     dtype: of the activations and of the weights that stay in floating point; float32 computes exact products.
     activation: how layers that the folder stores in NVFP4 treat their input: None (weights only: the exact decode), "static" (the
-        folder's input scales), "tensor", "tensor_pow2", "token", and "expert" for experts.
+        folder's input scales), "delayed", "tensor", "tensor_pow2", "token", and "expert" for experts.
     scan_layers: stack layers of equal structure, so that compile time does not grow with depth.
     rules: quantize while loading, expert by expert: as `quantize_model` and `quantize_params` afterwards, to the bit. For layers
         stored in NVFP4 already a rule gives the activation.
@@ -281,12 +281,14 @@ def load_model(
 
 
 def fill(model: nnx.Module, values: Mapping[tuple, Any]) -> nnx.Module:
-    """An abstract model with values in place of all its shapes."""
-    graphdef, state = nnx.split(model)
+    """An abstract model with values in place of its weights' shapes; histories of amaxes begin empty."""
+    graphdef, histories, state = nnx.split(model, InputAmax, ...)
+    histories = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), histories)
     flat = dict(nnx.to_flat_state(state))
     if missing := [path for path in flat if path not in values]:
         raise CheckpointError(f"no value for {path_string(missing[0])}")
     for path, variable in flat.items():
         if tuple(values[path].shape) != tuple(variable.shape) or values[path].dtype != variable.dtype:
             raise CheckpointError(f"{path_string(path)}: {values[path].dtype} {values[path].shape}, expected {variable.dtype} {variable.shape}")
-    return nnx.merge(graphdef, nnx.from_flat_state({path: variable.replace(values[path]) for path, variable in flat.items()}))
+    filled = nnx.from_flat_state({path: variable.replace(values[path]) for path, variable in flat.items()})
+    return nnx.merge(graphdef, filled, histories)

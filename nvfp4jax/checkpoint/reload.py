@@ -29,6 +29,7 @@ from nvfp4jax import models
 from nvfp4jax.checkpoint import orbax
 from nvfp4jax.checkpoint.digest import unhealthy
 from nvfp4jax.checkpoint.safetensors import CheckpointError
+from nvfp4jax.layers import WEIGHTS
 from nvfp4jax.swap import path_string, quantize_params, quantized_layers
 
 _log = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of one step: `state` has the tree, shapes, dtypes and shardings of the live model's."""
+    """The weights of one step: `state` has the tree, shapes, dtypes and shardings of the live model's (without a delayed layer's
+    history of amaxes, which stays the live model's own)."""
 
     step: int
     state: nnx.State
@@ -87,9 +89,9 @@ class Quantizer:
 
     def __init__(self, model: nnx.Module):
         """model: the live, quantized model; only its structure, shardings and static input scales are kept."""
-        graphdef, state = nnx.split(model)
+        graphdef, state, seen = nnx.split(model, WEIGHTS, ...)
         self._abstract = _shapes_of(state)
-        self._model = nnx.merge(graphdef, self._abstract)
+        self._model = nnx.merge(graphdef, self._abstract, _shapes_of(seen))
         self._input_scales = {path: leaf for path, leaf in nnx.to_flat_state(state) if str(path[-1]).endswith("input_scale")}
         stacked = orbax.has_layers(model) and any(depth is not None for depth in models.depths(model))
         self._lengths = [depth or 1 for depth in models.depths(model)] if stacked else None
@@ -123,7 +125,7 @@ class Quantizer:
                 for variable in own.values():
                     if not any(variable.get_value() is result for result in results):  # a bias is passed on as it is
                         variable.get_value().delete()
-        for path, target in nnx.to_flat_state(nnx.state(model)):
+        for path, target in nnx.to_flat_state(nnx.state(model, WEIGHTS)):
             if path not in made:
                 value = _take(given, path, "weights in memory").get_value().astype(target.dtype)
                 made[path] = target.replace(value if donate else jnp.copy(value))

@@ -2,7 +2,7 @@
 
 A stacked entry of `model.layers` is one layer whose Params hold an extra leading axis L, and whose `depth` is L. NVFP4
 weights stay whole inside the scan and their modules get a `layer_index` instead, so that a kernel reads its layer in
-place; every other Param is sliced.
+place; every other Param is sliced. What a call notes of a layer's input is put together again behind the scan.
 """
 
 import re
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from nvfp4jax.layers import NVFP4Param
+from nvfp4jax.layers import InputAmax, NVFP4Param
 from nvfp4jax.models.attention import LayerCache, StepInputs
 
 
@@ -30,7 +30,7 @@ def run_stack(
     selecting = {tuple(path) for path, module in nnx.iter_modules(layer) if hasattr(module, "layer_index")}
     graphdef, whole, sliced = nnx.split(layer, nnx.All(NVFP4Param, lambda path, _: tuple(path[:-1]) in selecting), ...)
 
-    def body(carry: tuple, scanned: tuple) -> tuple[tuple, jax.Array | None]:
+    def body(carry: tuple, scanned: tuple) -> tuple[tuple, tuple]:
         x, cache = carry
         index, params = scanned
         block = nnx.merge(graphdef, whole, params)
@@ -38,9 +38,11 @@ def run_stack(
             if hasattr(module, "layer_index"):
                 module.layer_index = nnx.data(index)
         x, cache, experts = block(x, cache if cache is None else cache._replace(layer=index), inputs)
-        return (x, cache if cache is None else cache._replace(layer=None)), experts
+        return (x, cache if cache is None else cache._replace(layer=None)), (experts, nnx.state(block, InputAmax))
 
-    (x, cache), experts = lax.scan(body, (x, cache), (jnp.arange(layer.depth, dtype=jnp.int32), sliced))
+    (x, cache), (experts, seen) = lax.scan(body, (x, cache), (jnp.arange(layer.depth, dtype=jnp.int32), sliced))
+    if jax.tree.leaves(seen):
+        nnx.update(layer, seen)
     return x, cache, experts
 
 

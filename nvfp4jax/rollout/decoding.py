@@ -21,6 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from nvfp4jax import scaling
+from nvfp4jax.layers import InputAmax
 from nvfp4jax.models.attention import extend_cache
 from nvfp4jax.rollout.sampling import Sampling, row_keys, sample
 
@@ -99,6 +100,12 @@ class DecodeState:
     lengths: Int[Array, "R"]
     experts: Int[Array, "L R N k"] | None
     prompt_experts: Int[Array, "L B T k"] | None
+    seen: Any  # the nnx.State of the layers' InputAmax, brought up to date by each call of the model (mode "delayed")
+
+
+def _merge(graphdef: nnx.GraphDef, params: Mapping, seen: Mapping) -> nnx.Module:
+    """The model; `seen` decides where `params` holds the same."""
+    return nnx.merge(graphdef, nnx.merge_state(params, seen))
 
 
 def prefill(
@@ -109,9 +116,13 @@ def prefill(
     keys: jax.Array,
     controls: Controls,
     settings: Settings,
+    seen: Mapping | None = None,
 ) -> DecodeState:
-    """Runs the prompts (padded on the left) and samples each row's first token. keys: [B * num_samples]."""
-    model = nnx.merge(graphdef, params)
+    """Runs the prompts (padded on the left) and samples each row's first token. keys: [B * num_samples].
+
+    seen: the nnx.State of the model's InputAmax, where `params` does not hold them (those of a `reload.Reader` do not).
+    """
+    model = _merge(graphdef, params, seen or {})
     batch, steps = prompt.shape
     positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - jnp.int32(1), jnp.int32(0))
     flags = dict(return_experts=True) if settings.return_experts else {}
@@ -142,6 +153,7 @@ def prefill(
         lengths=jnp.zeros(total, jnp.int32),
         experts=jnp.full((experts[0].shape[0], total, new, experts[0].shape[-1]), -1, jnp.int32) if experts else None,
         prompt_experts=prompt_experts,
+        seen=nnx.state(model, InputAmax),
     )
     return _accept(state, rows(logits[:, -1]), controls, settings)
 
@@ -161,7 +173,7 @@ def decode(
         return (state.step < limit) & ~state.done.all()
 
     def step(state: DecodeState) -> DecodeState:
-        model = nnx.merge(graphdef, params)
+        model = _merge(graphdef, params, state.seen)
         alive = ~state.done
         # A finished row still runs, on its last token; its slot stays masked, which keeps it out of every amax.
         key_mask = lax.dynamic_update_slice(state.key_mask, alive[:, None], (jnp.int32(0), state.slot))
@@ -170,7 +182,7 @@ def decode(
             logits, cache, *experts = model(
                 state.token[:, None], state.position[:, None], state.cache, key_mask, **flags
             )
-        state = dataclasses.replace(state, cache=cache, key_mask=key_mask)
+        state = dataclasses.replace(state, cache=cache, key_mask=key_mask, seen=nnx.state(model, InputAmax))
         if experts:
             ids = jnp.where(alive[None, :, None, None], experts[0], jnp.int32(-1))
             zero = jnp.int32(0)
@@ -237,8 +249,8 @@ def _swapping_rollout(
     settings: Settings,
 ) -> tuple[DecodeState, np.ndarray]:
     """`rollout` in chunks of `swap_every` tokens, newer weights between them; and the version of each step, i32 [limit]."""
-    graphdef, params = nnx.split(model)
-    structure, params = jax.tree.structure(params), jax.tree.map(_committed, params)
+    graphdef, params, seen = nnx.split(model, nnx.Not(InputAmax), ...)
+    structure, params, seen = jax.tree.structure(params), jax.tree.map(_committed, params), jax.tree.map(_committed, seen)
     versions = np.full(limit, weights.active_step, np.int32)
     keys = row_keys(key, prompt.shape[0], settings.num_samples)
     state = None
@@ -251,7 +263,7 @@ def _swapping_rollout(
             params = jax.tree.map(_committed, new.state)
             versions[start:] = new.step
         if state is None:
-            state = _prefill(graphdef, params, prompt, mask, keys, controls, settings)
+            state = _prefill(graphdef, params, prompt, mask, keys, controls, settings, seen)
         else:
             end = jnp.int32(min(start + swap_every, limit))
             state = _decode(graphdef, params, state, end, controls, settings)
@@ -289,7 +301,8 @@ def generate(
 
     model: called as `model(tokens, positions, cache, attention_mask [B, S], decode_only_last_token=...) -> (logits,
         cache)`, with `init_cache(batch, length, dtype) -> models.KVCache`; NVFP4 layers or none. Its weights are an
-        argument of the compiled program: new ones of equal shape compile nothing.
+        argument of the compiled program: new ones of equal shape compile nothing. Layers in mode "delayed" go on from
+        the model's histories of amaxes (one call for the prompts, one for each token), and the model has them afterwards.
     input_ids: int [B, T]; attention_mask: bool or int [B, T], 0 where there is no token (padding on either side, or
         gaps: what is masked does not exist, positions count the rest). None: every token counts.
     max_new_tokens: at least 1. temperature: 0 is greedy. top_k, top_p: see `sampling.sample`. key: a PRNG key, needed
@@ -359,6 +372,8 @@ def generate(
         )
         sampled = np.arange(max_new_tokens) < np.asarray(state.lengths)[:, None]
         versions = jnp.asarray(np.where(sampled, of_step, np.int32(-1)))
+    if jax.tree.leaves(state.seen):
+        nnx.update(model, state.seen)
     prompt_experts = state.prompt_experts
     if return_experts:
         back = jnp.asarray(np.argsort(order, axis=1, kind="stable"))
