@@ -47,6 +47,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "matmul": {"xla": ops_xla.matmul, "hopper": _hopper("matmul")},
     "grouped_matmul": {"xla": ops_xla.grouped_matmul, "hopper": _hopper("grouped_matmul")},
     "grouped_swiglu": {"xla": ops_xla.grouped_swiglu, "hopper": _hopper("grouped_swiglu")},
+    "top_k_experts": {"xla": ops_xla.top_k_experts, "hopper": _hopper("top_k_experts")},
     "experts": {"xla": ops_xla.experts, "hopper": _hopper("experts")},
 }
 
@@ -65,8 +66,11 @@ def _log_fallback(op: str, name: str, reason: str) -> None:
 
 
 def _dispatch(op: str, spec: Spec, *args) -> Array | NVFP4Array:
+    return _first_that_can(op, spec.implementation, *args)
+
+
+def _first_that_can(op: str, wanted: str | tuple[str, ...] | None, *args):
     table = IMPLEMENTATIONS[op]
-    wanted = spec.implementation
     order = (wanted,) if isinstance(wanted, str) else tuple(n for n in _default_order() if n in table) if wanted is None else wanted
     for name in order:
         if name not in table:
@@ -227,6 +231,29 @@ def _experts_bwd(spec, saved, dy):
 _experts.defvjp(_experts_fwd, _experts_bwd)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _top_k_experts(k: int, normalize: bool, implementation, logits) -> tuple[Array, Array]:
+    return _first_that_can("top_k_experts", implementation, logits, k, normalize)
+
+
+def _top_k_experts_fwd(k, normalize, implementation, logits):
+    weights, ids = _top_k_experts(k, normalize, implementation, logits)
+    return (weights, ids), (logits, ids)
+
+
+def _top_k_experts_bwd(k, normalize, implementation, saved, dy):
+    logits, ids = saved
+
+    def chosen(logits):
+        weights = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), ids, -1)
+        return weights / weights.sum(-1, keepdims=True) if normalize else weights
+
+    return jax.vjp(chosen, logits)[1](dy[0])
+
+
+_top_k_experts.defvjp(_top_k_experts_fwd, _top_k_experts_bwd)
+
+
 def _spec(x, scaling, four_over_six, weight_four_over_six, out_dtype, implementation, name, modes) -> Spec:
     if scaling not in modes:
         raise ValueError(f"{name}: scaling={scaling!r} is not one of {', '.join(map(str, modes))}")
@@ -379,6 +406,18 @@ def grouped_swiglu(
     _check_grouped(x, w, group_sizes, 4, name)
     spec = _spec(x, scaling, four_over_six, weight_four_over_six, out_dtype, implementation, name, MODES)
     return _grouped_swiglu(spec, x, w, group_sizes, _scaling(spec, amax, valid, input_scale))
+
+
+def top_k_experts(
+    logits: Float[Array, "... E"], k: int, *, normalize: bool, implementation: str | Sequence[str] | None = None
+) -> tuple[Float[Array, "... k"], Int[Array, "... k"]]:
+    """A router's choice: (weights f32 [..., k], ids i32 [..., k]) of the k likeliest of E experts, in falling order.
+
+    logits: float32 [..., E]. weights: their softmax over all experts; normalize: divided by its sum over the k. Of equal ones the
+    lower id comes first. ValueError for other dtypes or k > E.
+    """
+    wanted = implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
+    return _top_k_experts(k, normalize, wanted, logits)
 
 
 def experts(

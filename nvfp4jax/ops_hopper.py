@@ -103,6 +103,10 @@ def grouped_swiglu(x, w: NVFP4Array, group_sizes, spec: Spec, scaling: Scaling) 
     return _inside(y, group_sizes)
 
 
+def top_k_experts(logits, k: int, normalize: bool) -> tuple[jax.Array, jax.Array]:
+    return routing.top_k_experts(logits, k, normalize=normalize)
+
+
 def _bfloat16_result(spec: Spec) -> None:
     if spec.out_dtype != jnp.bfloat16:
         raise NotImplementedError(f"{spec.name}: a result in {spec.out_dtype}; gate and up give bfloat16")

@@ -176,6 +176,10 @@ def quantize_weight(w, spec: Spec) -> NVFP4Array:
     return nvfp4_array.quantize_weight(w, four_over_six=spec.weight_four_over_six)
 
 
+def top_k_experts(logits, k: int, normalize: bool) -> tuple[Array, Array]:
+    return routing.top_k_experts_xla(logits, k, normalize=normalize)
+
+
 def experts(
     x, expert_ids, weights, gate_up: NVFP4Array, down: NVFP4Array, spec: Spec, scalings, products=(grouped_swiglu, grouped_matmul)
 ) -> Array:

@@ -344,7 +344,12 @@ class _Run:
                 self.write(names[1], at, valid.reshape(-1))
         elif base == "redux":
             self.whole_warps(at, op)
-            put(np.repeat((v(1) & mask).reshape(-1, 32).max(1), 32))
+            reduced = getattr((v(1) & mask).reshape(-1, 32), parts[2])(1)
+            put(np.repeat(reduced, 32))
+        elif base == "vote":
+            self.whole_warps(at, op)
+            votes = (v(1) != 0).reshape(-1, 32).astype(np.uint64)
+            put(np.repeat((votes << np.arange(32, dtype=np.uint64)).sum(1), 32))
         elif base == "match":
             self.whole_warps(at, op)
             x = v(1).reshape(-1, 32)

@@ -12,7 +12,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
-from nvfp4jax import layers, ops_xla, scaling
+from nvfp4jax import layers, ops, ops_xla, scaling
 from nvfp4jax.models import attention, stacking
 from nvfp4jax.models.attention import KVCache, LayerCache, RMSNorm, StepInputs
 
@@ -222,10 +222,7 @@ class MoE(nnx.Module):
         self.normalize = config.norm_topk_prob
 
     def __call__(self, x: Float[Array, "B T H"]) -> tuple[Float[Array, "B T H"], Int[Array, "B T k"]]:
-        probabilities = jax.nn.softmax(self.gate(x).astype(jnp.float32), axis=-1)
-        weights, ids = lax.top_k(probabilities, self.k)
-        if self.normalize:
-            weights = weights / weights.sum(-1, keepdims=True)
+        weights, ids = ops.top_k_experts(self.gate(x).astype(jnp.float32), self.k, normalize=self.normalize)
         flat = lambda y: y.reshape(-1, y.shape[-1])  # noqa: E731
         return self.experts(flat(x), flat(ids), flat(weights)).reshape(x.shape), ids
 

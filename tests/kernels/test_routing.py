@@ -6,6 +6,7 @@ import numpy as np
 import ptx
 import pytest
 
+from nvfp4jax import ops
 from nvfp4jax.kernels import aot, mosaic, routing
 
 needs_aot = pytest.mark.skipif(not aot.available(), reason="needs jax-cuda13-plugin and -pjrt")
@@ -51,7 +52,7 @@ def draw(rng, tokens, k, experts, kind):
 @pytest.mark.parametrize("kind", ("spread", "one", "skewed", "unknown"))
 def test_route(version, kind):
     rng = np.random.default_rng()
-    shapes = [(1, 8, 128), (3, 2, 8), (5, 1, 1), (67, 8, 128), (300, 8, 256), (130, 1, 300)]
+    shapes = [(1, 8, 128), (3, 2, 8), (5, 1, 1), (67, 8, 128), (300, 8, 256), (130, 1, 300), (600, 8, 64)]
     if version == "ptx":
         shapes = [shapes[i] for i in rng.permutation(len(shapes))[:2]]
     elif version == "gpu":
@@ -64,6 +65,54 @@ def test_route(version, kind):
                        *([] if valid is None else [valid]))
             for name, a, b in zip(routing.Routing._fields, got, expected(ids, experts, valid)):
                 assert a.dtype == np.int32 and (a == b).all(), (name, tokens, k, experts, valid is not None)
+
+
+@pytest.mark.parametrize("normalize", (False, True), ids=("", "normalized"))
+def test_top_k_experts(version, normalize):
+    """Ids are lax.top_k's of the logits, weights a float64 softmax; ties, -0, -infinity; NaN and infinity poison their token alone."""
+    rng = np.random.default_rng()
+    f = routing.top_k_experts_xla if version == "xla" else routing.top_k_experts
+    shapes = [(1, 128, 8), (5, 128, 8), (3, 8, 2), (7, 300, 32), (2, 5, 5), (9, 64, 1)] + [(8192, 128, 8)] * (version == "gpu")
+    if version == "ptx":
+        shapes = [shapes[i] for i in rng.permutation(len(shapes))[:2]]
+    for tokens, experts, k in shapes:
+        logits = rng.normal(size=(tokens, experts)).astype(np.float32) * np.float32(3)
+        logits[1::3] = rng.choice(np.array([-1, -0., 0, 2], np.float32), logits[1::3].shape)
+        logits[2::5, 0] = -np.inf
+        weights, ids = call(version, lambda x: f(x, k, normalize=normalize), logits)
+        with jax.default_device(jax.devices("cpu")[0]):
+            want = np.asarray(jax.lax.top_k(jnp.asarray(logits + np.float32(0)), k)[1])  # which orders -0 before 0
+        assert ids.dtype == np.int32 and weights.dtype == np.float32 and weights.shape == ids.shape == (tokens, k)
+        differs = (ids != want).any(1)
+        if version == "xla":  # its order is of the probabilities, which may tie where logits do not
+            assert differs.mean() < 0.01 or tokens < 100 and differs.sum() <= 1
+        else:
+            assert not differs.any(), (tokens, experts, k, np.argwhere(differs)[:4])
+        e = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+        exact = np.take_along_axis(e / e.sum(1, keepdims=True), ids, 1)
+        exact = exact / exact.sum(1, keepdims=True) if normalize else exact
+        np.testing.assert_allclose(weights, exact, rtol=2e-6, atol=1e-37)
+
+        bad = logits[:3].copy()
+        bad[0, -1], bad[-1] = np.nan, -np.inf
+        if tokens > 2:
+            bad[1, experts // 2] = np.inf
+        weights, ids = call(version, lambda x: f(x, k, normalize=normalize), bad)
+        assert np.isnan(weights).all() and (ids == np.arange(k)).all()
+
+
+@pytest.mark.parametrize("version", ["xla", pytest.param("hopper", marks=pytest.mark.gpu)])
+def test_top_k_experts_differentiates(version):
+    """Through the weights, at the experts that were chosen, as plain jnp does."""
+    logits = np.random.default_rng().normal(size=(2, 3, 16)).astype(np.float32)
+
+    def loss(f):
+        return jax.jit(jax.grad(lambda x: (f(x)[0] * jnp.arange(1, 5, dtype=jnp.float32)[None, None]).sum()))(logits)
+
+    for normalize in (False, True):
+        got = loss(lambda x: ops.top_k_experts(x, 4, normalize=normalize, implementation=version))
+        want = loss(lambda x: routing.top_k_experts_xla(x, 4, normalize=normalize))
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float32), ids=("bf16", "f32"))
@@ -98,7 +147,7 @@ def test_combine_adds_in_slot_order(version, dtype):
 @needs_aot
 def test_no_spills():
     for tokens in (2, 64, 8192):  # none that another test compiles: jax 0.12 reports a kernel once a process
-        cases = (lambda i, v: routing.route(i, 127, v), ((tokens, 8), jnp.int32), ((tokens,), jnp.bool_)), (
+        cases = (lambda x: routing.top_k_experts(x, 8, normalize=True), ((tokens, 127), jnp.float32)), (lambda i, v: routing.route(i, 127, v), ((tokens, 8), jnp.int32), ((tokens,), jnp.bool_)), (
             lambda y, i, w: routing.combine(y, routing.Routing(None, i, None), w), ((tokens * 8, 2048), jnp.bfloat16),
             ((tokens, 8), jnp.int32), ((tokens, 8), jnp.float32))
         for f, *args in cases:
@@ -114,6 +163,10 @@ def test_arguments_are_checked():
         routing.route(ids, 8, jnp.zeros(3, bool))
     with pytest.raises(NotImplementedError, match="shared memory"):
         routing.route(jnp.zeros((4096, 8), jnp.int32), 4000)
+    with pytest.raises(ValueError, match="logits"):
+        routing.top_k_experts(jnp.zeros((4, 8)), 9, normalize=True)
+    with pytest.raises(NotImplementedError, match="at most 32"):
+        routing.top_k_experts(jnp.zeros((4, 64)), 33, normalize=True)
     with pytest.raises(ValueError, match="do not match"):
         routing.combine(jnp.zeros((7, 8), jnp.bfloat16), routing.Routing(None, ids, None), jnp.zeros((4, 2)))
     with pytest.raises(NotImplementedError, match="multiple of 8"):
@@ -121,6 +174,7 @@ def test_arguments_are_checked():
 
 
 def test_no_tokens():
+    assert routing.top_k_experts(jnp.zeros((0, 8)), 2, normalize=False)[1].shape == (0, 2)
     got = routing.route(jnp.zeros((0, 8), jnp.int32), 4)
     assert got.group_sizes.tolist() == [0] * 4 and got.row_of_slot.shape == (0, 8)
     assert routing.combine(jnp.zeros((0, 16), jnp.bfloat16), got, jnp.zeros((0, 8))).shape == (0, 16)
