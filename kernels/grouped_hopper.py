@@ -339,9 +339,8 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                 e, start, rows_used, load = (table[m_slot * 4 + i] for i in range(4))
                 plgpu.barrier_arrive(m_empty.at[m_slot])
                 at_layer = layer[0] if layers > 1 else 0
-                scale = global_scale[at_layer, e] * jnp.float32(mosaic.DECODE_FACTOR)
-                if not row_scaled:
-                    scale = row_scale[0, 0] * scale
+                # Fetched here, first used after the loop over K.
+                expert_scale, common_scale = global_scale[at_layer, e], None if row_scaled else row_scale[0, 0]
 
                 def shift(h):
                     """Words by which a tile's scales lie further on than the 16 bytes that TMA started at."""
@@ -396,6 +395,9 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                     else:
                         acc = over_k(plgpu.layout_cast(jnp.zeros((64, t), jnp.float32), mosaic.WGMMA))
                     first = div_rem(linear, tiles)[1] * rows + wg * (64 // halves)
+                    scale = expert_scale * jnp.float32(mosaic.DECODE_FACTOR)
+                    if not row_scaled:
+                        scale = common_scale * scale
                     if interpret:
                         row_factor = row_scale if row_scaled else None
                         _store_interpreted(acc, scale, row_factor, o, start, rows_used, first, gated=gated)
