@@ -1,6 +1,7 @@
 """NVFP4 for JAX: quantization with an online activation scale, Flax layers, GPU kernels, and a jitted rollout."""
 
 from nvfp4jax.array import NVFP4Array
+from nvfp4jax.calibration import calibrate
 from nvfp4jax.checkpoint import CheckpointError, load_model
 from nvfp4jax.layers import (
     Experts,
@@ -12,7 +13,7 @@ from nvfp4jax.layers import (
 from nvfp4jax.ops import experts, grouped_matmul, grouped_swiglu, matmul, quantize
 from nvfp4jax.rollout import Rollout, generate
 from nvfp4jax.scaling import valid_rows
-from nvfp4jax.swap import Rule, quantize_model, quantize_params, register
+from nvfp4jax.swap import Rule, quantize_model, quantize_params, register, with_activation
 
 __all__ = [
     "CheckpointError",
@@ -24,6 +25,7 @@ __all__ = [
     "NVFP4LinearGeneral",
     "Rollout",
     "Rule",
+    "calibrate",
     "experts",
     "generate",
     "grouped_matmul",
@@ -35,4 +37,5 @@ __all__ = [
     "quantize_params",
     "register",
     "valid_rows",
+    "with_activation",
 ]

@@ -13,7 +13,8 @@ import typer
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="NVFP4 checkpoints and rollouts in JAX.")
 
 # jax is imported inside the commands: `--help` answers at once.
-MODES = ("none", "static", "tensor", "tensor_pow2", "token", "expert")
+MODES = ("none", "static", "delayed", "tensor", "tensor_pow2", "token", "expert")
+_CALIBRATION_BATCH = 8  # prompts in one forward pass
 
 
 def _activation(name: str) -> str | None:
@@ -32,8 +33,15 @@ def quantize(
     exclude: Annotated[list[str] | None, typer.Option(help="Regular expression, searched in 'layers/0/mlp/up_proj'. May repeat.")] = None,
     experts_only: Annotated[bool, typer.Option(help="Quantize experts and nothing else.")] = False,
     four_over_six: Annotated[str | None, typer.Option(help="mse or mae: four-over-six for weights.")] = None,
-    activation: Annotated[str, typer.Option(help="Mode of the layers: none, static, tensor, tensor_pow2, token, expert.")] = "token",
+    activation: Annotated[
+        str, typer.Option(help="Mode of the layers: none, static, delayed, tensor, tensor_pow2, token, expert.")
+    ] = "token",
     activation_four_over_six: Annotated[str | None, typer.Option(help="mse or mae: four-over-six for activations.")] = None,
+    calibration_prompts: Annotated[
+        Path | None, typer.Option(help="A file of prompts, one a line, to make input scales from (static mode, other serving stacks).")
+    ] = None,
+    calibration_token_ids: Annotated[list[str] | None, typer.Option(help='The same, a prompt as token ids, "1,2,3"; may repeat.')] = None,
+    calibration_headroom: Annotated[float, typer.Option(help="Input scales leave room for this many times the largest value.")] = 1.0,
 ) -> None:
     """Quantize a model to NVFP4, shard by shard; a run that was interrupted goes on when it is started again."""
     from rich.console import Console
@@ -44,11 +52,19 @@ def quantize(
     selection = convert.Selection(
         keep_first_n, keep_last_n, tuple(exclude or ()), experts_only, four_over_six, _activation(activation), activation_four_over_six
     )
+    calibration = None
+    if calibration_prompts is not None or calibration_token_ids:
+        rows, _ = _prompt_rows(model_dir, (), calibration_prompts, calibration_token_ids, ("--calibration-prompts", "--calibration-token-ids"))
+        rows.sort(key=len)  # little padding
+        batches = [_padded(rows[i : i + _CALIBRATION_BATCH]) for i in range(0, len(rows), _CALIBRATION_BATCH)]
+        calibration = convert.Calibration(batches, calibration_headroom)
+    elif calibration_headroom != 1:
+        raise ValueError("--calibration-headroom: without --calibration-prompts there is nothing to calibrate")
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("reading", total=None)
         report = convert.quantize_folder(
-            model_dir, save_dir, selection, output=output,
+            model_dir, save_dir, selection, output=output, calibration=calibration,
             progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
         )  # fmt: skip
     errors = sorted(((row["relative_error"], row["name"]) for row in report if row.get("relative_error") is not None), reverse=True)
@@ -58,22 +74,55 @@ def quantize(
         print(f"relative error: mean {mean:.4f}, worst {errors[0][0]:.4f} ({errors[0][1]}); each weight's: {convert.REPORT}")
 
 
-def _token_rows(texts: Sequence[str]) -> list[list[int]]:
+def _prompt_rows(
+    checkpoint: Path, prompts: Sequence[str], file: Path | None, token_ids: Sequence[str] | None, options: Sequence[str]
+) -> tuple[list[list[int]], Any]:
+    """(the token ids of each prompt: of texts, of a file's lines, then as given; the folder's tokenizer, where there is text).
+
+    options: what the arguments are called on the command line, in their order.
+    """
+    *_, file_option, ids_option = options
+    texts = list(prompts)
+    if file is not None:
+        try:
+            texts += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file_option} {file}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from error
     rows = []
-    for text in texts:
+    for text in token_ids or ():
         try:
             rows.append([int(part) for part in text.replace(",", " ").split()])
         except ValueError:
-            raise ValueError(f"--token-ids {text!r}: integers separated by commas are needed") from None
-    return rows
+            raise ValueError(f"{ids_option} {text!r}: integers separated by commas are needed") from None
+    if not texts and not rows:
+        raise ValueError(f"no prompt: pass {' or '.join(options)}" if file is None else f"{file_option} {file}: no prompt in it")
+    if not checkpoint.is_dir():
+        raise ValueError(f"{checkpoint}: no such folder")
+    tokenizer = _tokenizer(checkpoint, ids_option) if texts else None
+    if tokenizer is not None:
+        rows = [tokenizer.encode(text).ids for text in texts] + rows
+    if empty := [number for number, row in enumerate(rows) if not row]:
+        raise ValueError(f"prompt {empty[0]} has no token")
+    return rows, tokenizer
 
 
-def _tokenizer(checkpoint: Path):
+def _padded(rows: Sequence[Sequence[int]]):
+    """Token ids i64 [B, T], padded on the left, and their mask."""
+    import numpy as np
+
+    length = max(map(len, rows))
+    ids, mask = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        ids[i, length - len(row) :], mask[i, length - len(row) :] = row, True
+    return ids, mask
+
+
+def _tokenizer(checkpoint: Path, ids_option: str):
     from tokenizers import Tokenizer
 
     file = checkpoint / "tokenizer.json"
     if not file.is_file():
-        raise ValueError(f"{file}: no such file, so text cannot be turned into tokens; pass --token-ids")
+        raise ValueError(f"{file}: no such file, so text cannot be turned into tokens; pass {ids_option}")
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exceptions
@@ -116,28 +165,10 @@ def rollout(
     from nvfp4jax.checkpoint import load_model
     from nvfp4jax.rollout import generate
 
-    texts = list(prompt or ())
-    if prompt_file is not None:
-        try:
-            texts += [line for line in prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompt-file {prompt_file}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from error
-    rows = _token_rows(token_ids or ())
-    if not texts and not rows:
-        raise ValueError("no prompt: pass --prompt, --prompt-file or --token-ids")
-    if not checkpoint.is_dir():
-        raise ValueError(f"{checkpoint}: no such folder")
-    tokenizer = _tokenizer(checkpoint) if texts else None
-    if tokenizer is not None:
-        rows = [tokenizer.encode(text).ids for text in texts] + rows
-    if empty := [number for number, row in enumerate(rows) if not row]:
-        raise ValueError(f"prompt {empty[0]} has no token")
+    rows, tokenizer = _prompt_rows(checkpoint, prompt or (), prompt_file, token_ids, ("--prompt", "--prompt-file", "--token-ids"))
     options = {} if activation is None else {"activation": _activation(activation)}
     model = load_model(checkpoint, scan_layers=scan_layers, **options)
-    length = max(map(len, rows))
-    ids, mask = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), bool)
-    for i, row in enumerate(rows):
-        ids[i, length - len(row) :], mask[i, length - len(row) :] = row, True
+    ids, mask = _padded(rows)
     result = generate(
         model, ids, mask, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, key=jax.random.key(seed),
         num_samples=num_samples, stop_tokens=_stop_tokens(checkpoint) if stop_token is None else stop_token, cache_length=cache_length,

@@ -263,14 +263,11 @@ class NVFP4LinearGeneral(NVFP4Linear):
         return tuple(range(n_in, n_in + len(self.features))), tuple(range(n_in))
 
     def __call__(self, inputs: Float[Array, "..."], out_sharding=None) -> Float[Array, "..."]:
-        axis = tuple(a % inputs.ndim for a in self.axis)
-        if tuple(inputs.shape[a] for a in axis) != self.contracted:
+        if tuple(inputs.shape[a] for a in self.axis) != self.contracted:
             raise ValueError(f"{self.name}: inputs of shape {inputs.shape} at axes {self.axis} need sizes {self.contracted}")
-        free = tuple(a for a in range(inputs.ndim) if a not in axis)
-        lead = tuple(inputs.shape[a] for a in free)
-        bias = None if self.bias is None else self.bias.get_value().reshape(-1)
-        y = self._matmul(inputs.transpose(*free, *axis).reshape(*lead, self.in_features), bias)
-        return _constrain(y.reshape(*lead, *self.features), out_sharding)
+        x = contracted_last(self, inputs)
+        y = self._matmul(x, None if self.bias is None else self.bias.get_value().reshape(-1))
+        return _constrain(y.reshape(*x.shape[:-1], *self.features), out_sharding)
 
 
 class NVFP4Einsum(NVFP4Linear):
@@ -296,25 +293,18 @@ class NVFP4Einsum(NVFP4Linear):
     def __call__(self, inputs: Float[Array, "..."], einsum_str: str | None = None, out_sharding=None) -> Float[Array, "..."]:
         if einsum_str is not None:
             raise ValueError(f"{self.name}: quantized for {self.einsum_str!r}; it takes no einsum_str at the call")
-        lhs, kernel, out = _operands(self.einsum_str)
+        lhs, out = _spelled_out(self.einsum_str, inputs.ndim)
         n_letters, k_letters = _einsum_letters(self.einsum_str, self.name)
-        if "..." in lhs:
-            unused = [c for c in map(chr, range(ord("A"), ord("Z") + 1)) if c not in lhs + kernel + out]
-            dots = "".join(unused[: inputs.ndim - len(lhs) + 3])
-            lhs, out = lhs.replace("...", dots), out.replace("...", dots)
         if len(lhs) != inputs.ndim:
             raise ValueError(f"{self.name}: inputs of shape {inputs.shape} do not fit {self.einsum_str!r}")
-        free = [c for c in lhs if c not in k_letters]
-        sizes = dict(zip(lhs, inputs.shape, strict=True))
-        lead = tuple(sizes[c] for c in free)
-        x = inputs.transpose([lhs.index(c) for c in [*free, *k_letters]]).reshape(*lead, self.in_features)
+        x = contracted_last(self, inputs)
         bias = None
         if self.bias is not None:  # kept as the float layer had it: the features in the order of the result
             order = [c for c in out if c in n_letters]
             shape = dict(zip(n_letters, self.features, strict=True))
             bias = self.bias.get_value().reshape([shape[c] for c in order]).transpose([order.index(c) for c in n_letters]).reshape(-1)
-        y = self._matmul(x, bias).reshape(*lead, *self.features)
-        letters = [*free, *n_letters]
+        y = self._matmul(x, bias).reshape(*x.shape[:-1], *self.features)
+        letters = [*(c for c in lhs if c not in k_letters), *n_letters]
         return _constrain(y.transpose([letters.index(c) for c in out]), out_sharding)
 
 
@@ -322,6 +312,27 @@ def _operands(einsum_str: str) -> tuple[str, str, str]:
     inputs, out = einsum_str.replace(" ", "").split("->")
     lhs, kernel = inputs.split(",")
     return lhs, kernel, out
+
+
+def _spelled_out(einsum_str: str, ndim: int) -> tuple[str, str]:
+    """The letters of an input with `ndim` axes, and of the result, an ellipsis replaced by letters."""
+    lhs, kernel, out = _operands(einsum_str)
+    unused = [c for c in map(chr, range(ord("A"), ord("Z") + 1)) if c not in lhs + kernel + out]
+    dots = "".join(unused[: ndim - len(lhs) + 3])
+    return lhs.replace("...", dots), out.replace("...", dots)
+
+
+def contracted_last(layer: nnx.Module, inputs: Float[Array, "..."]) -> Float[Array, "... K"]:
+    """What a linear layer (of Flax or of ours) reads, the axes that it contracts made one and put last."""
+    if isinstance(layer, nnx.LinearGeneral | NVFP4LinearGeneral):
+        axes = [a % inputs.ndim for a in layer.axis]
+    elif isinstance(layer, nnx.Einsum | NVFP4Einsum):
+        letters, _ = _spelled_out(layer.einsum_str, inputs.ndim)
+        axes = [letters.index(c) for c in _einsum_letters(layer.einsum_str, "einsum")[1]]
+    else:
+        axes = [inputs.ndim - 1]
+    free = [a for a in range(inputs.ndim) if a not in axes]
+    return inputs.transpose(*free, *axes).reshape(*(inputs.shape[a] for a in free), math.prod(inputs.shape[a] for a in axes))
 
 
 def _einsum_letters(einsum_str: str, name: str) -> tuple[str, str]:

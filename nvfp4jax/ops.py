@@ -274,7 +274,7 @@ def _spec(x, scaling, four_over_six, weight_four_over_six, out_dtype, implementa
 
 def _scaling(spec: Spec, amax, valid, input_scale) -> Scaling:
     if spec.scaling == "static" and input_scale is None:
-        raise ValueError(f"{spec.name}: static scaling needs input_scale; a checkpoint without one can run an online mode (tensor, token)")
+        raise ValueError(f"{spec.name}: static scaling needs input_scale (see nvfp4jax.calibrate); without one an online mode runs (tensor, token)")
     as_f32 = lambda v: None if v is None else jnp.asarray(v, jnp.float32)  # noqa: E731
     return Scaling(as_f32(amax), valid, as_f32(input_scale) if spec.scaling == "static" else None)
 

@@ -65,7 +65,7 @@ def register(module_type: type[nnx.Module]) -> Callable[[Callable[..., nnx.Modul
     return decorate
 
 
-def _children(node: Any) -> Iterator[tuple[Any, Any]]:
+def children(node: Any) -> Iterator[tuple[Any, Any]]:
     """The modules, containers and Params that a module or container holds, by name or index."""
     if isinstance(node, Mapping):
         items = node.items()
@@ -78,7 +78,7 @@ def _children(node: Any) -> Iterator[tuple[Any, Any]]:
             yield key, value
 
 
-def _set(parent: Any, key: Any, value: Any) -> None:
+def set_child(parent: Any, key: Any, value: Any) -> None:
     if isinstance(parent, tuple):
         raise ValueError(f"a layer at index {key} sits in a tuple, which cannot be changed in place; hold your layers in an nnx.List")
     if isinstance(parent, Mapping | list | nnx.List):
@@ -140,10 +140,10 @@ def quantize_model(model: nnx.Module, rules: Sequence[Rule]) -> nnx.Module:
             done[id(node)] = node
             return node
         done[id(node)] = node
-        for key, child in list(_children(node)):
+        for key, child in list(children(node)):
             replaced = visit(child, (*path, key))
             if replaced is not child:
-                _set(node, key, replaced)
+                set_child(node, key, replaced)
         return node
 
     result = visit(nnx.clone(model), ())

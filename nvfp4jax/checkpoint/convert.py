@@ -3,6 +3,8 @@
     Hugging Face (bf16, FP8 by blocks, ModelOpt or compressed-tensors NVFP4)  ->  orbax | modelopt | compressed-tensors
     Orbax (ours)                                                              ->  modelopt | compressed-tensors
 
+With a `Calibration` the result has input scales made from its prompts, whatever the source had (then Orbax -> orbax too).
+
 Work goes on in `<save_dir>.partial`, one output file for each input file, and a run that was interrupted goes on where it was.
 The save_dir appears by one rename when all is done; bad input leaves nothing behind.
 """
@@ -15,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,13 @@ from flax import nnx
 
 from nvfp4jax import models, numerics
 from nvfp4jax.array import NVFP4Array, check_k, quantize_with_amax
+from nvfp4jax.calibration import input_scales
 from nvfp4jax.checkpoint import formats, huggingface, orbax
 from nvfp4jax.checkpoint.formats import BF16, BLOCK, E4M3, Checkpoint, PackedWeight
 from nvfp4jax.checkpoint.huggingface import module_name, quantizable
 from nvfp4jax.checkpoint.safetensors import CheckpointError, TensorInfo, Writer, read_header
-from nvfp4jax.layers import Experts, NVFP4Experts, NVFP4Linear
-from nvfp4jax.swap import Rule, path_string, quantize_model
+from nvfp4jax.layers import WEIGHTS, Experts, NVFP4Experts, NVFP4Linear
+from nvfp4jax.swap import Rule, path_string, quantize_model, with_activation
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +72,35 @@ class Selection:
     def selects(self) -> bool:
         """Whether it says anything about which layers, or how weights are rounded."""
         return dataclasses.replace(self, activation="token", activation_four_over_six=None) != Selection()
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Prompts to make input scales from: batches and headroom as `nvfp4jax.calibrate` takes them. The model is loaded for it, whole."""
+
+    batches: Sequence[Any]
+    headroom: float = 1.0
+
+
+def _calibrated(qmodel: nnx.Module, calibration: Calibration, float_model: nnx.Module | None = None) -> dict[str, np.ndarray]:
+    """Input scales f32 [] by checkpoint module, of all NVFP4 layers."""
+    static = with_activation(qmodel, "static")
+    modules = {tuple(path): module for path, module in nnx.iter_modules(static)}
+    scales: dict[str, np.ndarray] = {}
+    found = input_scales(static, calibration.batches, headroom=calibration.headroom, float_model=float_model)
+    for path, inputs in found.items():
+        name = module_name(path)
+        if isinstance(modules[path], NVFP4Linear):
+            scales[name] = np.asarray(inputs["input"])
+            continue
+        of = {"gate_proj": "gate_up_input", "up_proj": "gate_up_input", "down_proj": "down_input"}
+        for e in range(modules[path].num_experts):
+            scales |= {f"{name}.{e}.{projection}": np.asarray(inputs[which]) for projection, which in of.items()}
+    return scales
+
+
+def _with_input_scales(weights: Sequence[PackedWeight], names: Sequence[str], calibrated: Mapping[str, np.ndarray]) -> list[PackedWeight]:
+    return [dataclasses.replace(w, input_scale=calibrated.get(name, w.input_scale)) for w, name in zip(weights, names, strict=True)]
 
 
 def rules_for(model: nnx.Module, selection: Selection) -> list[Rule]:
@@ -195,19 +227,24 @@ def _float_source(checkpoint: Checkpoint, module: str) -> TensorInfo:
     raise CheckpointError(f"{checkpoint.directory}: tensor {module + '.weight'!r} is missing")
 
 
-def _units(checkpoint: Checkpoint, qmodel: nnx.Module, method: str, share: bool, notes: huggingface.Notes) -> Iterator[_Unit]:
-    """The work that turns a folder into `method`'s tensors. share: q, k, v, and gate and up, get one global scale each group."""
+def _units(
+    checkpoint: Checkpoint, qmodel: nnx.Module, method: str, share: bool, notes: huggingface.Notes, calibrated: Mapping[str, np.ndarray]
+) -> Iterator[_Unit]:
+    """The work that turns a folder into `method`'s tensors. share: q, k, v, and gate and up, get one global scale each group.
+
+    calibrated: input scales by module, in place of the folder's.
+    """
     done: set[tuple] = set()
     layers = dict(huggingface.owning_modules(qmodel))
     for path, layer in layers.items():
         if isinstance(layer, NVFP4Experts):
-            yield from _expert_units(checkpoint, path, layer, method, notes)
+            yield from _expert_units(checkpoint, path, layer, method, notes, calibrated)
             continue
         if isinstance(layer, NVFP4Linear):
             if path not in done:
                 group = _group(path, layers, checkpoint) if share else [path]
                 done |= set(group)
-                yield _linear_unit(checkpoint, [(p, layers[p]) for p in group], method)
+                yield _linear_unit(checkpoint, [(p, layers[p]) for p in group], method, calibrated)
             own = {"bias"}
         else:
             own = None
@@ -225,19 +262,22 @@ def _group(path: tuple, layers: dict[tuple, nnx.Module], checkpoint: Checkpoint)
     return [path]
 
 
-def _linear_unit(checkpoint: Checkpoint, group: list[tuple[tuple, NVFP4Linear]], method: str) -> _Unit:
+def _linear_unit(
+    checkpoint: Checkpoint, group: list[tuple[tuple, NVFP4Linear]], method: str, calibrated: Mapping[str, np.ndarray]
+) -> _Unit:
     names = [module_name(path) for path, _ in group]
     shapes = [(layer.out_features, layer.in_features) for _, layer in group]
     sources = [_float_source(checkpoint, name) for name in names]
     specs = {}
     for name, shape in zip(names, shapes, strict=True):
-        specs |= _packed_specs(name, shape, method, _has_input_scale(checkpoint, name))
+        specs |= _packed_specs(name, shape, method, name in calibrated or _has_input_scale(checkpoint, name))
 
     def make():
         weights = [formats.read_weight(checkpoint, name, shape) for name, shape in zip(names, shapes, strict=True)]
         errors: Sequence[float | None] = [None] * len(weights)
         if not isinstance(weights[0], PackedWeight):
             weights, errors = quantize_together(weights, names, group[0][1].weight_four_over_six)
+        weights = _with_input_scales(weights, names, calibrated)
         tensors = {}
         for name, weight in zip(names, weights, strict=True):
             tensors |= formats.packed_tensors(name, weight, method)
@@ -247,7 +287,7 @@ def _linear_unit(checkpoint: Checkpoint, group: list[tuple[tuple, NVFP4Linear]],
 
 
 def _expert_units(
-    checkpoint: Checkpoint, path: tuple, layer: NVFP4Experts, method: str, notes: huggingface.Notes
+    checkpoint: Checkpoint, path: tuple, layer: NVFP4Experts, method: str, notes: huggingface.Notes, calibrated: Mapping[str, np.ndarray]
 ) -> Iterator[_Unit]:
     experts, e, h, i = module_name(path), layer.num_experts, layer.hidden, layer.intermediate
     for index in range(e):
@@ -257,9 +297,8 @@ def _expert_units(
             sources = [_float_source(checkpoint, name) for name in names] if fused is None else [checkpoint.tensors[fused]]
             specs = {}
             for name in names:
-                specs |= _packed_specs(
-                    name, shape[1:], method, _has_input_scale(checkpoint, name if fused is None else fused.removesuffix(".weight"))
-                )
+                stored = _has_input_scale(checkpoint, name if fused is None else fused.removesuffix(".weight"))
+                specs |= _packed_specs(name, shape[1:], method, name in calibrated or stored)
 
             def make(index=index, projections=projections, shape=shape, names=names):
                 if len(projections) == 2:
@@ -269,6 +308,7 @@ def _expert_units(
                 errors: Sequence[float | None] = [None] * len(weights)
                 if not isinstance(weights[0], PackedWeight):
                     weights, errors = quantize_together(weights, names, layer.weight_four_over_six)
+                weights = _with_input_scales(weights, names, calibrated)
                 tensors = {}
                 for name, weight in zip(names, weights, strict=True):
                     tensors |= formats.packed_tensors(name, weight, method)
@@ -324,11 +364,14 @@ def _excluded(qmodel: nnx.Module, method: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _fingerprint(checkpoint: Checkpoint, method: str, share: bool, rules: Sequence[Rule], output: str) -> str:
+def _fingerprint(
+    checkpoint: Checkpoint, method: str, share: bool, rules: Sequence[Rule], output: str, calibrated: Mapping[str, np.ndarray]
+) -> str:
     files = sorted({info.file for info in checkpoint.tensors.values()})
     table = sorted((i.name, str(i.dtype), i.shape, i.file.name, i.offset) for i in checkpoint.tensors.values())
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     plan = [orbax.FORMAT_VERSION, output, method, share, orbax.rules_to_json(rules), checkpoint.config, table, stats]
+    plan.append({name: float(scale) for name, scale in calibrated.items()})
     return hashlib.sha256(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -413,7 +456,7 @@ def _to_orbax(checkpoint: Checkpoint, qmodel: nnx.Module, rules: Sequence[Rule],
         "recipe": orbax.recipe_id(rules),
         "config": {k: v for k, v in checkpoint.config.items() if k != "quantization_config"},
         "rules": orbax.rules_to_json(rules),
-        "dtype": "bfloat16",
+        "dtype": str(jnp.dtype(qmodel.dtypes.dtype)),
         "kv_cache": checkpoint.quantization.kv_cache,
     }
     if extras:
@@ -434,6 +477,7 @@ def quantize_folder(
     selection: Selection = Selection(),
     *,
     output: str = "orbax",
+    calibration: Calibration | None = None,
     progress: Progress = lambda done, total, what: None,
 ) -> list[dict[str, Any]]:
     """Converts a folder as the module's docstring says; the report: one row a weight, with its relative error where it was quantized.
@@ -443,6 +487,9 @@ def quantize_folder(
     because the serving stacks that read them fuse these layers and take one scale.
     Memory: about one input tensor and its result; for `orbax` output one layer's experts.
 
+    calibration: input scales from its prompts, for every layer that is NVFP4 in the result, stored whatever the activation mode
+        ("static" runs by them; other serving stacks read them). A floating-point source is calibrated in floating point, an NVFP4
+        source with its weights decoded; first the whole model is loaded, on the default device.
     progress(done, total, what) is called along the way. CheckpointError or ValueError for bad input, before anything is written
     where that can be known; save_dir must not exist.
     """
@@ -450,8 +497,10 @@ def quantize_folder(
     if output not in OUTPUTS:
         raise ValueError(f"output={output!r}: one of {', '.join(OUTPUTS)}")
     orbax.refuse_existing(save_dir)
+    if calibration is not None and selection.activation is None:
+        raise ValueError("calibration: activation=None quantizes no activation, so there is nothing to scale")
     if orbax.exists(source):
-        return _export(source, save_dir, selection, output, progress)
+        return _export(source, save_dir, selection, output, calibration, progress)
     checkpoint = formats.open_checkpoint(source)
     model = models.build(checkpoint.config, jnp.bfloat16)
     layers = quantizable(model)
@@ -465,24 +514,33 @@ def quantize_folder(
         ]
     else:
         rules = rules_for(model, selection)
-        if selection.activation == "static":
-            raise CheckpointError(f"{source}: activation='static' needs input scales, which this folder has not; calibrate, or use an online mode")
+        if selection.activation == "static" and calibration is None:
+            raise CheckpointError(f"{source}: activation='static' needs input scales, which this folder has not; calibrate on some prompts "
+                                  "(--calibration-prompts), or use an online mode")
+    calibrated: dict[str, np.ndarray] = {}
+    if calibration is not None:
+        progress(0, 1, "calibration")
+        if packed:
+            weights_only = [dataclasses.replace(rule, activation=None) for rule in rules]
+            calibrated = _calibrated(huggingface.load_model(source, rules=weights_only), calibration)
+        else:
+            calibrated = _calibrated(quantize_model(model, rules), calibration, huggingface.load_model(source))
     qmodel = huggingface.with_input_scales(quantize_model(model, rules))
     method, share = ("modelopt", False) if output == "orbax" else (output, True)
     notes = huggingface.Notes()
     working = save_dir.with_name(save_dir.name + ".partial")
     try:
-        units = list(_units(checkpoint, qmodel, method, share, notes))
+        units = list(_units(checkpoint, qmodel, method, share, notes, calibrated))
         if output == "compressed-tensors" and checkpoint.quantization.kv_cache is not None:
             _log.warning("%s: the KV cache's scales are left out: compressed-tensors output has none", source)
             units = [unit for unit in units if not any(name.endswith((".k_scale", ".v_scale")) for name in unit.specs)]
-        working = _working_folder(working, _fingerprint(checkpoint, method, share, rules, output))
-        if output == "orbax" and packed:
+        working = _working_folder(working, _fingerprint(checkpoint, method, share, rules, output, calibrated))
+        if output == "orbax" and packed and not calibrated:
             report = _packed_report(checkpoint, qmodel)
             _to_orbax(checkpoint, qmodel, rules, working / "orbax", progress)
         else:
             report = _run_units(units, working, progress)
-            weight_only = checkpoint.quantization.weight_only if packed else selection.activation is None
+            weight_only = checkpoint.quantization.weight_only and not calibrated if packed else selection.activation is None
             kv = checkpoint.quantization.kv_cache if method == "modelopt" else None
             _finish_folder(working, checkpoint.config, method, qmodel, weight_only, kv)
             if output == "orbax":
@@ -527,20 +585,28 @@ def _packed_report(checkpoint: Checkpoint, qmodel: nnx.Module) -> list[dict[str,
     return rows
 
 
-def _export(source: Path, save_dir: Path, selection: Selection, output: str, progress: Progress) -> list[dict[str, Any]]:
-    """An Orbax folder of ours into ModelOpt or compressed-tensors files."""
-    if output == "orbax":
+def _export(
+    source: Path, save_dir: Path, selection: Selection, output: str, calibration: Calibration | None, progress: Progress
+) -> list[dict[str, Any]]:
+    """An Orbax folder of ours into ModelOpt or compressed-tensors files; with a calibration, into Orbax too, in static mode."""
+    to_static = calibration is not None and selection.activation == "static"
+    if output == "orbax" and not to_static:
         raise CheckpointError(f"{source}: an Orbax checkpoint already; choose output modelopt or compressed-tensors")
-    if selection.selects or selection.activation != "token":
+    if selection.selects or (selection.activation != "token" and not to_static):
         raise CheckpointError(f"{source}: the weights are quantized already; layers and modes cannot be chosen any more")
     metadata = orbax.read_metadata(source)
     qmodel = orbax.abstract_model(source, metadata)
     extras = orbax.restore_extras(source)
-    shapes = orbax.flatten(nnx.state(qmodel))
+    if calibration is not None:
+        progress(0, 1, "calibration")
+        found = _calibrated(orbax.load_model(source), calibration)
+        extras |= {f"{name}.input_scale": scale for name, scale in found.items()}
+    shapes = orbax.flatten(nnx.state(qmodel, WEIGHTS))
     working = save_dir.with_name(save_dir.name + ".partial")
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir(parents=True)
     modules = list(huggingface.owning_modules(qmodel))
+    method = "modelopt" if output == "orbax" else output
     report: list[dict[str, Any]] = []
     try:
         shards: list[list[tuple]] = [[]]
@@ -558,18 +624,22 @@ def _export(source: Path, save_dir: Path, selection: Selection, output: str, pro
             for path, module in shard:
                 wanted = {name: leaf for name, leaf in shapes.items() if name.rpartition("/")[0] == path_string(path)}
                 leaves = {name.rpartition("/")[2]: np.asarray(v) for name, v in orbax.restore_leaves(source, wanted, subset=True).items()}
-                tensors |= _export_module(path, module, leaves, extras, output, report)
+                tensors |= _export_module(path, module, leaves, extras, method, report)
                 done += 1
                 progress(done, len(modules), path_string(path))
-            if number == 0 and output == "modelopt":
+            if number == 0 and method == "modelopt":
                 tensors |= {name: value for name, value in extras.items() if name.endswith(("k_scale", "v_scale"))}
             path = working / f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
             with Writer(path, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}) as writer:
                 for name, tensor in tensors.items():
                     writer.write(name, tensor)
         weight_only = not any(isinstance(m, NVFP4Linear | NVFP4Experts) and m.activation is not None for _, m in modules)
-        kv = metadata.get("kv_cache") if output == "modelopt" else None
-        _finish_folder(working, metadata["config"], output, qmodel, weight_only and not extras, kv)
+        kv = metadata.get("kv_cache") if method == "modelopt" else None
+        _finish_folder(working, metadata["config"], method, qmodel, weight_only and not extras, kv)
+        if output == "orbax":
+            checkpoint = formats.open_checkpoint(working)
+            static = huggingface.with_input_scales(with_activation(qmodel, "static"))
+            _to_orbax(checkpoint, static, orbax.rules_of(static), working / "orbax", progress)
         _publish(working, save_dir, source, report, output)
     except BaseException:  # nothing here is worth resuming
         shutil.rmtree(working, ignore_errors=True)

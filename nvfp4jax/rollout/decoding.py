@@ -317,7 +317,7 @@ def generate(
 
     ValueError, naming the argument, for what does not fit.
     """
-    ids, mask = _check_prompts(model, input_ids, attention_mask)
+    ids, mask = check_prompts(model, input_ids, attention_mask)
     batch, length = ids.shape
     for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples), ("swap_every", swap_every)):
         if value < 1:
@@ -397,7 +397,7 @@ def _committed(x: jax.Array) -> jax.Array:
     return x if getattr(x, "committed", True) else jax.device_put(x, x.sharding)
 
 
-def _check_prompts(
+def check_prompts(
     model: nnx.Module, input_ids: ArrayLike, attention_mask: ArrayLike | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids i32 [B, T], mask bool [B, T]) on the host, or a ValueError."""

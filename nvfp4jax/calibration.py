@@ -1,0 +1,161 @@
+"""A calibration pass: the input scales of static layers, from what a set of prompts makes of the activations.
+
+The forward pass quantizes no activation, and with `float_model` no weight either, as ModelOpt calibrates. Each layer notes the amax
+of its input, in an nnx.Variable that only the copy made here has; padding takes no part. The experts of a layer share one scale for
+each of their two inputs. q, k and v, and gate and up, read the same input, so they agree without being told to.
+"""
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+
+from nvfp4jax import layers, numerics, scaling, swap
+from nvfp4jax.layers import InputAmax, LargestAmax
+from nvfp4jax.rollout.decoding import bucket, check_prompts
+from nvfp4jax.swap import Path, path_string
+
+Batch = ArrayLike | tuple[ArrayLike, ArrayLike | None]
+
+
+def calibrate(
+    qmodel: nnx.Module, batches: Iterable[Batch], *, headroom: float = 1.0, float_model: nnx.Module | None = None
+) -> nnx.Module:
+    """A model with the weights of `qmodel`, shared, whose static layers have the input scales that `batches` call for.
+
+    qmodel: what `quantize_model` made with activation="static", or any other after `with_activation(qmodel, "static")`; called as
+        `generate` calls it. Scales that its static layers have already are replaced; its other layers stay as they are.
+    batches: each the token ids [B, T] of some prompts, or (ids, attention_mask [B, T]); what is masked takes no part.
+    headroom: at least 1, times the largest amax seen: activations may grow by it before they saturate.
+    float_model: the model that qmodel was made from, to calibrate on what its float layers read. None: on qmodel itself,
+        its weights in NVFP4 and its activations not quantized.
+
+    An input scale is the contract's global scale of headroom * amax: that divided by 2688 (1536 where the layer's activations are
+    four-over-six). ValueError names a layer that no valid token reached, and an argument that does not fit.
+    """
+    result = nnx.merge(*nnx.split(qmodel))
+    modules = {tuple(path): module for path, module in nnx.iter_modules(result)}
+    for path, scales in input_scales(qmodel, batches, headroom=headroom, float_model=float_model).items():
+        layer = modules[path]
+        if isinstance(layer, layers.NVFP4Experts):
+            scales = {name: jnp.broadcast_to(s[..., None], (*layer.lead, layer.num_experts)) for name, s in scales.items()}
+        layers.set_activation(layer, "static", scales)
+    return result
+
+
+def input_scales(
+    qmodel: nnx.Module, batches: Iterable[Batch], *, headroom: float = 1.0, float_model: nnx.Module | None = None
+) -> dict[Path, dict[str, jax.Array]]:
+    """What `calibrate` sets: layer's path -> its inputs ("input"; "gate_up_input" and "down_input" of experts) -> f32 [].
+
+    [L] for a stack of layers. With a float_model, qmodel may be abstract.
+    """
+    if not (math.isfinite(headroom) and headroom >= 1):
+        raise ValueError(f"headroom={headroom}: a finite factor of at least 1")
+    static = {path: layer for path, layer in _nvfp4_layers(qmodel).items() if layer.activation == "static"}
+    if not static:
+        raise ValueError("calibrate: no layer of the model has activation='static'; swap with Rule(..., activation='static'), or take "
+                         "nvfp4jax.with_activation(model, 'static')")
+    model, watches = _watched(qmodel, static) if float_model is None else _watched_float(float_model, static)
+    graphdef, seen, params = nnx.split(model, InputAmax, ...)
+    batch = None
+    for batch in batches:
+        ids, mask = check_prompts(model, *(batch if isinstance(batch, tuple) else (batch, None)))
+        pad = bucket(ids.shape[1]) - ids.shape[1]  # near lengths share a program
+        ids, mask = (np.pad(x, ((0, 0), (pad, 0))) for x in (ids, mask))
+        seen = _observe(graphdef, params, seen, jnp.asarray(np.where(mask, ids, 0)), jnp.asarray(mask))
+    if batch is None:
+        raise ValueError("calibrate: no batch of prompts was given")
+    nnx.update(model, seen)
+    found = {}
+    for path, layer in static.items():
+        amaxes = {name: getattr(watches[path], f"{name}_amax").get_value() for name in layer.inputs}
+        found[path] = {name: _scale(path_string(path), name, amax, headroom, layer.four_over_six) for name, amax in amaxes.items()}
+    return found
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _observe(graphdef: nnx.GraphDef, params: Mapping, seen: Mapping, ids: jax.Array, mask: jax.Array) -> nnx.State:
+    """The amaxes after one more batch: ids i32 [B, T], mask bool [B, T]."""
+    model = nnx.merge(graphdef, params, seen)
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - jnp.int32(1), jnp.int32(0))
+    with scaling.valid_rows(mask):
+        model(ids, positions, model.init_cache(*ids.shape, None), mask)
+    return nnx.state(model, InputAmax)
+
+
+def _scale(layer: str, name: str, amax: jax.Array, headroom: float, four_over_six: str | None) -> jax.Array:
+    amax = amax * jnp.float32(headroom)
+    for index, value in np.ndenumerate(np.asarray(amax)):
+        where = f"{layer}: {name}" + (f", layer {index[0]} of the stack" if index else "")
+        if value < numerics.AMAX_MIN:
+            raise ValueError(f"{where}: no token of the prompts reached it (its amax is {value}), so it gets no input scale; "
+                             "calibrate on prompts that reach it, or use an online mode")
+        if not np.isfinite(value):
+            raise ValueError(f"{where}: headroom={headroom} takes its amax beyond float32")
+    _, scale, _ = numerics.global_scales(amax, four_over_six=four_over_six is not None)
+    return scale
+
+
+def _nvfp4_layers(model: nnx.Module) -> dict[Path, nnx.Module]:
+    return {tuple(p): m for p, m in nnx.iter_modules(model) if isinstance(m, layers.NVFP4Linear | layers.NVFP4Experts)}
+
+
+def _watch(observer: nnx.Module, layer: nnx.Module) -> nnx.Module:
+    """`observer` itself, with an amax to note for each input of the NVFP4 `layer`."""
+    for name in layer.inputs:
+        setattr(observer, f"{name}_amax", LargestAmax(jnp.zeros(layer.lead, jnp.float32)))
+    return observer
+
+
+def _watched(qmodel: nnx.Module, static: Mapping[Path, nnx.Module]) -> tuple[nnx.Module, dict[Path, nnx.Module]]:
+    """A copy that shares the weights and quantizes no activation; the layers that take notes, by path."""
+    model = swap.with_activation(qmodel, None)
+    return model, {path: _watch(layer, static[path]) for path, layer in _nvfp4_layers(model).items() if path in static}
+
+
+class _Watched(nnx.Module):
+    """A float layer, its input noted on the way in, in the dtype that the layer computes in."""
+
+    def __init__(self, layer: nnx.Linear | nnx.LinearGeneral | nnx.Einsum):
+        self.layer = layer
+
+    def __call__(self, inputs: jax.Array, *args, **kwargs) -> jax.Array:
+        dtype = self.layer.dtype if self.layer.dtype is not None else jnp.promote_types(inputs.dtype, self.layer.kernel.dtype)
+        rows = layers.contracted_last(self.layer, inputs).astype(dtype)
+        layers.see(self.input_amax, rows, scaling.current_valid_rows(rows.shape[:-1]))
+        return self.layer(inputs, *args, **kwargs)
+
+
+def _watched_float(float_model: nnx.Module, static: Mapping[Path, nnx.Module]) -> tuple[nnx.Module, dict[Path, nnx.Module]]:
+    model = nnx.merge(*nnx.split(float_model))
+    floats = {tuple(path): module for path, module in nnx.iter_modules(model)}
+    watches, wrapped = {}, {}
+    for path, layer in static.items():
+        kind = layers.Experts if isinstance(layer, layers.NVFP4Experts) else nnx.Linear | nnx.LinearGeneral | nnx.Einsum
+        found = floats.get(path)
+        if not isinstance(found, kind):
+            raise ValueError(f"{path_string(path)}: float_model has {type(found).__name__ if path in floats else 'nothing'} there, not "
+                             "the layer that this one was made from; pass the model that was quantized, or calibrate without float_model")
+        watches[path] = _watch(found if isinstance(found, layers.Experts) else _Watched(found), layer)
+        if watches[path] is not found:
+            wrapped[id(found)] = watches[path]
+    _replace(model, wrapped, set())
+    return model, watches
+
+
+def _replace(node, replacements: Mapping[int, nnx.Module], done: set[int]) -> None:
+    """Puts modules in the place of others (by id), wherever these are held."""
+    if id(node) in done or isinstance(node, nnx.Variable | _Watched):
+        return
+    done.add(id(node))
+    for key, child in list(swap.children(node)):
+        if id(child) in replacements:
+            swap.set_child(node, key, replacements[id(child)])
+        else:
+            _replace(child, replacements, done)
