@@ -48,9 +48,9 @@ def _not_finite(word: jax.Array, dtype: jnp.dtype, per_word: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "kind"))
-def _summary(x: jax.Array, start: jax.Array, shape: tuple[int, ...], kind: str | None) -> jax.Array:
-    """u32 [3] of the piece x, which begins at index `start` (i32 [rank]) of an array of this shape: its share in the two sums
-    of the digest, and not 0 where it is unfit for its kind. One reduction, because XLA on a CPU fuses no two into one pass."""
+def _summary(x: jax.Array, start: jax.Array | None, shape: tuple[int, ...], kind: str | None) -> jax.Array:
+    """u32 [3] of the piece x, which begins at index `start` (i32 [rank]; None: at 0) of an array of this shape: its share in the
+    two sums of the digest, and not 0 where it is unfit for its kind. One reduction, because XLA on a CPU fuses no two into one."""
     dtype, per_word = x.dtype, _per_word(x, shape)
     fit = jnp.ones((), bool)
     if kind in ("input_scale", "global_scale"):
@@ -58,12 +58,12 @@ def _summary(x: jax.Array, start: jax.Array, shape: tuple[int, ...], kind: str |
     if kind == "global_scale":
         fit &= (x < jnp.asarray(LARGEST_WEIGHT_GLOBAL_SCALE, dtype)).all()
     if not shape:
-        x, start, shape = x[None], jnp.zeros(1, jnp.int32), (1,)
+        x, start, shape = x[None], None, (1,)
     word = lax.bitcast_convert_type(x, _WORDS[dtype.itemsize])
     if per_word > 1:
         word = lax.bitcast_convert_type(word.reshape(*x.shape[:-1], x.shape[-1] // per_word, per_word), jnp.uint32)
     word = word.astype(jnp.uint32)
-    start = start.astype(jnp.uint32)
+    start = jnp.zeros(x.ndim, jnp.uint32) if start is None else start.astype(jnp.uint32)
     column = lax.broadcasted_iota(jnp.uint32, (1,) * (x.ndim - 1) + word.shape[-1:], x.ndim - 1) + start[-1] // jnp.uint32(per_word)
     row = jnp.zeros(word.shape[:-1], jnp.uint32)
     stride = 1
@@ -85,7 +85,7 @@ def _summary(x: jax.Array, start: jax.Array, shape: tuple[int, ...], kind: str |
     return jnp.stack([low, high, ((unfit != zero).any() | ~fit).astype(jnp.uint32)])
 
 
-def _pieces(leaf: jax.Array) -> list[tuple[jax.Array, np.ndarray]]:
+def _pieces(leaf: jax.Array) -> list[tuple[jax.Array, np.ndarray | None]]:
     """An array's parts, each on one device and once, with the index where it begins: what is computed of them needs no collective."""
     if isinstance(leaf, jax.Array) and leaf.is_fully_addressable and len(leaf.sharding.device_set) > 1:
         shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
@@ -93,7 +93,7 @@ def _pieces(leaf: jax.Array) -> list[tuple[jax.Array, np.ndarray]]:
         if all(piece.ndim == 0 or piece.shape[-1] % _per_word(leaf, leaf.shape) == 0 for piece, _ in pieces):
             return pieces
         leaf = jax.device_get(leaf)  # cut within a word
-    return [(leaf, np.zeros(leaf.ndim, np.int32))]
+    return [(leaf, None)]
 
 
 _COMPLAINTS = {

@@ -2,6 +2,9 @@
 
     trainer:  publish(directory, step, model, config)             bf16 or NVFP4; a step appears whole or not at all
     rollout:  with Reader(directory, model) as reader:
+                  out = generate(model, ids, ..., weights=reader) takes newer weights between chunks of tokens;
+                                                                  out.weight_versions has the step of each token's weights
+              or, in a loop of one's own:
                   weights = reader.take()                         between decode steps; None, or newer checked weights
                   if weights is not None: params = weights.state  one reference; tokens from here on have version weights.step
 
@@ -177,7 +180,7 @@ class Reader:
         self._float_model = float_model
         self._global_scales = self._scales_of(state)
         self._poll_seconds = poll_seconds
-        self._staged: Weights | None = None
+        self._staged: tuple[Weights, dict[str, np.ndarray]] | None = None  # with its global scales
         self._lock = threading.Lock()
         self._looking = threading.Lock()  # one look at a time
         self._stop = threading.Event()
@@ -202,57 +205,64 @@ class Reader:
         """Looks once, in the caller's thread; the step that is ready afterwards, or None."""
         with self._looking:
             with self._lock:
-                newest = self.active_step if self._staged is None else self._staged.step
+                newest = self.active_step if self._staged is None else self._staged[0].step
             for step in reversed(steps(self.directory)):
                 if step <= newest:
                     break
                 if step in self.failures:
                     continue
                 try:
-                    weights = Weights(step, self._load(self.directory / str(step)))
+                    staged = self._load(step)
                 except Exception as error:  # whatever happens here, the old weights keep serving
                     reason = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
                     self.failures[step] = reason
                     _log.warning("step %d is refused, the weights of step %d keep serving: %s", step, newest, reason)
                     continue
                 with self._lock:
-                    self._staged = weights
+                    if step > self.active_step:  # weights from memory may have overtaken it
+                        self._staged = staged
                 break
             with self._lock:
-                return None if self._staged is None else self._staged.step
+                return None if self._staged is None else self._staged[0].step
 
     def take(self) -> Weights | None:
-        """The newest checked weights, once; None where there are none newer than those taken last. Never waits for a load."""
+        """The newest checked weights, once; None where there are none newer than those taken last.
+
+        Waits for no load and no device: microseconds, between two decode steps.
+        """
         with self._lock:
-            weights, self._staged = self._staged, None
-            if weights is not None:
-                self.active_step = weights.step
-        if weights is not None:
-            self._global_scales = self._scales_of(weights.state)
-        return weights
+            if self._staged is None:
+                return None
+            (weights, self._global_scales), self._staged = self._staged, None
+            self.active_step = weights.step
+            return weights
 
     def from_memory(self, step: int, state: nnx.State | nnx.Module, *, donate: bool = False) -> Weights:
         """Weights of a float state in memory, made active. CheckpointError where the step is not newer, or a weight is not finite."""
         if step <= self.active_step:
             raise CheckpointError(f"step {step} is not after step {self.active_step}, which serves")
         weights = Weights(step, self._quantizer(state, donate=donate))
+        scales = self._scales_of(weights.state)
         with self._lock:
             self.active_step = step
-            if self._staged is not None and self._staged.step <= step:
+            self._global_scales = scales
+            if self._staged is not None and self._staged[0].step <= step:
                 self._staged = None
-        self._global_scales = self._scales_of(weights.state)
         return weights
 
-    def _load(self, path: Path) -> nnx.State:
-        metadata = orbax.read_metadata(path)
-        if metadata.get("step", int(path.name)) != int(path.name):
+    def _load(self, step: int) -> tuple[Weights, dict[str, np.ndarray]]:
+        path = self.directory / str(step)
+        folder = orbax.read_folder(path)
+        metadata = folder.metadata
+        if metadata.get("step", step) != step:
             raise CheckpointError(f"{path}: the metadata say step {metadata['step']}")
         if metadata.get("recipe") == "float":
-            state = self._quantizer(orbax.restore_state(path, self._float(path, metadata)), donate=True)
+            state = self._quantizer(orbax.restore_state(folder, self._float(path, metadata)), donate=True)
         else:
-            state = orbax.restore_state(path, self._model)
-        self._check_against_live(path, state)
-        return state
+            state = orbax.restore_state(folder, self._model)
+        scales = self._scales_of(state)
+        self._check_against_live(path, scales)
+        return Weights(step, state), scales
 
     def _float(self, path: Path, metadata: Mapping[str, Any]) -> nnx.Module:
         if self._float_model is None:
@@ -270,9 +280,9 @@ class Reader:
         scales = {path: leaf for path, leaf in orbax.flatten(state).items() if path.endswith("_global_scale")}
         return dict(zip(scales, jax.device_get(list(scales.values())), strict=True))
 
-    def _check_against_live(self, path: Path, state: nnx.State) -> None:
+    def _check_against_live(self, path: Path, scales: Mapping[str, np.ndarray]) -> None:
         """An inverted global scale (2688 / amax for amax / 2688) is close to one over the live one."""
-        for name, scale in self._scales_of(state).items():
+        for name, scale in scales.items():
             live = self._global_scales[name]
             product = np.median(np.abs(np.log2(scale * live)))
             if product < 1 and np.median(np.abs(np.log2(live))) > 1.5:

@@ -271,6 +271,8 @@ def test_health_of_every_value():
 def test_digest_does_not_depend_on_the_sharding(spec):
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
     rng = np.random.default_rng(0)
+    everywhere = jax.device_put(np.float32(2.5), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    assert digests({"x": everywhere}) == digests({"x": np.float32(2.5)})
     for dtype in (np.uint8, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.float32):
         for shape in ((8, 16), (16, 8, 3), (8, 4)):
             x = rng.integers(0, 100, shape).astype(dtype)

@@ -255,6 +255,20 @@ def test_a_step_removed_while_it_is_read(tmp_path, monkeypatch):
     assert same(reader.take().state, packed(1))
 
 
+def test_a_step_overtaken_from_memory_while_it_is_read_never_serves(tmp_path, monkeypatch):
+    publish(tmp_path, 2, packed(2), CONFIG)
+    reader = Reader(tmp_path, packed(0))
+    load = orbax.ocp.load
+
+    def slow(*args):
+        assert reader.from_memory(3, floats(1)).step == 3
+        return load(*args)
+
+    monkeypatch.setattr(orbax.ocp, "load", slow)
+    assert reader.poll() is None and reader.take() is None
+    assert reader.active_step == 3 and not reader.failures
+
+
 def test_nan_in_memory_is_refused_and_the_live_weights_stay(tmp_path):
     reader = Reader(tmp_path, packed(0))
     state = jax.tree.map(jnp.copy, nnx.state(floats(1)))
