@@ -9,12 +9,16 @@ Three ways to an amax:
 - one a tensor, few rows: a single launch, of one CTA or of clusters. Each cluster reads all rows and shares its maxima
   through distributed shared memory, then each CTA quantizes its own part: redundant reads instead of a second launch;
 - one a tensor, many elements: a launch that leaves one maximum a CTA, and one that reduces those and quantizes, from the
-  last row to the first, because the last rows are still in the L2.
+  last row to the first, because the last rows are still in the L2;
+- one a matrix of many (weights): a single launch whose CTAs take the amax of a tile, then quantize a tile of an earlier
+  matrix, whose amax is complete and whose values are still in the L2. CTAs draw their tiles in order from a counter, so that the
+  first unfinished one never waits, however many CTAs run at once.
 
 E2M1 rounding runs on the FMA pipe: |y| splits into three saturated segments [0, 2], [2, 4], [4, 6] in which the codes are
 4, 2 and 1 equal steps; adding the segments to 2**23 one after another rounds each to the even code and clamps at 6.
 """
 import dataclasses
+import math
 import struct
 
 import jax
@@ -29,6 +33,7 @@ CLUSTER = 16  # CTAs of a cluster: the largest that Hopper has
 CLUSTERS = 2  # up to so many clusters, one launch beats two
 MAX_K = 16 * WARP * 16 * 8
 BLOCK_BYTES = 8  # packed codes of one block
+MAX_TILES = 512  # of a matrix: each warp reads their maxima
 TRANSPOSE_WORDS = 36 * 8  # of a warp: 8 rows (64-chunks of K) of 32 words, padded against bank conflicts
 
 
@@ -177,6 +182,12 @@ def _error_text(kind):
 
 SPLIT = "and.b32 $0,$2,0x7FFFFF; or.b32 $0,$0,0x3F800000; and.b32 $1,$2,0x7F800000;"
 CHOOSE = "{.reg .pred p; setp.lt.f32 p,$1,$2; selp.b32 $0,$3,$4,p;}"  # $3 where $1 < $2, else $4
+# Where $2 has no sign, some words $3, $3 + 128 bytes, ... (of every 32nd of the next $4 words) are not there yet: waits for this lane's
+# and takes their maximum; else $1.
+WAIT = ("{.reg .pred p; .reg .b64 a; .reg .s32 n; .reg .b32 v; mov.b32 $0,$1; setp.lt.s32 p,$2,0; @p bra DONE; mov.b64 a,$3; mov.b32 n,$4;"
+        "NEXT: setp.le.s32 p,n,0; @p bra DONE;"
+        "AGAIN: ld.relaxed.gpu.global.b32 v,[a]; setp.lt.s32 p,v,0; @p bra TAKEN; nanosleep.u32 100; bra AGAIN;"
+        "TAKEN: max.u32 $0,$0,v; add.s64 a,a,128; sub.s32 n,n,32; bra NEXT; DONE: }")
 STORE_SHARED = "st.shared.b32 [$0],$1;"
 LOAD_SHARED = "ld.shared.b32 $0,[$1];"
 
@@ -186,13 +197,15 @@ LOAD_SHARED = "ld.shared.b32 $0,[$1];"
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """`grid` CTAs of `warps` warps; `warps_per_row` of them share a row, a lane owning `blocks` blocks of it, 32 *
-    warps_per_row blocks apart. cluster: CTAs of a cluster, which share one reading of the whole tensor."""
+    warps_per_row blocks apart. cluster: CTAs of a cluster, which share one reading of the whole tensor. tile: groups of rows
+    that a CTA draws at a time, where it draws."""
 
     warps: int
     warps_per_row: int
     blocks: int
     grid: int
     cluster: int = 1
+    tile: int = 1
 
     @property
     def rows(self) -> int:
@@ -207,22 +220,26 @@ def _power_of_two_at_least(n: int) -> int:
 def _scan_plan(m: int, k: int, words: int) -> _Plan | None:
     """One launch for one amax: every cluster reads all rows, every CTA quantizes one group. None where two launches win.
 
-    A cluster costs 0.9 us more than a plain launch (H100), a second launch 1.2 us and its gap; small CTAs start sooner."""
+    While the loads of all rows fit a thread's registers, CTAs of 4 warps that each read everything: an L2 latency instead of
+    a cluster, which costs 0.8 us more than a plain launch; a second launch costs 1.2 us and its gap. Small CTAs start sooner."""
     units = -(-k // (16 * WARP))  # warps that one block a lane would take
     per_row = min(16, _power_of_two_at_least(units))
     blocks = -(-units // per_row)
-    if m * per_row <= 16:
-        return _Plan(max(4, _power_of_two_at_least(m * per_row)), per_row, blocks, 1)
+    warps = max(4, per_row)
+    groups = -(-m // (warps // per_row))
+    if groups == 1 or groups * blocks * words <= 64:
+        return _Plan(warps, per_row, blocks, groups)
     warps = max(8, per_row)
     clusters = -(-m // (warps // per_row * CLUSTER))
     return _Plan(warps, per_row, blocks, clusters * CLUSTER, CLUSTER) if clusters <= CLUSTERS else None
 
 
-def _plan(m: int, k: int, words: int) -> _Plan:
+def _plan(m: int, k: int, words: int, emit: str = "packed") -> _Plan:
     """words: 32-bit registers that a block takes: 8, or 16 where it is float32 or has two inputs.
 
     Few rows: one block a lane, for latency. Many: up to 4 (2) blocks a lane and few warps a row, which saves reductions and
-    the row's scalars, and CTAs that stay and fetch the next rows while they work on these."""
+    the row's scalars. For codes CTAs that stay, as many as their registers leave room for, and fetch the next rows while they
+    work on these; operands, four times as many bytes to store, come sooner from CTAs that each do one group."""
     units = -(-k // (16 * WARP))
     if m * units <= 16 * SMS:
         per_row = min(16, _power_of_two_at_least(units))
@@ -232,8 +249,20 @@ def _plan(m: int, k: int, words: int) -> _Plan:
     blocks = -(-units // per_row)
     warps = max(4, per_row)
     groups = -(-m // (warps // per_row))
-    resident = (16 if blocks * words <= 32 else 8) // (warps // 4) or 1
-    return _Plan(warps, per_row, blocks, min(groups, SMS * resident))
+    return _Plan(warps, per_row, blocks, groups if emit == "operand" else min(groups, SMS * max(1, 12 // warps)))
+
+
+def _matrices_plan(n: int, k: int) -> tuple[int, _Plan]:
+    """For many matrices [n, k]: how many rows are read as one, so that every lane has whole blocks, and a plan of tiles of
+    some 32 KiB, at most MAX_TILES a matrix. Three CTAs an SM is what their registers leave room for."""
+    pack = next((p for p in (1, 2, 4, 8) if n % p == 0 and p * k % (16 * WARP) == 0 and p * k <= 2048), 1)
+    n, k = n // pack, pack * k
+    units = -(-k // (16 * WARP))
+    per_row = min(16, _power_of_two_at_least(-(-units // 4)))
+    warps = max(4, per_row)
+    groups = -(-n // (warps // per_row))
+    tile = max(1, (2 << 14) // (warps // per_row * k * 2), -(-groups // MAX_TILES))
+    return pack, _Plan(warps, per_row, -(-units // per_row), 3 * SMS * 4 // warps, tile=tile)
 
 
 # --- the kernel ------------------------------------------------------------------------------------------------------
@@ -241,8 +270,8 @@ def _plan(m: int, k: int, words: int) -> _Plan:
 @dataclasses.dataclass(frozen=True)
 class _Spec:
     """What a kernel does. source: "x", "rmsnorm" or "silu". amax: where it comes from: "row", "scalar" or "rows" (given),
-    "static" (a given global scale), "partials" (of an earlier launch) or "scan" (of the tensor, in this launch). emit: "amax"
-    (the partials: one a CTA), "row_amax", "packed" or "operand"."""
+    "static" (a given global scale), "partials" (of an earlier launch), "scan" (of the tensor, in this launch) or "matrices" (of
+    each `matrix` rows, in this launch). emit: "amax" (the partials: one a CTA), "packed" or "operand"."""
 
     m: int
     k: int
@@ -254,9 +283,11 @@ class _Spec:
     four_over_six: str | None = None
     eps: float = 0.0
     masked: bool = False
-    gathered: int = 0  # row i is row rows[i] of an x of this many rows
+    copies: int = 0  # row i of x goes to rows rows[i, 0], rows[i, 1], ... of this many
     values: bool = False  # also the bfloat16 values that are quantized, in natural order
     partials: int = 0
+    matrix: int = 0
+    pack: int = 1  # rows of x that are read as one of m; NaN or infinity still poisons only its own
 
     @property
     def words(self) -> int:
@@ -270,6 +301,7 @@ def _program(refs, spec: _Spec, plan: _Plan):
     m, k, blocks_of_row = spec.m, spec.k, spec.k // 16
     warps, per_row, blocks, rows = plan.warps, plan.warps_per_row, plan.blocks, plan.rows
     groups = -(-m // rows)
+    groups_of_matrix = -(-spec.matrix // (rows * plan.tile)) * plan.tile
     tid = mg.thread_index()
     lane, warp = rem(tid, WARP), div(tid, WARP)
     row_of_group, part = div(warp, per_row), rem(warp, per_row)
@@ -288,22 +320,23 @@ def _program(refs, spec: _Spec, plan: _Plan):
         else:
             asm(f"bar.sync $0,{WARP * per_row};", [add(row_of_group, 1)], "")
 
-    def source_of(group):
-        """The row of x that this thread's row of a group comes from."""
+    def row_of(group):
+        """This thread's row of a group, and whether there is one."""
+        if spec.matrix:  # whole groups to a matrix
+            row = add(mul(rem(group, groups_of_matrix), rows), row_of_group)
+            ok = mg.flag("lt", row, spec.matrix)
+            row = add(mul(div(group, groups_of_matrix), spec.matrix), row)
+            return row, mg.bit_and(ok, mg.flag("lt", row, m))
         row = add(mul(group, rows), row_of_group)
-        if not spec.gathered:
-            return row
-        source, = mg.load_global(mg.gmem_element(refs["rows"], row, 1, mg.i32(0), 4), 1, mg.flag("lt", row, m))
-        return mg.minimum(source, spec.gathered - 1)
+        return row, mg.flag("lt", row, m)
 
-    def fetch(group, source=None):
+    def fetch(group):
         """The raw registers of this thread's blocks of a group of rows."""
-        ok = mg.flag("lt", add(mul(group, rows), row_of_group), m)
-        source = source_of(group) if source is None else source
+        row, ok = row_of(group)
         out = []
         for name in ("x", "up") if spec.source == "silu" else ("x",):
             itemsize = 4 if spec.single else 2
-            first = mg.gmem_element(refs[name], source, k, mul(add(mul(part, WARP), lane), 16), itemsize)
+            first = mg.gmem_element(refs[name], row, k, mul(add(mul(part, WARP), lane), 16), itemsize)
             n = 16 if spec.single else 8
             for j in range(blocks):
                 address = mg.offset_address(first, j * per_row * WARP * 16 * itemsize)
@@ -356,6 +389,12 @@ def _program(refs, spec: _Spec, plan: _Plan):
             out = asm(MAX, [out, v], **pure)
         return out
 
+    def minimum(values):
+        out = values[0]
+        for v in values[1:]:
+            out = mg.minimum(out, v)
+        return out
+
     def row_maxima(maxima, parity):
         """(raw, finite) of the row from those of this thread's blocks."""
         out = [asm(WARP_MAX, [maximum(v)]) for v in zip(*maxima)]
@@ -368,6 +407,17 @@ def _program(refs, spec: _Spec, plan: _Plan):
         synchronize_row()
         pairs = [asm("ld.shared.v2.b32 {$0,$1},[$2];", [add(slot, 8 * i)], "rr") for i in range(per_row)]
         return [maximum(v) for v in zip(*pairs)]
+
+    def poisoned_blocks(maxima):
+        """For each of this thread's blocks, whether its row of the `pack` holds NaN or infinity. A warp has all of them."""
+        bad = [mg.flag("le", 0x7F800000, raw) for raw, _ in maxima]
+        at = [div(i, blocks_of_row // spec.pack) for i in index]
+        out = [mg.i32(0)] * blocks
+        for r in range(spec.pack):
+            here = [mg.flag("eq", a, r) for a in at]
+            any_bad = asm(WARP_MAX, [maximum([mg.bit_and(b, h) for b, h in zip(bad, here)])])
+            out = [mg.select(h, any_bad, o) for h, o in zip(here, out)]
+        return out
 
     def cta_maximum(value):
         """The maximum over all threads of the CTA, in all of them."""
@@ -437,7 +487,15 @@ def _program(refs, spec: _Spec, plan: _Plan):
         block = asm(_underflow_text(), [*block, multiplier], "r" * 8, **pure)
         return bits, [asm(_codes_text(), [*block[i:i + 4], multiplier], **pure) for i in (0, 4)]
 
-    def write_operand(row, ok, j, words, bits, poisoned):
+    def targets_of(row, ok):
+        """(row of the result, whether there is one) of each copy of a row."""
+        if not spec.copies:
+            return [(row, ok)]
+        at = [mg.gmem_element(refs["rows"], row, spec.copies, mg.i32(i), 4) for i in range(spec.copies)]
+        targets = [mg.load_global(a, 1, ok)[0] for a in at]
+        return [(t, mg.bit_and(ok, mg.flag("lt", t, m * spec.copies))) for t in targets]  # unsigned: none of -1
+
+    def write_operand(targets, j, words, bits, poisoned):
         """Decodes and stores a warp's 32 blocks: a quad's 4 blocks are a 64-chunk, which the permutation mixes."""
         factor = asm(mg.SCALE, [bits, mg.i32(0x4440)], **pure)
         factor = mg.select(poisoned, 0x7FC07FC0, factor)
@@ -449,12 +507,13 @@ def _program(refs, spec: _Spec, plan: _Plan):
                 asm(f"st.shared.b32 [$0+{32 * s + 16 * h}],$1;", [at, pair], "")
         asm("bar.warp.sync -1;", outputs="")
         chunk = add(mul(part, WARP), j * per_row * WARP)  # the warp's first block
-        start = mg.gmem_element(refs["operand"], row, k, add(mul(chunk, 16), mul(lane, 8)), 2)
         source = add(base, add(mul(div(lane, 8), 144), mul(rem(lane, 8), 16)))
         for i in range(2):
             values = asm(f"ld.shared.v4.b32 {{$0,$1,$2,$3}},[$4+{i * 4 * 144}];", [source], "rrrr")
-            here = ok if full else mg.bit_and(ok, mg.flag("lt", add(chunk, add(mul(div(lane, 8), 4), 16 * i)), blocks_of_row))
-            mg.store_global(mg.offset_address(start, 512 * i), values, here)
+            here = mg.i32(1) if full else mg.flag("lt", add(chunk, add(mul(div(lane, 8), 4), 16 * i)), blocks_of_row)
+            for row, ok in targets:
+                start = mg.gmem_element(refs["operand"], row, k, add(mul(chunk, 16), mul(lane, 8)), 2)
+                mg.store_global(mg.offset_address(start, 512 * i), values, mg.bit_and(ok, here))
         asm("bar.warp.sync -1;", outputs="")
 
     def quantize_group(group, raw, parity, scaled):
@@ -462,17 +521,19 @@ def _program(refs, spec: _Spec, plan: _Plan):
         quantize_produced(group, produced, [block_maxima(block) for block in produced], parity, scaled)
 
     def quantize_produced(group, produced, maxima, parity, scaled):
-        row = add(mul(group, rows), row_of_group)
-        ok = mg.flag("lt", row, m)
-        raw_max, finite_max = row_maxima(maxima, parity)
-        poisoned = mg.flag("le", 0x7F800000, raw_max)
+        row, ok = row_of(group)
+        targets = targets_of(row, ok)
+        raw_max, finite_max = (None, None) if spec.pack > 1 else row_maxima(maxima, parity)
+        poisoned = poisoned_blocks(maxima) if spec.pack > 1 else [mg.flag("le", 0x7F800000, raw_max)] * blocks
         if spec.amax == "row":
             scaled = scales(finite_max)
         elif spec.amax == "rows":
             scaled = scales(*mg.load_global(mg.gmem_element(refs["amax"], row, 1, mg.i32(0), 4), 1, ok))
         if spec.amax in ("row", "rows"):
-            first = mg.bit_and(ok, mg.flag("eq", add(part, lane), 0))
-            mg.store_global(mg.gmem_element(refs["global_scale"], row, 1, mg.i32(0), 4), scaled[:1], first)
+            first = mg.flag("eq", add(part, lane), 0)
+            for target, there in targets:
+                address = mg.gmem_element(refs["global_scale"], target, 1, mg.i32(0), 4)
+                mg.store_global(address, scaled[:1], mg.bit_and(there, first))
         for j, (block, (_, finite)) in enumerate(zip(produced, maxima)):
             here = ok if full else mg.bit_and(ok, inside[j])
             if spec.values:
@@ -481,10 +542,10 @@ def _program(refs, spec: _Spec, plan: _Plan):
                     mg.store_global(mg.offset_address(address, 16 * i), block[4 * i:4 * i + 4], here)
             bits, words = quantize_block(block, finite, scaled)
             if spec.emit == "operand":
-                write_operand(row, ok, j, words, bits, poisoned)
+                write_operand(targets, j, words, bits, poisoned[j])
                 continue
-            words = [mg.select(poisoned, 0, word) for word in words]
-            bits = mg.select(poisoned, numerics.E4M3_NAN, bits)
+            words = [mg.select(poisoned[j], 0, word) for word in words]
+            bits = mg.select(poisoned[j], numerics.E4M3_NAN, bits)
             address = mg.gmem_element(refs["packed"], row, k // 2, mul(index[j], BLOCK_BYTES), 1)
             mg.store_global(address, words, here)
             mg.store_global(mg.gmem_element(refs["scale"], row, k // 16, index[j], 1), [bits], here, form="u8")
@@ -495,14 +556,13 @@ def _program(refs, spec: _Spec, plan: _Plan):
         if callable(scaled):
             scaled = scaled()  # after the first loads are on their way
         if not isinstance(step, int) or step < groups:
-            def body(group, parity, source, *raw):
+            def body(group, parity, *raw):
                 # Past the end a row is >= m (in reverse by unsigned wrap): all zeros, nothing stored.
-                following = fetch(order(add(group, step)), source)
-                source = source_of(order(add(group, 2 * step)))  # a group ahead: its loads need it
+                following = fetch(order(add(group, step)))
                 quantize_group(order(group), list(raw), parity, scaled)
-                return (mg.bit_xor(parity, 1), source, *following)
+                return (mg.bit_xor(parity, 1), *following)
 
-            mg.loop(first, groups, step, [mg.i32(0), source_of(order(add(first, step))), *raw], body)
+            mg.loop(first, groups, step, [mg.i32(0), *raw], body)
         else:
             quantize_group(order(first), raw, mg.i32(0), scaled)
 
@@ -514,6 +574,72 @@ def _program(refs, spec: _Spec, plan: _Plan):
             mg.store_global(mg.gmem_address(refs["global_scale"]), scaled[:1], first)
         return scaled
 
+    def draw_tiles():
+        """Word 0 of `zeroed` counts the draws, word 1 + t is tile t's amax with the sign set. Draw t: the amax of tile t, then
+        the codes of tile t - lag, whose matrix has only tiles below t, all drawn before."""
+        tile = plan.tile
+        per = groups_of_matrix // tile  # tiles of a matrix
+        tiles = m // spec.matrix * per
+        lag = per + plan.grid  # others are at work on the last `grid` draws
+        first = mg.flag("eq", tid, 0)
+        draw_slots = add(cta_slots, 4 * warps)  # of either parity
+
+        def word(i):
+            return mg.gmem_element(refs["zeroed"], i, 1, mg.i32(0), 4)
+
+        def draw():
+            return asm("{.reg .pred p; setp.ne.u32 p,$2,0; mov.b32 $0,0; @p atom.global.add.u32 $0,[$1],1;}", [word(mg.i32(0)), first])
+
+        def step(t, parity, pending, *raw):
+            begun = mg.flag("le", lag, t)
+            q = mg.select(begun, mg.sub(t, lag), tiles)  # `tiles`: nothing there
+            matrix = div(q, per)
+            base = add(mul(matrix, per), 1)
+            words = []  # the amax of each tile of the matrix; used after the loads of x are on their way
+            for i in range(0, per, WARP):
+                here = mg.bit_and(begun, mg.flag("lt", add(lane, i), per))
+                words.append(asm("{.reg .pred p; setp.ne.u32 p,$2,0; mov.b32 $0,0x80000000; @p ld.relaxed.gpu.global.b32 $0,[$1];}",
+                                 [word(add(base, add(lane, i))), here]))
+
+            def amax_of_group(r, best, *raw):
+                following = fetch(mg.select(mg.flag("eq", r, tile - 1), mul(q, tile), add(add(mul(t, tile), r), 1)))
+                found = maximum([finite for _, finite in map(block_maxima, (raw[i:i + 8] for i in range(0, len(raw), 8)))])
+                return [asm(MAX, [best, found], **pure), *following]
+
+            best, *raw = mg.loop(0, tile, 1, [mg.i32(0), *raw], amax_of_group)
+            best = asm(WARP_MAX, [best])
+            slots, draw_slot = add(cta_slots, mul(parity, 4 * (warps + 2))), add(draw_slots, mul(parity, 4 * (warps + 2)))
+            mg.store_shared(add(slots, mul(warp, 4)), [best], mg.flag("eq", lane, 0))
+            mg.store_shared(draw_slot, [pending], first)
+            asm("bar.sync 0;", outputs="")
+            best = asm(WARP_MAX, [asm(LOAD_SHARED, [add(slots, mul(mg.minimum(lane, warps - 1), 4))])])
+            asm("{.reg .pred p; .reg .b32 v; setp.ne.u32 p,$2,0; or.b32 v,$1,0x80000000; @p st.relaxed.gpu.global.b32 [$0],v;}",
+                [word(add(t, 1)), best, mg.bit_and(first, mg.flag("lt", t, tiles))], "")
+            following_draw = asm(LOAD_SHARED, [draw_slot])
+            pending = draw()
+
+            known = asm("redux.sync.min.u32 $0,$1,-1;", [minimum(words)])
+            amax = asm(WAIT, [maximum(words), known, word(add(base, lane)), mg.sub(per, mg.minimum(lane, per))])
+            amax = mg.bit_and(asm(WARP_MAX, [amax]), 0x7FFFFFFF)
+            scaled = scales(amax)
+            owner = mg.bit_and(mg.bit_and(first, begun), mg.flag("eq", rem(q, per), 0))
+            mg.store_global(mg.gmem_element(refs["global_scale"], matrix, 1, mg.i32(0), 4), scaled[:1], owner)
+
+            def quantize_one(r, row_parity, *raw):
+                group = add(mul(q, tile), r)
+                following = fetch(mg.select(mg.flag("eq", r, tile - 1), mul(following_draw, tile), add(group, 1)))
+                quantize_group(group, list(raw), row_parity, scaled)
+                return [mg.bit_xor(row_parity, 1), *following]
+
+            _, *raw = mg.loop(0, tile, 1, [mg.i32(0), *raw], quantize_one)
+            return [following_draw, mg.bit_xor(parity, 1), pending, *raw]
+
+        mg.store_shared(draw_slots, [draw()], first)
+        asm("bar.sync 0;", outputs="")
+        t = asm(LOAD_SHARED, [draw_slots])
+        asm("bar.sync 0;", outputs="")
+        mg.while_loop([t, mg.i32(0), draw(), *fetch(mul(t, tile))], lambda t, *_: mg.flag("lt", t, tiles + lag), step)
+
     cta = asm("mov.u32 $0,%ctaid.x;")
     if spec.amax == "scan":
         if plan.cluster > 1:
@@ -524,10 +650,15 @@ def _program(refs, spec: _Spec, plan: _Plan):
         clusters = plan.grid // plan.cluster
         others = lambda i: add(rank, mul(rem(add(cluster, i), clusters), plan.cluster))
         own = others(mg.i32(0))
-        produced = produce(fetch(own), mg.i32(0))  # stays in registers
+        raw = fetch(own)
+        at_once = [others(mg.i32(i)) for i in range(1, clusters)] if plan.cluster == 1 else []
+        fetched = [(group, fetch(group)) for group in at_once]
+        produced = produce(raw, mg.i32(0))  # stays in registers
         maxima = [block_maxima(block) for block in produced]
         best = largest(own, maxima)
-        if clusters > 1:
+        for i, (group, raw) in enumerate(fetched):
+            best = asm(MAX, [best, largest(group, map(block_maxima, produce(raw, mg.i32(1 - i % 2))))], **pure)
+        if clusters > 1 and not at_once:
             best = scan(others, 1, clusters, 1, best, mg.i32(1))
         best = cta_maximum(best)
         if plan.cluster > 1:
@@ -536,16 +667,8 @@ def _program(refs, spec: _Spec, plan: _Plan):
     elif spec.emit == "amax":
         best = cta_maximum(scan(lambda i: i, cta, groups, plan.grid, mg.i32(0), mg.i32(0)))
         mg.store_global(mg.gmem_element(refs["partials"], cta, 1, mg.i32(0), 4), [best], mg.flag("eq", tid, 0))
-    elif spec.emit == "row_amax":
-        def body(group, parity, *raw):
-            following = fetch(add(group, plan.grid))
-            _, finite = row_maxima([block_maxima(block) for block in produce(raw, parity)], parity)
-            row = add(mul(group, rows), row_of_group)
-            first = mg.bit_and(mg.flag("lt", row, m), mg.flag("eq", add(part, lane), 0))
-            mg.store_global(mg.gmem_element(refs["row_amax"], row, 1, mg.i32(0), 4), [finite], first)
-            return (mg.bit_xor(parity, 1), *following)
-
-        mg.loop(cta, groups, plan.grid, [mg.i32(0), *fetch(cta)], body)
+    elif spec.amax == "matrices":
+        draw_tiles()
     elif spec.amax == "partials":
         def reduced():
             positions = [add(lane, WARP * i) for i in range(-(-spec.partials // WARP))]
@@ -562,7 +685,8 @@ def _program(refs, spec: _Spec, plan: _Plan):
 def _offsets(spec: _Spec, plan: _Plan):
     """Word offsets in shared memory of: row maxima, sums of squares, transposition, CTA maxima, cluster maxima; the total."""
     sizes = (2 * 2 * plan.warps, 2 * plan.warps * plan.blocks if spec.source == "rmsnorm" else 0,
-             plan.warps * TRANSPOSE_WORDS if spec.emit == "operand" else 0, plan.warps, plan.cluster)
+             plan.warps * TRANSPOSE_WORDS if spec.emit == "operand" else 0,
+             2 * (plan.warps + 2) if spec.amax == "matrices" else plan.warps, plan.cluster)
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + size)
@@ -574,26 +698,27 @@ def _kernel(spec: _Spec, plan: _Plan):
     inputs = ["x", *{"x": [], "rmsnorm": ["weight"], "silu": ["up"]}[spec.source]]
     inputs += ["amax"] if spec.amax in ("scalar", "rows", "static", "partials") else []
     inputs += ["valid"] if spec.masked else []
-    inputs += ["rows"] if spec.gathered else []
+    inputs += ["rows"] if spec.copies else []
     outputs = {}
     if spec.emit == "amax":
         outputs["partials"] = jax.ShapeDtypeStruct((plan.grid,), jnp.float32)
-    elif spec.emit == "row_amax":
-        outputs["row_amax"] = jax.ShapeDtypeStruct((spec.m, 1), jnp.float32)
     else:
         if spec.emit == "packed":
             outputs["packed"] = jax.ShapeDtypeStruct((spec.m, spec.k // 2), jnp.uint8)
             outputs["scale"] = jax.ShapeDtypeStruct((spec.m, spec.k // 16), jnp.float8_e4m3fn)
         else:
-            outputs["operand"] = jax.ShapeDtypeStruct((spec.m, spec.k), jnp.bfloat16)
-        count = spec.m if spec.amax in ("row", "rows") else 1
+            outputs["operand"] = jax.ShapeDtypeStruct((spec.m * max(1, spec.copies), spec.k), jnp.bfloat16)
+        count = spec.m * max(1, spec.copies) if spec.amax in ("row", "rows") else spec.m // spec.matrix if spec.matrix else 1
         outputs["global_scale"] = jax.ShapeDtypeStruct((count,), jnp.float32)
         if spec.values:
             outputs["values"] = jax.ShapeDtypeStruct((spec.m, spec.k), jnp.bfloat16)
-    names = [*inputs, *outputs, "shared"]
+    names = [*inputs, *outputs, "shared", *(["zeroed"] if spec.amax == "matrices" else [])]
+    zeroed = 0
+    if spec.amax == "matrices":
+        zeroed = 1 + spec.m // spec.matrix * -(-spec.matrix // (plan.rows * plan.tile))
 
     call = mg.thread_kernel(lambda refs: _program(refs, spec, plan), names, list(outputs.values()), grid=plan.grid, warps=plan.warps,
-                            cluster=plan.cluster, shared_words=_offsets(spec, plan)[-1])
+                            cluster=plan.cluster, shared_words=_offsets(spec, plan)[-1], zeroed_words=zeroed)
     return lambda arguments: dict(zip(outputs, call(*(arguments[name] for name in inputs))))
 
 
@@ -628,22 +753,17 @@ def _run(what, source, arrays, emit, *, scaling, four_over_six, amax, static, va
     if static is not None and static.shape:
         raise NotImplementedError(f"{what}: a static global_scale of shape {static.shape}; it must be a scalar")
     row_scales = scaling == "token" if given is None else given.shape != ()
-    if rows is not None and (rows.ndim != 1 or rows.dtype != jnp.int32):
-        raise ValueError(f"{what}: rows must be i32 [R], got {rows.dtype}{rows.shape}")
-    if rows is not None and given is not None and given.shape:
-        raise NotImplementedError(f"{what}: rows together with an amax a row; gather x instead")
-    if m == 0 and rows is not None and rows.shape[0]:
-        raise ValueError(f"{what}: rows of an x without rows")
-    sources, m = m, m if rows is None else rows.shape[0]
+    if rows is not None and (rows.ndim != 2 or rows.shape[0] != m or rows.dtype != jnp.int32):
+        raise ValueError(f"{what}: rows must be i32 [M, copies], got {rows.dtype}{rows.shape} for x of shape {x.shape}")
     if m == 0:
         out = dict(packed=jnp.zeros((0, k // 2), jnp.uint8), scale=jnp.zeros((0, k // 16), jnp.float8_e4m3fn),
                    operand=jnp.zeros((0, k), jnp.bfloat16), values=jnp.zeros((0, k), jnp.bfloat16))
         one = jnp.ones((0, 1) if row_scales else (), jnp.float32)  # an amax over nothing counts as zero
         return out | dict(global_scale=one if given is None or row_scales else _scalar_global_scale(given, scaling, static, four_over_six))
     spec = _Spec(m, k, source, x.dtype == jnp.float32, "row", emit, scaling == "tensor_pow2", four_over_six, eps, values=values)
-    arrays, plan = dict(arrays), _plan(m, k, spec.words)
+    arrays, plan = dict(arrays), _plan(m, k, spec.words, emit)
     if rows is not None:
-        spec, arrays["rows"] = dataclasses.replace(spec, gathered=sources), rows
+        spec, arrays["rows"] = dataclasses.replace(spec, copies=rows.shape[1]), rows
     if given is not None:
         arrays["amax"] = given.astype(jnp.float32).reshape(-1)
         spec = dataclasses.replace(spec, amax="static" if static is not None else "rows" if given.shape else "scalar")
@@ -651,15 +771,15 @@ def _run(what, source, arrays, emit, *, scaling, four_over_six, amax, static, va
         if valid is not None:
             arrays["valid"] = valid
         spec = dataclasses.replace(spec, amax="scan", masked=valid is not None)
-        few = _scan_plan(m, k, spec.words) if rows is None else None
+        few = _scan_plan(m, k, spec.words)
         if few is None:
-            first = _plan(sources, k, spec.words)
-            scan = dataclasses.replace(spec, m=sources, emit="amax", amax="row", values=False, gathered=0)
+            first = _plan(m, k, spec.words)
+            scan = dataclasses.replace(spec, emit="amax", amax="row", values=False, copies=0)
             arrays["amax"] = _kernel(scan, first)(arrays)["partials"]
             spec = dataclasses.replace(spec, amax="partials", partials=first.grid, masked=False)
         plan = few or plan
     out = _kernel(spec, plan)(arrays)
-    out["global_scale"] = out["global_scale"].reshape((m, 1) if spec.amax in ("row", "rows") else ())
+    out["global_scale"] = out["global_scale"].reshape((-1, 1) if spec.amax in ("row", "rows") else ())
     return out
 
 
@@ -689,10 +809,10 @@ def quantize(x, *, scaling="tensor", four_over_six=None, amax=None, global_scale
 def operand(x, *, scaling="tensor", four_over_six=None, amax=None, global_scale=None, valid=None, rows=None):
     """Quantizes as `quantize` does, and decodes at once: what the Hopper matmuls read.
 
-    K must be a multiple of 64. rows: i32 [R], to gather on the way: the results' row i is x's row rows[i] (`routing`'s
-    token_of_row), while a tensor's amax and `valid` go over all rows of x.
-    -> bfloat16 [M or R, K] of code * scale, exact, K permuted by `mosaic.permute_k`; global_scale f32 [] or [M or R, 1]. A
-    row with NaN or infinity is NaN throughout.
+    K must be a multiple of 64. rows: i32 [M, c], to hand out c copies of each row on the way: row i of x becomes the rows rows[i]
+    of the M * c results (`routing`'s row_of_slot; -1: nowhere). Rows of the results that are nobody's hold anything.
+    -> bfloat16 [M or M * c, K] of code * scale, exact, K permuted by `mosaic.permute_k`; global_scale f32 [] or [M or M * c, 1].
+    A row with NaN or infinity is NaN throughout.
     """
     out = _run("operand", "x", dict(x=x), "operand", scaling=scaling, four_over_six=four_over_six, amax=amax,
                static=global_scale, valid=valid, rows=rows)
@@ -722,7 +842,7 @@ def silu_mul_operand(gate, up, *, scaling="tensor", four_over_six=None, amax=Non
 
 
 def quantize_weight(w, *, four_over_six=None):
-    """Quantizes weights with one global scale for each [N, K] matrix, as `nvfp4jax.array.quantize_weight`: two launches.
+    """Quantizes weights with one global scale for each [N, K] matrix, as `nvfp4jax.array.quantize_weight`.
 
     w: bfloat16 [..., N, K], K a multiple of 16. -> packed u8 [..., N, K/2], scale float8_e4m3fn [..., N, K/16], global_scale
     f32 [..., 1, 1], or [] for a single matrix. A row with NaN or infinity gets NaN scales; it does not spoil the matrix.
@@ -731,10 +851,13 @@ def quantize_weight(w, *, four_over_six=None):
     if w.dtype != jnp.bfloat16 or k % 16 or not 0 < k <= MAX_K or not w.size:
         raise NotImplementedError(f"quantize_weight: wants bfloat16 [..., N, K], not empty, K a multiple of 16 and at most {MAX_K}; got "
                                   f"{w.dtype}{w.shape}")
-    rows = w.reshape(-1, k)
-    plan = _plan(rows.shape[0], k, 8)
-    row_amax = _kernel(_Spec(rows.shape[0], k, "x", False, "row", "row_amax"), plan)(dict(x=rows))["row_amax"]
-    amax = jnp.broadcast_to(row_amax.reshape(-1, n).max(1, keepdims=True), (rows.shape[0] // n, n)).reshape(-1, 1)
-    packed, scale, global_scale = quantize(rows, four_over_six=four_over_six, amax=amax)
-    one = global_scale.reshape(*lead, n, 1)[..., :1, :]
-    return packed.reshape(*lead, n, k // 2), scale.reshape(*lead, n, k // 16), one if lead else one[0, 0]
+    count = math.prod(lead)
+    if count == 1:
+        packed, scale, global_scale = quantize(w.reshape(n, k), four_over_six=four_over_six)
+    else:
+        pack, plan = _matrices_plan(n, k)
+        rows = w.reshape(count * n // pack, k * pack)
+        spec = _Spec(*rows.shape, "x", False, "matrices", "packed", four_over_six=four_over_six, matrix=n // pack, pack=pack)
+        packed, scale, global_scale = _kernel(spec, plan)(dict(x=rows)).values()
+    global_scale = global_scale.reshape(*lead, 1, 1) if lead else global_scale
+    return packed.reshape(*lead, n, k // 2), scale.reshape(*lead, n, k // 16), global_scale

@@ -321,7 +321,7 @@ def _sort_plan(n):
     warps = 1 << (-(-n // WARP) - 1).bit_length()
     if warps <= ONE_CTA:
         return max(4, warps), 1
-    return min(32, max(4, warps // CLUSTER)), CLUSTER
+    return min(16, max(4, warps // CLUSTER // 2)), CLUSTER  # two steps before more warps, which start later
 
 
 def route(expert_ids, num_experts: int, valid=None) -> Routing:

@@ -16,8 +16,11 @@ from nvfp4jax.kernels.mosaic import permute_k
 from nvfp4jax.ops_xla import Scaling, Spec
 
 
-def operand(x, spec: Spec, scaling: Scaling, group_sizes=None, rows=None) -> tuple[jax.Array, jax.Array]:
-    """x [M, K] -> (operand bf16 [M, K], K permuted; row scale f32 [] or [M, 1]). rows: i32 [R], to gather on the way."""
+def operand(x, spec: Spec, scaling: Scaling, group_sizes=None, route: routing.Routing | None = None) -> tuple[jax.Array, jax.Array]:
+    """x [M, K] -> (operand bf16 [M, K], K permuted; row scale f32 [] or [M, 1]). route: of tokens to the rows of their experts; the
+    results are those rows, [M * k, K]. A token is quantized once, and stored k times."""
+    rows = None if route is None else route.row_of_slot
+    gathered = lambda x: x if route is None else x[route.token_of_row]  # noqa: E731
     if isinstance(x, NVFP4Array):
         row_scale = x.global_scale
         if row_scale.ndim not in (0, 2):
@@ -26,7 +29,7 @@ def operand(x, spec: Spec, scaling: Scaling, group_sizes=None, rows=None) -> tup
     if spec.scaling is None:
         if x.dtype != jnp.bfloat16:
             raise NotImplementedError(f"{spec.name}: {x.dtype} activations without quantization; the kernels multiply bfloat16")
-        return permute_k(x if rows is None else x[rows]), jnp.float32(1)
+        return permute_k(gathered(x)), jnp.float32(1)
     if spec.scaling == "static":
         scale = scaling.input_scale
         if scale.ndim:
@@ -34,7 +37,7 @@ def operand(x, spec: Spec, scaling: Scaling, group_sizes=None, rows=None) -> tup
         return quantize_hopper.operand(x, four_over_six=spec.four_over_six, global_scale=scale, rows=rows)
     mode, amax = spec.scaling, scaling.amax
     if mode == "expert":  # one amax an expert, given to each of its rows; their sort comes first
-        x, rows = x if rows is None else x[rows], None
+        x, rows = gathered(x), None
         mode, amax = "token", scaling_modes.expert_amax(x, group_sizes, scaling.valid) if amax is None else amax
     valid = scaling.valid if mode != "token" else None
     return quantize_hopper.operand(x, scaling=mode, four_over_six=spec.four_over_six, amax=amax, valid=valid, rows=rows)
@@ -113,13 +116,13 @@ def _bfloat16_result(spec: Spec) -> None:
 
 
 def experts(x, expert_ids, weights, gate_up: NVFP4Array, down: NVFP4Array, spec: Spec, scalings) -> jax.Array:
-    """A token is quantized as its rows are gathered: a tensor's amax runs over the tokens, before the sort."""
+    """A token is quantized before it is copied to its experts' rows: a tensor's amax runs over the tokens."""
     _bfloat16_result(spec)
     first, second = scalings
     route = routing.route(expert_ids, gate_up.shape[0])
     of_rows = lambda s: s if s.valid is None else dataclasses.replace(s, valid=s.valid[route.token_of_row])  # noqa: E731
     first = of_rows(first) if spec.scaling == "expert" else first
-    rows, row_scale = operand(x, spec, first, route.group_sizes, route.token_of_row)
+    rows, row_scale = operand(x, spec, first, route.group_sizes, route)
     h = grouped_hopper.gate_up(
         rows, row_scale, gate_up.packed, gate_up.scale, _global_scale(gate_up, 1), route.group_sizes, layer=gate_up.layer
     )

@@ -16,19 +16,21 @@ from nvfp4jax.kernels import aot, mosaic
 
 U32, F32, BF16 = np.uint32, np.float32, ml_dtypes.bfloat16
 SPACE = 1 << 32  # bytes between two global buffers
+SLEEPS = 200  # a thread that lets the others run first
 PEER = 1 << 24  # bytes between the shared memories of a cluster
 
 
-def run_thread_kernel(program, names, out_types, *, grid, warps, cluster=1, shared_words=0, seed=None):
+def run_thread_kernel(program, names, out_types, *, grid, warps, cluster=1, shared_words=0, zeroed_words=0, seed=None):
     """Stands in for `mosaic.thread_kernel`: compiles for an H200 and runs here, on numpy arrays."""
     def call(*inputs):
         inputs = [np.ascontiguousarray(x) for x in inputs]
         types = tuple((x.shape, np.dtype(x.dtype)) for x in inputs)
         captured = tuple(cell.cell_contents for cell in program.__closure__ or ())
-        text, order = _compiled(program, program.__code__, captured, tuple(names), tuple(out_types), types, grid, warps, cluster, shared_words)
+        text, order = _compiled(program, program.__code__, captured, tuple(names), tuple(out_types), types, grid, warps, cluster, shared_words,
+                                zeroed_words)
         outputs = [np.frombuffer(b"\xa5" * (int(np.prod(o.shape)) * o.dtype.itemsize), np.dtype(o.dtype)).reshape(o.shape).copy()
                    for o in out_types]
-        buffers = dict(zip(names, [*inputs, *outputs]))
+        buffers = dict(zip(names, [*inputs, *outputs])) | {"zeroed": np.zeros(zeroed_words, np.int32)}
         emulate(text, [buffers[name] for name in order], grid=grid, threads=warps * 32, cluster=cluster, shared=shared_words * 4,
                 seed=seed)
         return outputs
@@ -40,11 +42,11 @@ THREAD_KERNEL = mosaic.thread_kernel
 _texts = {}
 
 
-def _compiled(program, code, captured, names, out_types, in_types, grid, warps, cluster, shared_words):
+def _compiled(program, code, captured, names, out_types, in_types, grid, warps, cluster, shared_words, zeroed_words):
     """The PTX of a program, and its buffers in the order of their first use, which is how the compiler passes them.
 
     Each program compiles once: jax 0.12 dumps a kernel once a process."""
-    key = code, captured, names, tuple((o.shape, o.dtype) for o in out_types), in_types, grid, warps, cluster
+    key = code, captured, names, tuple((o.shape, o.dtype) for o in out_types), in_types, grid, warps, cluster, zeroed_words
     if key not in _texts:
         order = []
 
@@ -55,7 +57,7 @@ def _compiled(program, code, captured, names, out_types, in_types, grid, warps, 
                 return super().__getitem__(name)
 
         build = THREAD_KERNEL(lambda refs: program(Recorded(refs)), names, out_types, grid=grid, warps=warps, cluster=cluster,
-                              shared_words=shared_words)
+                              shared_words=shared_words, zeroed_words=zeroed_words)
         kernel, = aot.compile(build, *(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in in_types))
         _texts[key] = kernel.ptx, order
     return _texts[key]
@@ -201,6 +203,7 @@ class _Run:
             self.release()
 
     def release(self):
+        self.waiting[self.waiting == SLEEPS] = 0
         for cta in np.unique(self.cta):
             for barrier in np.unique(self.waiting[(self.cta == cta) & (self.waiting > 0) & (self.waiting < 100)]):
                 at = (self.cta == cta) & (self.waiting == barrier)
@@ -296,8 +299,20 @@ class _Run:
                 self.whole_warps(at, op)
             elif op.startswith("fence"):
                 pass
+            elif op.startswith("nanosleep"):
+                self.waiting[np.isin(self.warp, self.warp[at]) & (self.waiting == 0)] = SLEEPS
+            elif op == "atom.global.add.u32":
+                self.atomic_add(operands, at)
             else:
                 self.compute(op, parts, operands, at)
+
+    def atomic_add(self, operands, at):
+        for thread in at:
+            one = np.array([thread])
+            (memory, _, offset), = self.memory("atom.global", self.address(operands[1], one), one, 4)
+            word = memory[offset[0]:offset[0] + 4].view(np.uint32)
+            self.write(operands[0], one, word.astype(np.uint64))
+            word += self.value(operands[2], one).astype(np.uint32)
 
     def transfer(self, op, parts, operands, at):
         if "param" in op:

@@ -135,7 +135,7 @@ def test_golden_vectors_in_plain_jnp_under_jit():
 
 
 SHAPES = dict(gpu=((1, 16), (3, 48), (17, 80), (256, 2048), (37, 768), (9, 7168), (600, 512), (1500, 3072)),
-              ptx=((3, 48), (20, 1040), (70, 512)))  # one CTA, clusters, two launches
+              ptx=((3, 48), (9, 80), (20, 1040), (70, 512)))  # one CTA, some that read everything, clusters, two launches
 
 
 @pytest.mark.parametrize("dtype", (BF16, F32), ids=("bf16", "f32"))
@@ -245,22 +245,35 @@ def test_operand_is_the_decoded_quantization(machine, scaling):
             np.testing.assert_array_equal(scale, global_scale)
 
 
-def gathered(x, rows, valid, scaling):
+def copied(x, rows, valid, scaling):
     return quantize_hopper.operand(x, scaling=scaling, rows=rows, valid=valid)
 
 
+def copies_of_rows(rng, m, copies):
+    """i32 [m, copies]: where the copies of each row go, some nowhere; and, of each row of the result, whose it is or -1."""
+    rows = rng.permutation(m * copies).astype(np.int32).reshape(m, copies)
+    rows[rng.random(rows.shape) < 0.2] = -1
+    whose = np.full(m * copies, -1)
+    whose[rows[rows >= 0]] = np.broadcast_to(np.arange(m)[:, None], rows.shape)[rows >= 0]
+    return rows, whose
+
+
 @pytest.mark.parametrize("scaling", ("tensor", "token"))
-def test_operand_gathers_rows(machine, scaling):
+def test_operand_copies_rows(machine, scaling):
     rng = np.random.default_rng()
-    for m, r, k in ((1, 8, 2048), (64, 512, 2048), (700, 5600, 768)) if machine == "gpu" else ((1, 3, 64), (9, 70, 512), (3, 600, 512)):
+    for m, c, k in ((1, 8, 2048), (64, 8, 2048), (700, 8, 768), (300, 1, 7168)) if machine == "gpu" else ((1, 3, 64), (9, 4, 512), (70, 2, 512)):
         x = random_rows(rng, m, k, BF16, "edges")
-        rows = rng.integers(0, m, r).astype(np.int32)
+        rows, whose = copies_of_rows(rng, m, c)
         valid = np.ones(m, bool)
         valid[m // 2:] = m < 3
         packed, bits, global_scale = oracle(x, scaling=scaling, valid=valid)
-        got, scale = poisoned(machine, gathered, x, rows, valid, scaling=scaling)
-        np.testing.assert_array_equal(got.astype(np.float32), permuted(decoded(packed, bits))[rows], err_msg=str((scaling, m, r, k)))
-        np.testing.assert_array_equal(scale, global_scale if scaling == "tensor" else global_scale[rows])
+        got, scale = poisoned(machine, copied, x, rows, valid, scaling=scaling)
+        assert got.shape == (m * c, k)
+        want = permuted(decoded(packed, bits))[whose[whose >= 0]]
+        np.testing.assert_array_equal(got[whose >= 0].astype(np.float32), want, err_msg=str((scaling, m, c, k)))
+        assert scale.shape == (() if scaling == "tensor" else (m * c, 1))
+        np.testing.assert_array_equal(scale if scaling == "tensor" else scale[whose >= 0],
+                                      global_scale if scaling == "tensor" else global_scale[whose[whose >= 0]])
 
 
 def ulps(a, b):
@@ -306,9 +319,9 @@ def test_a_cta_walks_over_many_groups(machine, monkeypatch):
         x, w = random_rows(rng, m, k, BF16, "edges"), rng.normal(size=k).astype(ml_dtypes.bfloat16)
         for scaling in ("tensor", "token"):
             assert_same_bits(poisoned(machine, quantize_hopper.quantize, x, scaling=scaling), oracle(x, scaling=scaling), (m, k, scaling))
-        rows, packed_of = rng.integers(0, m, 111).astype(np.int32), oracle(x, scaling="tensor")
-        got, _ = poisoned(machine, gathered, x, rows, np.ones(m, bool), scaling="tensor")
-        np.testing.assert_array_equal(got.astype(np.float32), permuted(decoded(*packed_of[:2]))[rows])
+        (rows, whose), packed_of = copies_of_rows(rng, m, 2), oracle(x, scaling="tensor")
+        got, _ = poisoned(machine, copied, x, rows, np.ones(m, bool), scaling="tensor")
+        np.testing.assert_array_equal(got[whose >= 0].astype(np.float32), permuted(decoded(*packed_of[:2]))[whose[whose >= 0]])
         x = random_rows(rng, m, k, BF16)
         values, operand, scale = poisoned(machine, norm, x, w, scaling="token")
         wide = x.astype(np.float64)
@@ -319,16 +332,22 @@ def test_a_cta_walks_over_many_groups(machine, monkeypatch):
         np.testing.assert_array_equal(scale, global_scale)
 
 
-def test_weights_get_a_global_scale_a_matrix(machine):
+def test_weights_get_a_global_scale_a_matrix(machine, monkeypatch):
+    """Among them: one matrix, rows read two at a time, tiles that end past a matrix, many more matrices than CTAs draw at once."""
     rng = np.random.default_rng()
-    for shape in ((3, 2, 16, 2048), (257, 768), (64, 100, 512)) if machine == "gpu" else ((3, 5, 80), (6, 64)):
+    shapes = dict(gpu=((3, 2, 16, 2048), (257, 768), (64, 100, 512), (128, 256, 768), (150, 48, 7168), (5, 4096, 2048)),
+                  ptx=((6, 64), (3, 5, 80), (7, 12, 768), (2, 3, 9, 2624)))
+    if machine == "ptx":
+        monkeypatch.setattr(quantize_hopper, "SMS", 1)
+    for shape in shapes[machine]:
         w = random_rows(rng, int(np.prod(shape[:-1])), shape[-1], BF16, "heavy")
-        w[1, 3] = np.nan
+        w[1, 3], w[-1, -1], w[-2] = np.nan, -np.inf, 0
         w = w.reshape(shape)
-        def f(w):
-            q = array.quantize_weight(w)
-            return q.packed, lax.bitcast_convert_type(q.scale, jnp.uint8), q.global_scale
-        assert_same_bits(poisoned(machine, quantize_hopper.quantize_weight, w), cpu(f, w), shape)
+        for kind in (None, "mse") if w.size < 1 << 16 else (None,):
+            def f(w):
+                q = array.quantize_weight(w, four_over_six=kind)
+                return q.packed, lax.bitcast_convert_type(q.scale, jnp.uint8), q.global_scale
+            assert_same_bits(poisoned(machine, quantize_hopper.quantize_weight, w, four_over_six=kind), cpu(f, w), (shape, kind))
 
 
 def test_a_row_keeps_its_bits_in_any_batch(machine):
@@ -350,7 +369,7 @@ def test_two_runs_give_the_same_bits(machine):
     if machine == "ptx":
         pytest.skip("its approximate instructions are random")
     for one, two in zip(*(poisoned(machine, norm, x, w, scaling="tensor") for _ in range(2))):
-        assert (one.view(np.uint8) == two.view(np.uint8)).all()
+        assert one.tobytes() == two.tobytes()
 
 
 def test_powers_of_two_move_only_the_global_scale(machine):
@@ -381,7 +400,11 @@ def test_no_spills_and_few_instructions():
         "token operand": (lambda x: q.operand(x, scaling="token"), ((16384, 2048), BF16)),
         "tensor, two launches": (lambda x: q.quantize(x), ((16384, 2048), BF16)),
         "tensor, clusters": (lambda x: q.quantize(x), ((64, 2048), BF16)),
-        "tensor, one CTA": (lambda x: q.operand(x), ((4, 2048), BF16)),
+        "tensor, one CTA": (lambda x: q.operand(x), ((1, 2048), BF16)),
+        "tensor, CTAs that read everything": (lambda x: q.operand(x), ((8, 2048), BF16)),
+        "copies": (lambda x, r: q.operand(x, scaling="token", rows=r), ((8192, 2048), BF16), ((8192, 8), jnp.int32)),
+        "weights": (q.quantize_weight, ((64, 256, 2048), BF16)),
+        "weights, two rows as one": (q.quantize_weight, ((64, 256, 768), BF16)),
         "odd K": (lambda x: q.operand(x, scaling="token"), ((4096, 7168), BF16)),
         "small": (lambda x: q.quantize(x, scaling="tensor_pow2"), ((2, 48), BF16)),
         "rmsnorm, clusters": (lambda x, w: q.rmsnorm_operand(x, w, eps=1e-6)[1:], ((64, 2048), BF16), ((2048,), BF16)),
@@ -411,8 +434,7 @@ def test_arguments_are_checked():
         (ValueError, "scaling", lambda: q.quantize(x, scaling="expert")),
         (ValueError, "four_over_six", lambda: q.quantize(x, four_over_six="max")),
         (ValueError, "valid", lambda: q.quantize(x, valid=jnp.zeros(3, bool))),
-        (ValueError, "rows", lambda: q.operand(x, rows=jnp.zeros((4, 1), jnp.int32))),
-        (NotImplementedError, "gather x", lambda: q.operand(x, rows=jnp.zeros(4, jnp.int32), amax=jnp.zeros((4, 1), F32))),
+        (ValueError, "rows", lambda: q.operand(x, rows=jnp.zeros(4, jnp.int32))),
         (ValueError, r"\(4, 1\)", lambda: q.quantize(x, amax=jnp.zeros(4, F32))),
     ):
         with pytest.raises(error, match=match):
@@ -429,13 +451,14 @@ def test_every_block_belongs_to_one_thread():
     for m in (1, 2, 7, 132, 256, 1000, 5000):
         for k in (16, 64, 80, 512, 768, 1024, 2048, 3584, 5120, 7168, 12288, 25600, quantize_hopper.MAX_K):
             for words in (8, 16):
-                for p in (quantize_hopper._plan(m, k, words), quantize_hopper._scan_plan(m, k, words)):
+                for p in (quantize_hopper._plan(m, k, words), quantize_hopper._scan_plan(m, k, words), quantize_hopper._matrices_plan(m, k)[1]):
                     if p is None:
                         continue
                     assert p.warps % 4 == 0 and p.warps <= 32 and p.warps % p.warps_per_row == 0
                     assert p.warps_per_row == 1 or p.rows <= 15  # named barriers 1..15
                     units = sorted(part + j * p.warps_per_row for part in range(p.warps_per_row) for j in range(p.blocks))
-                    assert units == list(range(len(units))) and len(units) * 512 >= k, (m, k, p)
+                    whole = k * (quantize_hopper._matrices_plan(m, k)[0] if p.tile > 1 else 1)
+                    assert units == list(range(len(units))) and len(units) * 512 >= whole, (m, k, p)
                     assert p.grid % p.cluster == 0
                 scan = quantize_hopper._scan_plan(m, k, words)
                 assert scan is None or scan.grid * scan.rows >= m  # one group a CTA
