@@ -67,8 +67,8 @@ def _is_abstract(*values) -> bool:
     return any(isinstance(v, jax.ShapeDtypeStruct) for v in values)
 
 
-_all_finite = jax.jit(lambda w: jnp.isfinite(w).all())
 _quantize_weight = jax.jit(ops.quantize_weight, static_argnames="four_over_six")
+_any_nan = jax.jit(lambda scale: jnp.isnan(scale).any())
 
 
 def quantize_weight(w: Float[Array, "... N K"], four_over_six: str | None, name: str) -> NVFP4Array:
@@ -76,9 +76,11 @@ def quantize_weight(w: Float[Array, "... N K"], four_over_six: str | None, name:
     nvfp4_array.check_k(w.shape[-1], name, w.shape)
     if _is_abstract(w):
         return jax.eval_shape(lambda w: _quantize_weight(w, four_over_six=four_over_six), w)  # traced once a shape
-    if not isinstance(w, jax.core.Tracer) and not bool(_all_finite(w)):
+    quantized = _quantize_weight(w, four_over_six=four_over_six)  # no name: layers of one shape share a program
+    # A row that holds NaN or infinity has NaN scales: there is no need to read the weight again.
+    if not isinstance(w, jax.core.Tracer) and bool(_any_nan(quantized.scale)):
         raise ValueError(f"{name}: the weight of shape {tuple(w.shape)} holds NaN or infinity; NVFP4 would spread it over whole rows")
-    return _quantize_weight(w, four_over_six=four_over_six)  # no name: layers of one shape share a program
+    return quantized
 
 
 def _map(f, value):
