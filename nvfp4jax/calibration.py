@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from nvfp4jax import layers, numerics, scaling, swap
 from nvfp4jax.layers import InputAmax, LargestAmax
-from nvfp4jax.rollout.decoding import bucket, check_prompts
+from nvfp4jax.rollout.decoding import bucket, check_prompts, committed
 from nvfp4jax.swap import Path, path_string
 
 Batch = ArrayLike | tuple[ArrayLike, ArrayLike | None]
@@ -62,14 +62,16 @@ def input_scales(
         raise ValueError("calibrate: no layer of the model has activation='static'; swap with Rule(..., activation='static'), or take "
                          "nvfp4jax.with_activation(model, 'static')")
     model, watches = _watched(qmodel, static) if float_model is None else _watched_float(float_model, static)
-    graphdef, seen, params = nnx.split(model, InputAmax, ...)
-    batch = None
+    graphdef, none_yet, params = nnx.split(model, InputAmax, ...)
+    params = jax.tree.map(committed, params)
+    seen = None
     for batch in batches:
         ids, mask = check_prompts(model, *(batch if isinstance(batch, tuple) else (batch, None)))
         pad = bucket(ids.shape[1]) - ids.shape[1]  # near lengths share a program
         ids, mask = (np.pad(x, ((0, 0), (pad, 0))) for x in (ids, mask))
-        seen = _observe(graphdef, params, seen, jnp.asarray(np.where(mask, ids, 0)), jnp.asarray(mask))
-    if batch is None:
+        found = _observe(graphdef, params, none_yet, jnp.asarray(np.where(mask, ids, 0)), jnp.asarray(mask))
+        seen = found if seen is None else jax.tree.map(jnp.maximum, seen, found)
+    if seen is None:
         raise ValueError("calibrate: no batch of prompts was given")
     nnx.update(model, seen)
     found = {}
@@ -81,7 +83,7 @@ def input_scales(
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _observe(graphdef: nnx.GraphDef, params: Mapping, seen: Mapping, ids: jax.Array, mask: jax.Array) -> nnx.State:
-    """The amaxes after one more batch: ids i32 [B, T], mask bool [B, T]."""
+    """The amaxes of one batch, ids i32 [B, T], mask bool [B, T]; seen: zeros in their place."""
     model = nnx.merge(graphdef, params, seen)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - jnp.int32(1), jnp.int32(0))
     with scaling.valid_rows(mask):

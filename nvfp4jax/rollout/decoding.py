@@ -225,10 +225,11 @@ def rollout(
     limit: Int[Array, ""],
     controls: Controls,
     settings: Settings,
+    seen: Mapping | None = None,
 ) -> DecodeState:
     """Prefill and decode in one program; all but `graphdef` and `settings` is traced. The cache is not returned."""
     keys = row_keys(key, prompt.shape[0], settings.num_samples)
-    state = prefill(graphdef, params, prompt, mask, keys, controls, settings)
+    state = prefill(graphdef, params, prompt, mask, keys, controls, settings, seen)
     state = decode(graphdef, params, state, limit, controls, settings)
     return dataclasses.replace(state, cache=None)
 
@@ -249,8 +250,8 @@ def _swapping_rollout(
     settings: Settings,
 ) -> tuple[DecodeState, np.ndarray]:
     """`rollout` in chunks of `swap_every` tokens, newer weights between them; and the version of each step, i32 [limit]."""
-    graphdef, params, seen = nnx.split(model, nnx.Not(InputAmax), ...)
-    structure, params, seen = jax.tree.structure(params), jax.tree.map(_committed, params), jax.tree.map(_committed, seen)
+    graphdef, params, seen = _split(model)
+    structure = jax.tree.structure(params)
     versions = np.full(limit, weights.active_step, np.int32)
     keys = row_keys(key, prompt.shape[0], settings.num_samples)
     state = None
@@ -260,7 +261,7 @@ def _swapping_rollout(
             if jax.tree.structure(new.state) != structure:
                 raise ValueError(f"weights: the state of step {new.step} has another tree than the model's")
             nnx.update(model, new.state)
-            params = jax.tree.map(_committed, new.state)
+            params = jax.tree.map(committed, new.state)
             versions[start:] = new.step
         if state is None:
             state = _prefill(graphdef, params, prompt, mask, keys, controls, settings, seen)
@@ -363,9 +364,8 @@ def generate(
     prompt, valid = jnp.asarray(ids), jnp.asarray(mask)
     versions = None
     if weights is None:
-        graphdef, params = nnx.split(model)
-        params = jax.tree.map(_committed, params)
-        state = rollout(graphdef, params, prompt, valid, key, jnp.int32(max_new_tokens), controls, settings)
+        graphdef, params, seen = _split(model)
+        state = rollout(graphdef, params, prompt, valid, key, jnp.int32(max_new_tokens), controls, settings, seen)
     else:
         state, of_step = _swapping_rollout(
             model, weights, swap_every, prompt, valid, key, max_new_tokens, controls, settings
@@ -388,7 +388,19 @@ def generate(
     )
 
 
-def _committed(x: jax.Array) -> jax.Array:
+def _split(model: nnx.Module) -> tuple:
+    """(graphdef, weights, the layers' InputAmax), committed; an amax to where the weights are, on every device."""
+    graphdef, params, seen = nnx.split(model, nnx.Not(InputAmax), ...)
+    params = jax.tree.map(committed, params)
+    if jax.tree.leaves(seen):
+        shardings = [leaf.sharding for leaf in jax.tree.leaves(params)]
+        meshes = [s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)]
+        target = jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec()) if meshes else shardings[0]
+        seen = jax.device_put(seen, target)
+    return graphdef, params, seen
+
+
+def committed(x: jax.Array) -> jax.Array:
     """x committed to where it is, without a copy.
 
     jit compiles anew for arrays that differ in that alone, as those that a checkpoint restores (committed) and those

@@ -4,14 +4,21 @@ import ml_dtypes
 import numpy as np
 
 
-def forward(weights: dict[str, np.ndarray], config: dict, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(logits [T, V], experts of each token [T, k] for each mixture layer); weights [out, in] by Hugging Face names."""
+def forward(
+    weights: dict[str, np.ndarray], config: dict, tokens: np.ndarray, seen: dict[str, float] | None = None
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(logits [T, V], experts of each token [T, k] for each mixture layer); weights [out, in] by Hugging Face names.
+
+    seen: takes the largest absolute value that each linear module has read, by its name.
+    """
     get = lambda name: np.asarray(weights[name], np.float64)  # noqa: E731
 
     def norm(x, name):
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + config["rms_norm_eps"]) * get(name)
 
     def linear(x, name):
+        if seen is not None:
+            seen[name] = max(seen.get(name, 0.0), np.abs(x).max())
         y = x @ get(name + ".weight").T
         return y + get(name + ".bias") if name + ".bias" in weights else y
 
