@@ -7,10 +7,12 @@ import shutil
 import numpy as np
 import pytest
 from checkpoint import folders
+from checkpoint.test_huggingface import leaves
 from conftest import DATA
 
 from nvfp4jax import cli
 from nvfp4jax.checkpoint import load_model
+from nvfp4jax.checkpoint.convert import Calibration, Selection, quantize_folder
 from nvfp4jax.rollout import generate
 
 MOE = DATA / "qwen3-moe-tiny"
@@ -78,15 +80,40 @@ def test_rollout_of_token_ids(run, quantized):
     assert text == f"[0.0] {first},{second}\n[0.1] {first},{second}\n"
 
 
-def test_rollout_of_text(run, tmp_path, quantized):
+def save_tokenizer(folder):
+    """Word w7 is token 7."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {"[UNK]": 0} | {f"w{i}": i for i in range(1, 512)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def test_calibration_prompts(run, tmp_path):
+    """From a file of text and as token ids: the scales that the library makes of the same prompts, in batches of any kind."""
+    config = folders.small_config(vocab_size=512)
+    source = folders.write(tmp_path / "source", config, folders.small_weights(config))
+    save_tokenizer(source)
+    (tmp_path / "prompts.txt").write_text("w1 w2 w3\n\nw9\n" + "w5 w400 w17 w6 w8 w9 w10\n" * 9)
+    common = ("quantize", "--model-dir", source, "--activation", "static", "--calibration-headroom", 1.5)
+    run(*common, "--save-dir", tmp_path / "a", "--calibration-prompts", tmp_path / "prompts.txt", "--calibration-token-ids", "77 78 79")
+    prompts = [[1, 2, 3], [9], [5, 400, 17, 6, 8, 9, 10], [77, 78, 79]]
+    quantize_folder(source, tmp_path / "b", Selection(activation="static"), calibration=Calibration([np.array([p]) for p in prompts], 1.5))
+    found, expected = leaves(load_model(tmp_path / "a")), leaves(load_model(tmp_path / "b"))
+    assert found.keys() == expected.keys() and sum("input_scale" in path for path in found) == 4 + 4 + 3 + 2
+    for path in found:
+        np.testing.assert_allclose(found[path].astype(np.float32), expected[path].astype(np.float32), rtol=2e-2, err_msg=path)
+    text = run("inspect", tmp_path / "a")
+    assert "te-exact/static" in text
+    run("quantize", "--model-dir", tmp_path / "a", "--save-dir", tmp_path / "mo", "--output", "modelopt", "--calibration-token-ids", "1,2")
+    assert leaves(load_model(tmp_path / "mo", activation="static")).keys() == found.keys()
+
+
+def test_rollout_of_text(run, tmp_path, quantized):
     folder = tmp_path / "with"
     shutil.copytree(quantized, folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    save_tokenizer(folder)
     (tmp_path / "prompts.txt").write_text("w1 w2 w3\n\nw9\n")
     text = run("rollout", "--checkpoint", folder, "--scan-layers", "--prompt", "w1 w2 w3", "--prompt-file", tmp_path / "prompts.txt", "--max-new-tokens", 3)
     lines = text.splitlines()
@@ -105,6 +132,7 @@ def test_sampling_depends_on_the_seed_alone(run, quantized):
     assert call(0) == call(0) != call(1)
 
 
+QUANTIZE = ["quantize", "--model-dir", str(MOE / "bf16"), "--save-dir", "{tmp}/x"]
 BAD = {
     "no folder": (["inspect", "{tmp}/absent"], "no such folder"),
     "empty folder": (["inspect", "{tmp}/empty"], "config.json"),
@@ -113,6 +141,14 @@ BAD = {
     "unknown mode": (["quantize", "--model-dir", str(MOE / "bf16"), "--save-dir", "{tmp}/x", "--activation", "fast"], "--activation fast: one of"),
     "exclude nothing": (["quantize", "--model-dir", str(MOE / "bf16"), "--save-dir", "{tmp}/x", "--exclude", "zzz"], "'zzz' matches no layer"),
     "architecture": (["quantize", "--model-dir", "{tmp}/llama", "--save-dir", "{tmp}/x"], "architectures"),
+    "static": ([*QUANTIZE, "--activation", "static"], "calibrate on some prompts .--calibration-prompts."),
+    "no calibration file": ([*QUANTIZE, "--calibration-prompts", "{tmp}/absent.txt"], "--calibration-prompts .*absent.txt: cannot be read"),
+    "empty calibration file": ([*QUANTIZE, "--calibration-prompts", "{tmp}/none.txt"], "none.txt: no prompt in it"),
+    "calibration text": ([*QUANTIZE, "--calibration-prompts", "{tmp}/one.txt"], "tokenizer.json.*pass --calibration-token-ids"),
+    "calibration ids": ([*QUANTIZE, "--calibration-token-ids", "1,x"], "--calibration-token-ids '1,x': integers"),
+    "headroom alone": ([*QUANTIZE, "--calibration-headroom", "2"], "--calibration-headroom: without --calibration-prompts"),
+    "headroom": ([*QUANTIZE, "--calibration-token-ids", "1", "--calibration-headroom", "0.5"], "headroom=0.5: a finite factor"),
+    "nothing to scale": ([*QUANTIZE, "--activation", "none", "--calibration-token-ids", "1"], "activation=None quantizes no activation"),
     "usage": (["quantize", "--model-dir", "x"], "save-dir"),
     "no such option": (["rollout", "--nonsense"], "nonsense"),
     "no such command": (["train"], "train"),
@@ -131,6 +167,8 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_code_2(run, tmp_path, case):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "none.txt").write_text("\n\n")
+    (tmp_path / "one.txt").write_text("a prompt\n")
     shutil.copytree(MOE / "bf16", tmp_path / "cut")
     file = tmp_path / "cut" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
