@@ -80,7 +80,8 @@ def _quantize(w: np.ndarray, layer: nnx.Module, name: str) -> PackedWeight:
 def _input_scale(weights: Sequence[PackedWeight], checkpoint: Checkpoint, name: str) -> np.ndarray:
     """The input scale of weights that see the same activation: the largest."""
     if any(w.input_scale is None for w in weights):
-        raise CheckpointError(f"{checkpoint.directory}: {name!r} has no input_scale, which activation='static' needs; use an online mode")
+        raise CheckpointError(f"{checkpoint.directory}: {name!r} has no input_scale, which activation='static' needs; calibrate on some "
+                              "prompts (see nvfp4jax.calibrate), or use an online mode")
     return np.asarray(np.max([w.input_scale for w in weights]), np.float32)
 
 
