@@ -21,7 +21,6 @@ from nvfp4jax.kernels import mosaic
 SMS = 132
 STEP = 256  # K of a pipeline step: a 128-byte row of packed codes
 CHUNK = 64  # K of a token tile's 128-byte row
-SCALE_BLOCK = 2048  # K of a 128-byte row of scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +29,8 @@ class Config:
     code).
 
     warpgroups of 64 weight rows a CTA, per_sm CTAs an SM. x_rows: 128-byte rows in a stage of tokens: 4, 2 or 1 chunks
-    of 64 of K, as many as the tile leaves room for.
+    of 64 of K, as many as the tile leaves room for. Where that is a whole step for every tile, weights and tokens share
+    their stages and barriers.
     """
 
     tiles: tuple[int, ...]
@@ -48,6 +48,17 @@ class Config:
         """64-chunks of K in a stage of tokens."""
         return max(q for q in (1, 2, 4) if q * compute <= self.x_rows)
 
+    @property
+    def scale_block(self):
+        """K of a row of scales in shared memory: 64 bytes of it, so that more weights fit; with half the warpgroups
+        128."""
+        return 2048 if self.warpgroups == 2 else 1024
+
+    @property
+    def together(self):
+        """Whether a stage holds a step's weights and tokens."""
+        return self.chunks(self.computes[-1]) * CHUNK == STEP
+
 
 def config(m, experts, n, k, *, gated):
     """The kernel's shape for M rows of E experts, N output channels: a rule on the rows an expert gets on average.
@@ -58,14 +69,16 @@ def config(m, experts, n, k, *, gated):
     rows = 128 if gated else 256  # output channels of a tile of 4 warpgroups
     mean = m / experts
     most = mean + 2 * mean**0.5  # 19 of 20 experts have fewer, where tokens choose evenly
-    if min(m, experts) * -(-n // rows) < 2 * SMS and mean <= 8:  # too few tiles: 64 rows a CTA, two CTAs an SM
+    tiles = -(-n // rows)
+    if min(m, experts) * tiles < 2 * SMS and mean <= 8:  # too few tiles: 64 rows a CTA, two CTAs an SM
         return Config((8,), (8,), 32, warpgroups=1, per_sm=2)
     if mean <= 1:
         return Config((8,), (8,), 32)
     if mean <= 6:
-        return Config((8, 16, 24), (8, 16, 24), 64)
-    if mean <= 20:
-        return Config((8, 16, 24, 32, 64), (8, 16, 24, 32, 64), 128)
+        return Config((8, 16, 24), (8, 24), 96)
+    if mean <= 20:  # all rows on 8 experts: two waves
+        largest = min(64, max(40, -(-m // 64 // max(1, 2 * SMS // (8 * tiles))) * 8))
+        return Config((8, 16, 24, 32, largest), (16, 24, 32, largest), 128)
     if most <= 96:
         low, high = (-(-int(rows) // 8) * 8 for rows in (mean, most))
         return Config(tuple(range(max(8, low - 16), high + 1, 8)), (low, high), 2 * high)
@@ -167,16 +180,18 @@ class _Layout:
 def _layout(c, k, halves, experts):
     """The rings that fit. Raises NotImplementedError where K is too long for rows of scales that TMA cannot cut."""
     rows = c.warpgroups * 64
-    scale_row = k // 16 if k % STEP else min(k // 16, SCALE_BLOCK // 16)
+    scale_row = k // 16 if k % STEP else min(k, c.scale_block) // 16
     x_bytes, w_bytes = c.x_rows * CHUNK * 2, rows * STEP // 2
     x_stages_a_step = STEP // CHUNK // c.chunks(c.computes[0])
     # Pallas aligns arrays to 1024 bytes; the last 1024 are for the barriers.
     free = mosaic.SHARED_MEMORY // c.per_sm - 1024 - -(-_table_words(experts) * 4 // 1024) * 1024
-    for s_stages in ((2, 1) if c.per_sm == 1 else (1,)):
+    for s_stages in (2, 1):
         left = free - s_stages * -(-halves * _scale_words(rows // halves, scale_row, k) * 4 // 1024) * 1024
-        # Tokens come from the L2: a stage less of them does not delay the weights.
-        w_stages = max(2, min(8, (left + x_bytes) // (w_bytes + x_bytes * x_stages_a_step)))
-        x_stages = min(8, (left - w_stages * w_bytes) // x_bytes)
+        if c.together:  # a power of two: the number of a stage then costs one instruction
+            x_stages = w_stages = max((q for q in (2, 4, 8) if q * (w_bytes + x_bytes) <= left), default=0)
+        else:  # tokens come from the L2: a step less of them does not delay the weights
+            w_stages = max(2, min(8, (left + x_bytes * x_stages_a_step) // (w_bytes + x_bytes * x_stages_a_step)))
+            x_stages = min(8, (left - w_stages * w_bytes) // x_bytes)
         if w_stages >= 2 and x_stages >= 2:
             return _Layout(rows, scale_row, w_stages, x_stages, s_stages)
     raise NotImplementedError(f"K = {k} is too long: {rows} rows of scales do not fit the shared memory; a multiple of "
@@ -197,10 +212,12 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
     r = _layout(c, k, halves, experts)
     rows, wgs = r.rows // halves, c.warpgroups
     tiles, steps = -(-n // rows), -(-k // STEP)
-    scale_blocks, block_steps = (1, steps) if k % STEP else (-(-k // SCALE_BLOCK), min(steps, SCALE_BLOCK // STEP))
+    scale_blocks, block_steps = (1, steps) if k % STEP else (-(-k // c.scale_block), min(steps, c.scale_block // STEP))
     scale_words = _scale_words(rows, r.scale_row, k)
     largest = c.tiles[-1]
     flat = bool(k % STEP)
+    # Steps in a turn of the consumers' loop: inside one, a step's decode runs beside the wgmmas of the step before.
+    turn = 4 if c.together and steps % block_steps == block_steps % 4 == 0 else 1
     most_chunks = c.chunks(c.computes[0])  # copies in a stage of tokens; where fewer, plain arrivals make up for them
     consumer_registers, producer_registers = mosaic.register_budget(wgs, per_sm=c.per_sm)
     grid = c.sms * c.per_sm
@@ -208,6 +225,8 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
     def kernel(layer, w, s, x, row_scale, sizes, global_scale, o, w_sm, s_sm, x_sm, table, w_full, w_empty, x_full,
                x_empty, s_full, s_empty, planned, m_full, m_empty, a_sm=None):
         wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
+        if c.together:
+            x_full, x_empty = w_full, w_empty
 
         def div_rem(a, b):
             return lax.div(a, jnp.int32(b)), lax.rem(a, jnp.int32(b))
@@ -225,13 +244,21 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
         def own_tiles():
             return lax.div(table[7 + experts] * tiles + (grid - 1) - sm, jnp.int32(grid))
 
-        def over_steps(before, step, after, carry=None, *, size_of=lambda size: size):
-            """before and after(block of scales), carry = step(block, step in it, step, carry)."""
+        def over_steps(before, step, after, carry=None, *, size_of=lambda size: size, turn=1):
+            """before and after(block of scales), carry = step(block, step in it, step, carry), `turn` steps at once:
+            each is told which of the turn's it is."""
             def over_block(b, carry):
                 first = b * block_steps
                 before(b)
-                size = steps if scale_blocks == 1 else jnp.minimum(block_steps, steps - first)
-                carry = lax.fori_loop(0, size_of(size), lambda i, carry: step(b, i, first + i, carry), carry)
+
+                def several(i, carry):
+                    for q in range(turn):
+                        at = i * turn + q
+                        carry = step(b, at, first + at, carry, *((q,) if turn > 1 else ()))
+                    return carry
+
+                size = block_steps if steps % block_steps == 0 else jnp.minimum(block_steps, steps - first)
+                carry = lax.fori_loop(0, size_of(size) // turn if turn > 1 else size_of(size), several, carry)
                 after(b)
                 return carry
 
@@ -279,7 +306,7 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                                 source = s.at[pl.ds(word + q * 256, 256)]
                                 plgpu.copy_gmem_to_smem(source, s_sm.at[slot, h, pl.ds(q * 256, 256)], s_full.at[slot])
                         else:
-                            words = pl.ds(b * (SCALE_BLOCK // 64), r.scale_row // 4)
+                            words = pl.ds(b * (c.scale_block // 64), r.scale_row // 4)
                             source = s.at[at_layer, expert, channels, words]
                             plgpu.copy_gmem_to_smem(source, s_sm.at[slot, h], s_full.at[slot])
 
@@ -292,8 +319,10 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                         plgpu.copy_gmem_to_smem(source, w_sm.at[st, pl.ds(h * rows, rows)], w_full.at[st])
 
                     def stage(g, xi):
-                        xst = div_rem(xi, r.x_stages)[1]
-                        pl.when(xi >= r.x_stages)(lambda: plgpu.barrier_wait(x_empty.at[xst]))
+                        xst = st
+                        if not c.together:
+                            xst = div_rem(xi, r.x_stages)[1]
+                            pl.when(xi >= r.x_stages)(lambda: plgpu.barrier_wait(x_empty.at[xst]))
 
                         def tokens(t):
                             compute = c.compute(t)
@@ -318,7 +347,7 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
             if interpret:  # it wants every completed phase of a barrier observed
                 for barrier, uses, stages in (
                         (w_empty, tile * steps, r.w_stages), (s_empty, tile * scale_blocks, r.s_stages),
-                        (x_empty, x_used, r.x_stages), (m_empty, tile, 2)):
+                        *(() if c.together else ((x_empty, x_used, r.x_stages),)), (m_empty, tile, 2)):
                     @pl.loop(jnp.maximum(uses, stages), uses + stages)
                     def _(use):
                         plgpu.barrier_wait(barrier.at[div_rem(use, stages)[1]])
@@ -326,10 +355,11 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
         def consume():
             def lanes(shifts):
                 return mosaic.fragment_lanes(wg, [4 * v for v in shifts], scale_row=r.scale_row,
+                                             chunks=4 if most_chunks > 1 else 1,
                                              other=(rows, scale_words * 4) if gated else None)
 
-            # Once for all tiles, where registers allow.
-            early = None if interpret or flat or len(c.computes) > 2 else lanes((jnp.int32(0),) * 2)
+            # Once for all tiles.
+            early = None if interpret or flat else lanes((jnp.int32(0),) * 2)
             plgpu.barrier_wait(planned)
 
             def tile_of(tile, x_used):
@@ -351,7 +381,7 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                 shifts = shift(0), shift(halves - 1)
 
                 def run(t):
-                    chunks = c.chunks(t)
+                    chunks = c.chunks(t) if turn == 1 else 2
                     groups = STEP // CHUNK // chunks
                     if not interpret:
                         lane_values = early or lanes(shifts)
@@ -363,29 +393,40 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                     def slot(b):
                         return div_rem(tile * scale_blocks + b, r.s_stages)[1]
 
-                    def step(b, i, at, acc):
+                    def stage_of(it):
+                        return div_rem(it, r.w_stages)[1]
+
+                    def step(b, i, at, acc, q=0):
                         it = tile * steps + at
-                        st = div_rem(it, r.w_stages)[1]
+                        st = q if turn == r.w_stages else stage_of(it)
                         plgpu.barrier_wait(w_full.at[st])
                         for g in range(groups):
-                            xst = div_rem(x_used + at * groups + g, r.x_stages)[1]
-                            plgpu.barrier_wait(x_full.at[xst])
+                            xst, x_first = st, g * chunks * t
+                            if not c.together:
+                                xst, x_first = div_rem(x_used + at * groups + g, r.x_stages)[1], 0
+                                plgpu.barrier_wait(x_full.at[xst])
+                            tokens = x_sm.at[xst, pl.ds(x_first, chunks * t)]
                             if interpret:
-                                _multiply_interpreted(acc, a_sm.at[wg], w_sm.at[st], s_sm.at[slot(b)], x_sm.at[xst],
+                                _multiply_interpreted(acc, a_sm.at[wg], w_sm.at[st], s_sm.at[slot(b)], tokens,
                                                       wg, i, g * chunks, chunks, rows, r.scale_row, shifts, t)
                             else:
                                 acc = mosaic.multiply_decoded(
-                                    acc, lane_values, w_sm.at[st], s_sm.at[slot(b)], x_sm.at[xst], i, first=g * chunks,
-                                    chunks=chunks, part=part, tokens=t, scale_row=r.scale_row)
-                            plgpu.barrier_arrive(x_empty.at[xst])
-                        plgpu.barrier_arrive(w_empty.at[st])
+                                    acc, lane_values, w_sm.at[st], s_sm.at[slot(b)], tokens, i, first=g * chunks,
+                                    chunks=chunks, part=part, tokens=t, scale_row=r.scale_row,
+                                    running=int(g + 1 < groups or q + 1 < turn) if turn > 1 else 0)
+                            if g == 0 and q > 0:  # the wgmmas of the step before are through
+                                plgpu.barrier_arrive(w_empty.at[q - 1 if turn == r.w_stages else stage_of(it - 1)])
+                            if not c.together:
+                                plgpu.barrier_arrive(x_empty.at[xst])
+                        if q == turn - 1:
+                            plgpu.barrier_arrive(w_empty.at[st])
                         return None if interpret else acc
 
                     def over_k(acc):
                         return over_steps(lambda b: plgpu.barrier_wait(s_full.at[slot(b)]),
-                                          step if not interpret else lambda b, i, at, _: step(b, i, at, acc),
+                                          step if not interpret else lambda b, i, at, _, q=0: step(b, i, at, acc, q),
                                           lambda b: plgpu.barrier_arrive(s_empty.at[slot(b)]),
-                                          None if interpret else acc)
+                                          None if interpret else acc, turn=turn)
 
                     if interpret:
                         def interpreted(acc):
@@ -432,10 +473,10 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
     scratch = dict(
         w_sm=plgpu.SMEM((r.w_stages, r.rows, STEP // 8), jnp.int32, transforms=mosaic.ROWS_128),
         s_sm=plgpu.SMEM((r.s_stages, halves, *((scale_words,) if flat else (rows, r.scale_row // 4))), jnp.int32,
-                        transforms=mosaic.ROWS_128 if r.scale_row == 128 and not flat else ()),
+                        transforms=() if flat else mosaic.scale_rows(r.scale_row)),
         x_sm=plgpu.SMEM((r.x_stages, c.x_rows, CHUNK), jnp.bfloat16, transforms=mosaic.ROWS_128),
         table=plgpu.SMEM((_table_words(experts),), jnp.int32),
-        w_full=plgpu.Barrier(num_arrivals=halves, num_barriers=r.w_stages),
+        w_full=plgpu.Barrier(num_arrivals=halves + most_chunks * c.together, num_barriers=r.w_stages),
         w_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=r.w_stages),
         x_full=plgpu.Barrier(num_arrivals=most_chunks, num_barriers=r.x_stages),
         x_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=r.x_stages),
@@ -536,7 +577,7 @@ def _run(name, operand, row_scale, packed, scale, global_scale, group_sizes, *, 
         rows = use.warpgroups * 64 // halves
         wide, long = -(-n // rows) * rows, -(-k // STEP) * STEP
         w = _pad(w, *w.shape[:2], wide, long // 8)
-        s = jnp.pad(s, (0, rows * (k // 64) + 256)) if flat else _pad(s, *s.shape[:2], wide, -(-k // SCALE_BLOCK) * 32)
+        s = jnp.pad(s, (0, rows * (k // 64) + 256)) if flat else _pad(s, *s.shape[:2], wide, -(-k // use.scale_block) * (use.scale_block // 64))
         operand = _pad(operand, m + use.tiles[-1], long)
     out = kernel(layer, w, s, operand, row_scale.reshape(-1, 1), group_sizes.astype(jnp.int32), global_scale)
     return out[:, :n] if interpret else out

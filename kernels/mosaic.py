@@ -25,13 +25,14 @@ SHARED_MEMORY = 227 * 1024  # bytes an SM
 DECODE_FACTOR = 2.0**7  # what the decode leaves out
 
 # One u32 of 8 codes -> 4 bf16x2 in mma and wgmma order; nibble j pairs with nibble j+4. An E2M1 code's sign goes to
-# bit 15 and its other bits to bits 8..6 of a bf16: the value times 2**-126, subnormals included. $5: scale * 2**119.
+# bit 15 and its other bits to bits 8..6 of a bf16: the value times 2**-126, subnormals included. Nibbles 3 and 7 have
+# their sign in place. $5: scale * 2**119.
 DECODE = """{
 .reg .b32 z,a,b,c,d;
-shr.u32 z,$4,8;
-and.b32 a,$4,0x000F000F; and.b32 b,$4,0x00F000F0; and.b32 c,z,0x000F000F; and.b32 d,z,0x00F000F0;
-mul.lo.u32 a,a,4160; mul.lo.u32 b,b,260; mul.lo.u32 c,c,4160; mul.lo.u32 d,d,260;
-and.b32 a,a,0x81C081C0; and.b32 b,b,0x81C081C0; and.b32 c,c,0x81C081C0; and.b32 d,d,0x81C081C0;
+shr.u32 z,$4,6;
+and.b32 a,$4,0x000F000F; and.b32 b,$4,0x00F000F0; and.b32 c,z,0x003C003C; and.b32 d,z,0x01C001C0;
+mul.lo.u32 a,a,4160; mul.lo.u32 b,b,260; mul.lo.u32 c,c,1040; and.b32 z,$4,0x80008000;
+and.b32 a,a,0x81C081C0; and.b32 b,b,0x81C081C0; and.b32 c,c,0x81C081C0; or.b32 d,d,z;
 mul.rn.bf16x2 $0,a,$5; mul.rn.bf16x2 $1,b,$5; mul.rn.bf16x2 $2,c,$5; mul.rn.bf16x2 $3,d,$5;
 }"""
 # One e4m3 byte of a scale word (selector 0x4440 + byte) -> bf16x2 of scale * 2**119: exact, subnormals included.
@@ -101,6 +102,12 @@ def decode_words(words, scales):
 # 128-byte rows in shared memory, 16-byte unit u of row r at u ^ r % 8: TMA writes them so, from any row and past any
 # edge (zeros), and the decode reads them so.
 ROWS_128 = (plgpu.SwizzleTransform(128),)
+
+
+def scale_rows(size):
+    """Transforms of rows of `size` bytes of scales: 128 and 64 bytes are swizzled, the latter with unit u of row r at
+    u ^ r / 2 % 4."""
+    return (plgpu.SwizzleTransform(size),) if size in (64, 128) else ()
 
 
 def swizzled(itemsize):
@@ -261,17 +268,19 @@ def lanes(interleaved, *, pinned=False):
     return warp, rem(lane, 4), row, weight_row
 
 
-def fragment_lanes(wg, shifts, *, scale_row, other=None):
+def fragment_lanes(wg, shifts, *, scale_row, other=None, chunks=4):
     """What `multiply_decoded` wants of a thread: PER_THREAD values, computed where it stands (outside the loop over
     K).
 
     wg: the warpgroup (i32), of 64 weight rows, or, where two operands interleave (gate and up), 32 of each. other:
     None, or how far on the second one lies: rows of w_ref (a multiple of 8), bytes of s_ref (of 1024 if swizzled).
     shifts: i32, bytes by which the scales of the rows r and r + 8 lie further on.
+    chunks: 4, or 1 to save registers: the 64-chunks whose addresses are kept, the others' are computed from the first's.
+    -> selector of the scale's byte, then of rows r and r + 8: where their scales are, and the codes of each chunk.
     """
     value = plgpu.ShapeDtypeStruct((128,), jnp.int32, layout=PER_THREAD)
 
-    @plgpu.inline_mgpu(arg_types=(SPLAT,) * 3, return_type=(value,) * 5)
+    @plgpu.inline_mgpu(arg_types=(SPLAT,) * 3, return_type=(value,) * (3 + 2 * chunks))
     def f(ctx, wg, *shifts):
         del ctx
         warp, quad, _, weight_row = lanes(bool(other), pinned=True)
@@ -280,43 +289,48 @@ def fragment_lanes(wg, shifts, *, scale_row, other=None):
         codes, scales = [], []
         for h, r in enumerate((row, add(row, 0 if other else 1))):  # of fragment rows r and r + 8
             further_rows, further_scales = other if other and h else (0, 0)
-            phase = bit_and(r, 7)  # of the swizzle
-            # The unit of 64-chunk c is (2 c + quad / 2) ^ phase: 2 c is xored into the whole address later.
+            phase = bit_and(r, 7)  # of the swizzle: the unit of 64-chunk c is (2 c + quad / 2) ^ phase
             unit = add(mul(bit_xor(div(quad, 2), phase), 16), mul(rem(quad, 2), 8))
             codes.append(add(add(mul(r, 128), unit), further_rows * 128))
-            at = add(add(mul(r, scale_row), mul(phase, 16) if scale_row == 128 else 0), further_scales)
+            scale_phase = {128: phase, 64: bit_and(shift_right(r, 1), 3)}.get(scale_row, 0)
+            at = add(add(mul(r, scale_row), mul(scale_phase, 16)), further_scales)
             scales.append(add(at, scalar(shifts[h])))
         selector = asm("mad.lo.u32 $0,$1,0x1111,0x4400;", [quad], effects=False)  # byte `quad` of both words
-        return tuple(per_thread(v) for v in (*codes, *scales, selector))
+        # With effects: else they are computed anew in the loop, to save registers.
+        codes += [asm(f"xor.b32 $0,$1,{32 * chunk};", [at]) for chunk in range(1, chunks) for at in codes]
+        return tuple(per_thread(v) for v in (selector, *scales, *codes))
 
     return f(wg, *shifts)
 
 
-def multiply_decoded(acc, lane_values, w_ref, s_ref, x_ref, unit, *, first, chunks, part, tokens, scale_row):
+def multiply_decoded(acc, lane_values, w_ref, s_ref, x_ref, unit, *, first, chunks, part, tokens, scale_row, running=0):
     """acc f32 (64, tokens) + decoded weights times tokens over 64-chunks first .. first + chunks - 1 of 256 codes.
 
     The weights are A of wgmma, from registers, times 2**-7. lane_values: `fragment_lanes`. w_ref: i32 [rows, 32],
-    ROWS_128: 256 codes a row. s_ref: the scales of the same rows, `scale_row` bytes a row; ROWS_128 where that is 128,
-    else plain. unit: which 16 bytes of a row of scales belong to these codes (i32). x_ref: bf16 [>= chunks * tokens,
-    64], ROWS_128: the 64-chunks of the tokens, one behind the other. part: chunks decoded while the wgmmas of the part
-    before run.
+    ROWS_128: 256 codes a row. s_ref: the scales of the same rows, `scale_row` bytes a row, `scale_rows`. unit: which 16
+    bytes of a row of scales belong to these codes (i32). x_ref: bf16 [>= chunks * tokens, 64], ROWS_128: the 64-chunks
+    of the tokens, one behind the other. part: chunks decoded while the wgmmas of the part before run. running: 1 leaves
+    the wgmmas of the last part running, while the next call decodes; the last call must say 0.
     """
-    rows, scale_rows = plgpu.RefType(ROWS_128), plgpu.RefType(ROWS_128 if scale_row == 128 else ())
+    rows = plgpu.RefType(ROWS_128)
 
     @plgpu.inline_mgpu(
-        arg_types=(WGMMA, *[PER_THREAD] * 5, rows, scale_rows, rows, SPLAT),
+        arg_types=(WGMMA, *[PER_THREAD] * len(lane_values), rows, plgpu.RefType(scale_rows(scale_row)), rows, SPLAT),
         return_type=plgpu.ShapeDtypeStruct((64, tokens), jnp.float32, layout=WGMMA))
-    def f(ctx, acc, code0, code1, scale0, scale1, selector, w, s, x, unit):
+    def f(ctx, acc, selector, scale0, scale1, *rest):
         del ctx
-        code0, code1, scale0, scale1, selector = map(of_thread, (code0, code1, scale0, scale1, selector))
-        unit = mul(scalar(unit), 16)
-        # The stage is a multiple of 1024 bytes on: what is xored in does not meet it.
-        code_at = [add(smem_address(w), v) for v in (code0, code1)]
-        in_row = bit_xor if scale_row == 128 else add
-        scale_at = [add(smem_address(s), in_row(v, unit)) for v in (scale0, scale1)]
+        *codes_at, w, s, x, unit = rest
+        selector, unit = of_thread(selector), mul(scalar(unit), 16)
+        in_row = bit_xor if scale_rows(scale_row) else add
+        scale_at = [add(smem_address(s), in_row(of_thread(v), unit)) for v in (scale0, scale1)]
+
+        # A stage is a multiple of 1024 bytes on: what is xored in does not meet it.
+        codes_at = [add(smem_address(w), of_thread(v)) for v in codes_at]
 
         def load_codes(chunk):
-            return [load_shared(bit_xor(at, 32 * chunk), 0, 2) for at in code_at]
+            if len(codes_at) == 2:
+                return [load_shared(bit_xor(at, 32 * chunk), 0, 2) for at in codes_at]
+            return [load_shared(at, 0, 2) for at in codes_at[2 * chunk:2 * chunk + 2]]
 
         def decode(codes, scales):
             factors = asm(SCALE_PAIR, [*scales, selector], "rr", effects=False)
@@ -338,7 +352,7 @@ def multiply_decoded(acc, lane_values, w_ref, s_ref, x_ref, unit, *, first, chun
             decoded = [decode(codes[t], [scales[h][start + t] for h in range(2)]) for t in range(part)]
             if start + part < chunks:
                 codes = [load_codes(first + start + part + t) for t in range(part)]
-            in_flight = 0 if start + part >= chunks else 1
+            in_flight = running if start + part >= chunks else 1
             sums = _wgmma(sums, decoded, descriptor, tokens, [start + t for t in range(part)], stride, in_flight)
         registers = np.array([pair(*sums[i:i + 2]) for i in range(0, len(sums), 2)], dtype=object)
         return wgmma_array(registers, (64, tokens))

@@ -15,12 +15,12 @@ WAITS, MEETS = 1000, 1001  # at an mbarrier; for the other warps of the warpgrou
 
 @dataclasses.dataclass(frozen=True)
 class TensorMap:
-    """array [..., inner] as TMA sees it, the box (inner first) that it copies, and whether 128-byte rows are
-    swizzled."""
+    """array [..., inner] as TMA sees it, the box (inner first) that it copies, and the bytes of its rows that are
+    swizzled: 0, 64 or 128."""
 
     array: np.ndarray
     box: tuple[int, ...]
-    swizzled: bool
+    swizzled: int
 
 
 def run(text, buffers, maps, *, grid, threads, shared, seed=None):
@@ -203,7 +203,7 @@ class _Run(ptx._Run):
             raw = box.reshape(-1).view(np.uint8)
             offsets = target + np.arange(len(raw))
             if tensor.swizzled:
-                offsets = offsets ^ ((offsets >> 7 & 7) << 4)
+                offsets = offsets ^ ((offsets >> 7 & tensor.swizzled // 16 - 1) << 4)
             assert offsets.max() < self.shared_size
             self.shared[0][offsets] = raw
             self.arrive(barrier, arrived=len(raw))

@@ -232,10 +232,10 @@ def test_compiled_kernel_on_the_cpu(rng, name):
     rows, layout = use.warpgroups * 64 // halves, grouped._layout(use, k, halves, experts)
     words = packed.reshape(experts * halves, n, k // 2).view(np.int32)
     scales = scale.view(np.uint8).reshape(experts * halves, n, k // 16).view(np.int32)
-    maps = [ptx_hopper.TensorMap(scales.reshape(-1), (256,), False) if k % 256 else
-            ptx_hopper.TensorMap(scales, (layout.scale_row // 4, rows, 1), layout.scale_row == 128)]
-    maps += [ptx_hopper.TensorMap(words, (32, rows, 1), True)]
-    maps += [ptx_hopper.TensorMap(operand, (64, t), True) for t in use.tiles]
+    maps = [ptx_hopper.TensorMap(scales.reshape(-1), (256,), 0) if k % 256 else
+            ptx_hopper.TensorMap(scales, (layout.scale_row // 4, rows, 1), layout.scale_row if layout.scale_row in (64, 128) else 0)]
+    maps += [ptx_hopper.TensorMap(words, (32, rows, 1), 128)]
+    maps += [ptx_hopper.TensorMap(operand, (64, t), 128) for t in use.tiles]
     out = np.full((len(x), n), np.nan, ml_dtypes.bfloat16)
     layer = [np.zeros(1, np.int32)] if k % 256 else []  # elsewhere nothing depends on the number of the only layer
     buffers = {"ld.global.nc.f32": [row_scale], "ld.global.nc.b32": [group_sizes], "ld.global.b32": [*layer, global_scale],
