@@ -181,11 +181,23 @@ ONE_CTA = 16  # warps that one CTA takes; more slots go to a cluster
 
 def _match_text(keys):
     """Lanes whose key $2 (below `keys`) is this lane's: their number, how many lie below this lane. A vote a bit of the
-    key: match.any takes 7 times as long."""
-    text = "{.reg .pred p; .reg .b32 m,v,l; mov.b32 m,-1;"
+    key: match.any takes 7 times as long. A lane's own bit comes in as a mask: predicates are few."""
+    text = "{.reg .pred p; .reg .b32 m,v,o,l; mov.b32 m,-1;"
     for bit in range((keys - 1).bit_length()):
-        text += f"and.b32 v,$2,{1 << bit}; setp.ne.u32 p,v,0; vote.sync.ballot.b32 v,p,-1; @!p not.b32 v,v; and.b32 m,m,v;"
+        text += (f"shl.b32 o,$2,{31 - bit}; shr.s32 o,o,31; setp.ne.u32 p,o,0; vote.sync.ballot.b32 v,p,-1;"
+                 "xor.b32 v,v,o; not.b32 v,v; and.b32 m,m,v;")
     return text + "popc.b32 $0,m; mov.u32 l,%lanemask_lt; and.b32 m,m,l; popc.b32 $1,m;}"
+
+
+def _of_cluster_text(cluster):
+    """Shared memory address $2, this CTA's rank $3 -> the sum of that word over all CTAs of the cluster; over those of lower rank.
+
+    Masks, not comparisons: predicates are few."""
+    words = [f"v{i}" for i in range(cluster)]
+    text = "{.reg .b32 a,m," + ",".join(words) + "; mov.b32 $0,0; mov.b32 $1,0;"
+    text += "".join(f"mapa.shared::cluster.u32 a,$2,{i}; ld.shared::cluster.b32 {v},[a];" for i, v in enumerate(words))
+    text += "".join(f"add.u32 $0,$0,{v}; sub.s32 m,{i},$3; shr.s32 m,m,31; and.b32 {v},{v},m; add.u32 $1,$1,{v};" for i, v in enumerate(words))
+    return text + "}"
 
 
 def _sort_program(refs, n, k, experts, warps, cluster, masked):
@@ -265,13 +277,8 @@ def _sort_program(refs, n, k, experts, warps, cluster, masked):
 
     if cluster > 1:  # what the CTAs of lower ranks have of a bucket, and all of them
         asm("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", outputs="")
-        read = "{.reg .b32 a; mapa.shared::cluster.u32 a,$1,$2; ld.shared::cluster.b32 $0,[a];}"
         for i, (bucket, offset, exists, _) in enumerate(own):
-            found = [asm(read, [add(totals, offset), mg.i32(other)]) for other in range(cluster)]
-            total = lower = mg.i32(0)
-            for other, count in enumerate(found):
-                total = add(total, count)
-                lower = mg.select(mg.flag("lt", other, rank), total, lower)
+            total, lower = asm(_of_cluster_text(cluster), [add(totals, offset), rank], "rr")
             own[i] = bucket, offset, exists, mul(total, exists), lower
         asm("barrier.cluster.arrive.release.aligned;", outputs="")  # nobody reads this CTA's totals from here on
     else:

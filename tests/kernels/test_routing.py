@@ -53,10 +53,10 @@ def draw(rng, tokens, k, experts, kind):
 def test_route(version, kind):
     rng = np.random.default_rng()
     shapes = [(1, 8, 128), (3, 2, 8), (5, 1, 1), (67, 8, 128), (300, 8, 256), (130, 1, 300), (600, 8, 64)]
+    if version != "xla":
+        shapes += [(4096, 8, 512), (8192, 8, 128)]
     if version == "ptx":
         shapes = [shapes[i] for i in rng.permutation(len(shapes))[:2]]
-    elif version == "gpu":
-        shapes += [(4096, 8, 512), (8192, 8, 128)]
     for tokens, k, experts in shapes:
         ids = draw(rng, tokens, k, experts, kind)
         for valid in (None, rng.random(tokens) < 0.6):
@@ -150,9 +150,11 @@ def test_no_spills():
         cases = (lambda x: routing.top_k_experts(x, 8, normalize=True), ((tokens, 127), jnp.float32)), (lambda i, v: routing.route(i, 127, v), ((tokens, 8), jnp.int32), ((tokens,), jnp.bool_)), (
             lambda y, i, w: routing.combine(y, routing.Routing(None, i, None), w), ((tokens * 8, 2048), jnp.bfloat16),
             ((tokens, 8), jnp.int32), ((tokens, 8), jnp.float32))
-        for f, *args in cases:
+        more = [(lambda i: routing.route(i, 1021), ((tokens, 8), jnp.int32))] if tokens > 64 else []  # more buckets than threads
+        for f, *args in [*cases, *more]:
             kernel, = aot.compile(f, *args)
-            assert kernel.spills == 0 and kernel.stack == 0 and not kernel.warnings and kernel.registers <= 64, (tokens, kernel.registers)
+            assert kernel.spills == 0 and kernel.stack == 0 and not kernel.warnings, (tokens, kernel.registers)
+            assert kernel.registers <= 64 or tokens > 64 and kernel.registers <= 128, (tokens, kernel.registers)
 
 
 def test_arguments_are_checked():
