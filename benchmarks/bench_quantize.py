@@ -3,10 +3,12 @@
     python benchmarks/bench_quantize.py [--only TEXT] [--no-xla]       (on a Hopper GPU)
 
 Kernel time by CUPTI (all kernels of a call), medians. Bytes are those that have to move: inputs once, outputs once; two
-launches over a large tensor read it twice, which counts against them. The floor is bytes over the bandwidth of an XLA
-elementwise pass over 512 MiB in the same run. Tensors under 25 MiB stay in the L2 between runs, as behind their producer.
+launches over a large tensor read it twice, which counts against them. From 64 MiB read, "copy" is the time of the fastest of
+some copy kernels that moves as many bytes, half of them read, in the same run; below, it is bytes over the bandwidth of 1 GiB.
+Tensors under 25 MiB stay in the L2 between runs, as behind their producer.
 """
 import argparse
+import functools
 import json
 
 import jax
@@ -28,6 +30,27 @@ def microseconds(f, *arguments, iterations=30):
     _, runs = profiler.measure(f, iterations=iterations, aggregate=False)(*arguments)
     runs = runs[len(runs) // 4:]
     return float(np.median([sum(ms for _, ms in run) for run in runs])) * 1e3, len(runs[0])
+
+
+def copy(x, vectors, warps):
+    """A copy kernel: a thread moves `vectors` times 16 bytes, its CTA a stretch."""
+    words = warps * 32 * vectors
+    def program(refs):
+        first = mosaic.add(mosaic.mul(mosaic.asm("mov.u32 $0,%ctaid.x;"), words), mosaic.thread_index())
+        at = [mosaic.add(first, i * warps * 32) for i in range(vectors)]
+        address = lambda name, i: mosaic.gmem_element(refs[name], i, 4, mosaic.i32(0), 4)
+        values = [mosaic.load_global(address("x", i), 4, mosaic.i32(1)) for i in at]
+        for i, value in zip(at, values):
+            mosaic.store_global(address("out", i), value, mosaic.i32(1))
+    return mosaic.thread_kernel(program, ["x", "out"], [jax.ShapeDtypeStruct(x.shape, x.dtype)], grid=x.nbytes // 16 // words, warps=warps)(x)[0]
+
+
+@functools.cache
+def copy_time(size):
+    """us of the fastest copy that reads size / 2 bytes and writes them."""
+    x = jax.random.normal(jax.random.key(0), (round(size / 4 / 65536) * 65536,), BF16)
+    copies = [functools.partial(copy, vectors=v, warps=w) for v, w in ((1, 8), (2, 8), (4, 4))]
+    return min(microseconds(f, x)[0] for f in (*copies, lambda x: -x)) * size / (2 * x.nbytes)
 
 
 def xla_operand(x, **kw):
@@ -102,6 +125,9 @@ def routing_cases(experts=128, k=8, hidden=2048):
         yield (f"route {tokens} tokens", lambda i: routing.route(i, experts), lambda i: routing.route_xla(i, experts), [ids], tokens * k * 12)
         rows = jax.random.normal(key, (tokens * k, hidden), BF16)
         weights = jax.random.uniform(key, (tokens, k))
+        logits = jax.random.normal(key, (tokens, experts))
+        choose = [functools.partial(f, k=k, normalize=True) for f in (routing.top_k_experts, routing.top_k_experts_xla)]
+        yield f"choose {k} of {experts} experts, {tokens} tokens", *choose, [logits], tokens * (experts + 2 * k) * 4
         yield (f"combine {tokens} tokens", routing.combine, routing.combine_xla, [rows, route, weights], tokens * (k + 1) * hidden * 2)
 
 
@@ -112,12 +138,9 @@ def main():
     parser.add_argument("--json", help="append one JSON line a case to this file")
     options = parser.parse_args()
     device = jax.devices()[0].device_kind
-    big = jax.random.normal(jax.random.key(0), (1 << 28,), BF16)
-    us, _ = microseconds(lambda x: -x, big, iterations=10)
-    bandwidth = 2 * big.nbytes / us  # bytes a microsecond
-    del big
+    bandwidth = (1 << 30) / copy_time(1 << 30)  # bytes a microsecond
     print(f"{device}, jax {jax.__version__}: copy {bandwidth / 1e6:.2f} TB/s")
-    print(f"{'case':38} {'MB':>7} {'us':>8} {'launches':>8} {'floor':>7} {'of floor':>8} {'XLA us':>8} {'kernels':>7} {'ratio':>6}")
+    print(f"{'case':38} {'MB':>7} {'us':>8} {'launches':>8} {'copy':>7} {'of copy':>8} {'XLA us':>8} {'kernels':>7} {'ratio':>6}")
     def drawn():
         for name, kernel, xla, shapes, element_bytes in (*cases(), *weight_cases()):
             if options.only in name:
@@ -129,8 +152,10 @@ def main():
     for name, kernel, xla, arguments, size in drawn():
         try:
             us, launches = microseconds(kernel, *arguments)
-            row = dict(case=name, device=device, jax=jax.__version__, mb=size / 1e6, us=us, launches=launches, floor_us=size / bandwidth)
-            text = f"{name:38} {size / 1e6:7.1f} {us:8.2f} {launches:8} {size / bandwidth:7.2f} {size / bandwidth / us:8.2f}"
+            read = sum(a.nbytes for a in jax.tree.leaves(arguments))
+            floor = copy_time(size) if read >= 64 << 20 and "route" not in name else size / bandwidth
+            row = dict(case=name, device=device, jax=jax.__version__, mb=size / 1e6, us=us, launches=launches, copy_us=floor)
+            text = f"{name:38} {size / 1e6:7.1f} {us:8.2f} {launches:8} {floor:7.2f} {floor / us:8.2f}"
             if not options.no_xla:
                 row["xla_us"], row["xla_kernels"] = microseconds(xla, *arguments, iterations=10)
                 text += f" {row['xla_us']:8.2f} {row['xla_kernels']:7} {row['xla_us'] / us:6.2f}"
