@@ -6,8 +6,8 @@ weights are read in the checkpoint's layout and decoded in registers.
 A row of the result has the same bits for every M, position and neighbours. A sum over K is made of `slices(N, K)` chains of
 m16n8k16 / k16 steps in float32, one a contiguous slice of K, added from left to right; all kernels make that sum:
 
-- `_narrow` (up to 32 tokens, weights of few rows): mma.sync. A CTA owns 16 to 128 rows and all of K, one slice a warp,
-  so that all SMs and all warps have work; the partial sums meet in shared memory.
+- `_narrow` (up to 32 tokens, or as many as make one wave; weights of few rows): mma.sync. A CTA owns 16 to 128 rows and
+  all of K, one slice a warp, so that all SMs and all warps have work; the partial sums meet in shared memory.
 - `_split` (where the tokens no longer fit beside the weights): wgmma, one slice a CTA of a cluster.
 - `_wide`: wgmma, persistent. Warpgroups of 64 rows share the tokens; the slices follow one another in time.
 
@@ -56,12 +56,12 @@ def _tokens(m, most):
     return -(-(-(-m // (-(-m // most)))) // 8) * 8
 
 
-def _narrow_memory(k, m, slices, tiles):
+def _narrow_memory(k, tokens, slices, tiles):
     """(whether all of K lies in shared memory at once, stages: steps of each slice in flight; 0: it cannot run)."""
-    rows, mp = 16 * tiles, -(-m // 8) * 8
+    rows = 16 * tiles
     rounds = -(-(-(-k // STEP)) // slices)
-    box = rows * STEP // 2 + mp * STEP * 2
-    room = mo.SHARED_MEMORY - 2048 - slices * mp * _pitch(rows) * 4
+    box = rows * STEP // 2 + tokens * STEP * 2
+    room = mo.SHARED_MEMORY - 2048 - slices * tokens * _pitch(rows) * 4
     if rounds * slices * box + -(-rounds * slices // SCALE_STEPS) * rows * 128 <= room:
         return True, rounds
     stages = min(8, room // (slices * (box + rows * 16)))
@@ -73,19 +73,19 @@ def _pitch(rows):
     return rows + 4
 
 
-def _parts(tokens):
-    """64-chunks between two full waits for wgmma, and those decoded at once: what the registers hold beside the sums."""
-    return (4, 4) if tokens <= 16 else (4, 2) if tokens <= 32 else (4, 1) if tokens <= 64 else (2, 1) if tokens <= 96 else (1, 1)
+def _chunks(tokens):
+    """64-chunks between two full waits for wgmma: what the registers hold beside the sums."""
+    return 4 if tokens <= 64 else 2 if tokens <= 96 else 1
 
 
 # --- epilogue -------------------------------------------------------------------------------------------------------
 
 def _load_bias(ref, index, dtype):
-    """Inside inline_mgpu: bias[index] as f32."""
+    """Inside inline_mgpu: bias[index] as f32, in an i32 register."""
     pointer = mo.gmem_address(ref, mo.mul(index, dtype.itemsize))
     if dtype == jnp.float32:
-        return mo.asm("ld.global.nc.f32 $0,[$1];", [pointer], "f")
-    return mo.asm("{.reg .b16 h; ld.global.nc.b16 h,[$1]; mov.b32 $0,{0,h};}", [pointer], "f")
+        return mo.asm("ld.global.nc.f32 $0,[$1];", [pointer])
+    return mo.asm("{.reg .b16 h; ld.global.nc.b16 h,[$1]; mov.b32 $0,{0,h};}", [pointer])
 
 
 def _scaled(v, factor, bias):
@@ -95,35 +95,115 @@ def _scaled(v, factor, bias):
     return mo.asm("fma.rn.f32 $0,$1,$2,$3;", [v, factor, bias], "f", effects=False)
 
 
+def _place(threads, rows, t):
+    """Of this thread's t-th pair of neighbouring rows of a token: (token, row) in a tile of `rows` rows. `threads` is a multiple of
+    rows / 2, so the rows are the same for every t."""
+    index = mo.thread_index()
+    return mo.add(mo.div(index, rows // 2), t * (threads // (rows // 2))), mo.mul(mo.rem(index, rows // 2), 2)
+
+
+def _factors(row_scale, g, bias, layer, first_token, first, *, bias_stacked, stacked, n, m, rows, tokens, threads, per_row, bias_dtype):
+    """What `_finish` multiplies and adds, fetched before it is needed, PER_THREAD: the global scale, row scales of a thread's pairs
+    (or the one of all), and the biases of its two rows."""
+    count = -(-tokens * rows // 2 // threads) if per_row else 1
+    value = plgpu.ShapeDtypeStruct((128,), jnp.int32, layout=mo.PER_THREAD)
+
+    @plgpu.inline_mgpu(arg_types=(mo.REF, mo.REF, mo.REF, *[mo.SPLAT] * 3),
+                       return_type=(value,) * (1 + count + 2 * (bias_dtype is not None)))
+    def f(ctx, row_scale, g, bias, *rest):
+        del ctx
+        layer, first_token, first = map(mo.scalar, rest)
+        out = [mo.asm("ld.global.nc.b32 $0,[$1];", [mo.gmem_address(g, mo.mul(layer, 4) if stacked else None)])]
+        for t in range(count):
+            token, row = _place(threads, rows, t)
+            at = mo.mul(mo.minimum(mo.add(first_token, token), m - 1), 4) if per_row else None
+            out.append(mo.asm("ld.global.nc.f32 $0,[$1];", [mo.gmem_address(row_scale, at)]))
+        if bias_dtype is not None:
+            for e in range(2):
+                column = mo.minimum(mo.add(mo.add(first, row), e), n - 1)
+                column = mo.add(mo.mul(layer, n), column) if bias_stacked else column
+                out.append(_load_bias(bias, column, bias_dtype))
+        return tuple(map(mo.per_thread, out))
+
+    return f(row_scale, g, bias, layer[0] if stacked else jnp.int32(0), first_token, first)
+
+
+def _finish(source, offsets, factors, first_token, first, o, *, n, m, rows, tokens, threads, per_row, bias_dtype, out_dtype):
+    """Inside inline_mgpu: the slices' sums in shared memory, added from left to right, scaled, and stored.
+
+    source: (token, row) -> address of a pair of a slice's sums; offsets: bytes on to those of each slice."""
+    global_scale, *factors = [mo.of_thread(v) for v in factors]
+    factor = mo.asm(f"{{.reg .f32 f; mov.b32 f,0x{np.float32(mo.DECODE_FACTOR).view(np.uint32):08x}; mul.rn.f32 $0,$1,f;}}",
+                    [global_scale], "f", effects=False)
+    biases = [None, None] if bias_dtype is None else factors[-2:]
+    for t in range(-(-tokens * rows // 2 // threads)):
+        token, row = _place(threads, rows, t)
+        inside = mo.flag("lt", token, tokens)
+        at = source(mo.minimum(token, tokens - 1), row)
+        parts = [mo.asm(f"ld.shared.v2.f32 {{$0,$1}},[$2+{offset}];", [at], "ff") for offset in offsets]
+        scale = mo.asm("mul.rn.f32 $0,$1,$2;", [factors[t if per_row else 0], factor], "f", effects=False)
+        token = mo.add(first_token, token)
+        inside = mo.bit_and(inside, mo.flag("lt", token, m))
+        _finish_pair(parts, token, mo.add(first, row), inside, scale, biases, o, n=n, out_dtype=out_dtype)
+
+
+def _finish_pair(parts, token, column, inside, scale, biases, o, *, n, out_dtype):
+    """The slices' sums of two neighbouring columns, added from left to right, scaled, and stored where `inside` is not zero."""
+    total = functools.reduce(
+        lambda a, b: [mo.asm("add.rn.f32 $0,$1,$2;", list(ab), "f", effects=False) for ab in zip(a, b)], parts)
+    values = [_scaled(v, scale, b) for v, b in zip(total, biases)]
+    flags = [mo.bit_and(inside, mo.flag("lt", mo.add(column, e), n)) for e in range(2)]
+    pointer = mo.gmem_element(o, token, n, column, jnp.dtype(out_dtype).itemsize)
+    _store_pair(pointer, values, flags, out_dtype, aligned=n % 2 == 0)
+
+
+def _store_pair(pointer, values, flags, dtype, *, aligned):
+    """Two neighbouring results at an address of global memory, each where its flag is not zero."""
+    predicate = "{{.reg .pred p; setp.ne.u32 p,${flag},0; {text}}}"
+    if dtype == jnp.float32:
+        if aligned:
+            mo.asm(predicate.format(flag=3, text="@p st.global.v2.f32 [$0],{$1,$2};"), [pointer, *values, flags[0]], "")
+        else:
+            for e in range(2):
+                mo.asm(predicate.format(flag=2, text=f"@p st.global.f32 [$0+{4 * e}],$1;"), [pointer, values[e], flags[e]], "")
+    elif aligned:
+        mo.asm(predicate.format(flag=3, text=".reg .b32 q; cvt.rn.bf16x2.f32 q,$2,$1; @p st.global.b32 [$0],q;"),
+               [pointer, *values, flags[0]], "")
+    else:
+        for e in range(2):
+            mo.asm(predicate.format(flag=2, text=f".reg .b16 q; cvt.rn.bf16.f32 q,$1; @p st.global.b16 [$0+{2 * e}],q;"),
+                   [pointer, values[e], flags[e]], "")
+
+
 # --- few tokens -----------------------------------------------------------------------------------------------------
 
-def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, bias_stacked=False, twin=False):
+def _narrow(n, k, m, *, slices, tiles, tokens, per_row, bias_dtype, out_dtype, stacked, bias_stacked=False, twin=False):
     """w i32 [(L,) N, K/8], s i32 [(L,) N, K/64], x bf16 [M, K], row_scale f32 [1] or [M], g f32 [1 or L], bias
-    [(L,) N] or f32 [1], layer i32 [1] -> [M, N]. tiles: 16-row tiles of a CTA. twin: jnp in place of PTX."""
+    [(L,) N] or f32 [1], layer i32 [1] -> [M, N]. tiles: 16-row tiles of a CTA; tokens: the tile of M, a multiple of 8. twin: jnp
+    in place of PTX."""
     rows, warps = 16 * tiles, tiles * slices
     wgs = warps // 4
-    groups = -(-m // 8)
-    mp = 8 * groups
+    groups, token_tiles = tokens // 8, -(-m // tokens)
     steps = -(-k // STEP)
     rounds = -(-steps // slices)  # steps of a slice
     pitch = _pitch(rows)
     scale_blocks = -(-rounds * slices // SCALE_STEPS)
-    resident, stages = _narrow_memory(k, m, slices, tiles)
+    resident, stages = _narrow_memory(k, tokens, slices, tiles)
     if wgs * 4 != warps or warps > 24 or not stages:
         raise NotImplementedError(f"dense_hopper: no schedule for weights [{n}, {k}] at M={m}")
     # x by whole 8-row groups in one copy where M allows it, else a 64-chunk a copy: the same bytes in another order.
     x_tiled = m <= 8 or m % 8 == 0
-    x_chunks = rounds * slices * (STEP // 64) if resident else STEP // 64  # of a copy
-    x_lead = () if resident else (stages, slices)
-    x_shape = (*x_lead, mp, x_chunks * 64) if x_tiled else (*x_lead, x_chunks, mp, 64)
-    chunk_bytes, group_bytes = (1024, x_chunks * 1024) if x_tiled else (mp * 128, 1024)
-    slice_bytes = mp * STEP * 2 if not resident else rounds * (STEP // 64) * chunk_bytes
+    chunks = STEP // 64
+    x_shape = (stages, slices, tokens, STEP) if x_tiled else (stages, slices, chunks, tokens, 64)
+    chunk_bytes, group_bytes = (1024, chunks * 1024) if x_tiled else (tokens * 128, 1024)
+    slice_bytes = tokens * STEP * 2
     x_transforms = mo.swizzled(2) if x_tiled else mo.ROWS_128
 
-    def kernel(w, s, x, row_scale, g, bias, layer, o, w_sm, s_sm, x_sm, red, full, empty, x_full, s_full, done):
+    def kernel(w, s, x, row_scale, g, bias, layer, o, w_sm, s_sm, x_sm, red, full, empty, s_full, done):
         wg = lax.axis_index("wg")
-        zero = lax.axis_index("n") * 0  # jax 0.12 refuses static slices that reach past the end
-        first = lax.axis_index("n") * rows
+        tile = lax.axis_index("tile")  # CTAs of the same weights are neighbours
+        token, first = lax.rem(tile, jnp.int32(token_tiles)) * tokens, lax.div(tile, jnp.int32(token_tiles)) * rows
+        zero = tile * 0  # jax 0.12 refuses static slices that reach past the end
         own = pl.ds(first, rows)
         at = (layer[0],) if stacked else ()
 
@@ -131,28 +211,30 @@ def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, 
             for p in range(slices):
                 step = p * rounds + i + zero
                 plgpu.copy_gmem_to_smem(
-                    w.at[(*at, own, pl.ds(step * (STEP // 8), STEP // 8))], w_sm.at[stage, p], full.at[stage])
+                    w.at[(*at, own, pl.ds(step * (STEP // 8), STEP // 8))], w_sm.at[stage, p], full.at[stage * slices + p])
 
-        def fetch_tokens(start, target, barrier):
-            """64-chunks of K from `start` on, as many as `target` holds."""
-            tokens = pl.ds(zero, mp)
-            if x_tiled:
-                plgpu.copy_gmem_to_smem(x.at[tokens, pl.ds(start * 64, x_chunks * 64)], target, barrier)
-            else:
-                for c in range(x_chunks):
-                    plgpu.copy_gmem_to_smem(x.at[tokens, pl.ds((start + c) * 64, 64)], target.at[c], barrier)
+        def fetch_tokens(i, stage):
+            for p in range(slices):
+                start, target, barrier = (p * rounds + i + zero) * STEP, x_sm.at[stage, p], full.at[stage * slices + p]
+                if x_tiled:
+                    plgpu.copy_gmem_to_smem(x.at[pl.ds(token, tokens), pl.ds(start, STEP)], target, barrier)
+                else:
+                    for c in range(chunks):
+                        plgpu.copy_gmem_to_smem(
+                            x.at[pl.ds(token, tokens), pl.ds(start + c * 64, 64)], target.at[c], barrier)
 
         if resident:
             @pl.when(wg == 0)
             def _():
-                for b in range(scale_blocks):
-                    plgpu.copy_gmem_to_smem(s.at[(*at, own, pl.ds(b * 32 + zero, 32))], s_sm.at[b], s_full)
                 for i in range(rounds):
                     fetch_weights(i, i)
 
             @pl.when(wg == wgs - 1)
             def _():
-                fetch_tokens(zero, x_sm, x_full)
+                for b in range(scale_blocks):
+                    plgpu.copy_gmem_to_smem(s.at[(*at, own, pl.ds(b * 32 + zero, 32))], s_sm.at[b], s_full)
+                for i in range(rounds):
+                    fetch_tokens(i, i)
         else:
             @pl.when(wg == wgs)
             def _():
@@ -167,23 +249,28 @@ def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, 
                     fetch_weights(i, stage)
                     for p in range(slices):
                         step = p * rounds + i
-                        plgpu.copy_gmem_to_smem(s.at[(*at, own, pl.ds(step * 4, 4))], s_sm.at[stage, p], full.at[stage])
-                        fetch_tokens(step * (STEP // 64), x_sm.at[stage, p], full.at[stage])
+                        plgpu.copy_gmem_to_smem(s.at[(*at, own, pl.ds(step * 4, 4))], s_sm.at[stage, p], full.at[stage * slices + p])
+                    fetch_tokens(i, stage)
 
                 if twin:  # the interpreter wants every phase of a barrier observed
                     for stage in range(min(stages, rounds)):
                         plgpu.barrier_wait(empty.at[(rounds + stage) % stages if rounds > stages else stage])
 
+        def wait(stage):  # for the slices of this warpgroup's warps
+            least, most = lax.div(wg * 4, jnp.int32(tiles)), lax.div(wg * 4 + 3, jnp.int32(tiles))
+            for d in range(min(3 // tiles + 2, 4)):
+                pl.when(least + d <= most)(lambda d=d: plgpu.barrier_wait(full.at[stage * slices + least + d]))
+
         @pl.when(wg < wgs)
         def _():
-            factor = g[layer[0] if stacked else 0] * mo.DECODE_FACTOR
             if twin:
                 addresses = None
-                acc = jnp.zeros((64, mp), jnp.float32)
+                acc = jnp.zeros((64, tokens), jnp.float32)
             else:
+                factors = _factors(row_scale, g, bias, layer, token, first, stacked=stacked, bias_stacked=bias_stacked, **epilogue)
                 addresses = prepare(w_sm, s_sm, x_sm, red)
-                # Each warp's 16 x M sums stand as its 16 rows of a (64, M) array.
-                acc = plgpu.layout_cast(jnp.zeros((64, mp), jnp.float32), mo.WGMMA)
+                # Each warp's sums of 16 rows stand as its 16 rows of a (64, tokens) array.
+                acc = plgpu.layout_cast(jnp.zeros((64, tokens), jnp.float32), mo.WGMMA)
 
             def round_(acc, i, stage):
                 if twin:
@@ -192,14 +279,13 @@ def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, 
 
             if resident:
                 plgpu.barrier_wait(s_full)
-                plgpu.barrier_wait(x_full)
                 for i in range(rounds):
-                    plgpu.barrier_wait(full.at[i])
+                    wait(i)
                     acc = round_(acc, i, i)
             else:
                 def body(i, acc):
                     stage = lax.rem(i, jnp.int32(stages))
-                    plgpu.barrier_wait(full.at[stage])
+                    wait(stage)
                     acc = round_(acc, i, stage)
                     if twin:  # the interpreter orders reads before the next copy by this fence; the hardware by the barrier
                         plgpu.commit_smem()
@@ -209,13 +295,14 @@ def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, 
                 acc = lax.fori_loop(0, rounds, body, acc)
 
             if twin:
-                finish_twin(acc, wg, factor, row_scale, bias, at, first, o, red, done)
+                finish_twin(acc, wg, g, row_scale, bias, at, token, first, o, red, done)
             else:
                 put_sums(acc, addresses[0], red)
                 plgpu.barrier_arrive(done)
                 plgpu.barrier_wait(done)
-                bias_at = layer[0] * n if bias_stacked else jnp.int32(0)
-                finish(factor, row_scale, bias, bias_at, first, o, red)
+                finish(factors, token, first, o, red)
+
+    epilogue = dict(n=n, m=m, rows=rows, tokens=tokens, threads=128 * wgs, per_row=per_row, bias_dtype=bias_dtype)
 
     # --- of a thread: its warp's 16-row tile and slice
     def place():
@@ -237,7 +324,7 @@ def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, 
         del ctx
         lane, tile, p, r, quad = place()
         row = mo.add(mo.mul(tile, 16), mo.mul(r, 2))
-        out = [mo.smem_address(red, mo.mul(mo.add(mo.mul(mo.add(mo.mul(p, mp), mo.mul(quad, 2)), pitch), row), 4))]
+        out = [mo.smem_address(red, mo.mul(mo.add(mo.mul(mo.add(mo.mul(p, tokens), mo.mul(quad, 2)), pitch), row), 4))]
         for h in range(2):
             phase = mo.bit_and(mo.add(mo.mul(r, 2), h), 7)
             line = mo.add(mo.mul(mo.add(mo.mul(p, rows), row), 128), 128 * h)
@@ -265,11 +352,11 @@ def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, 
 
         @plgpu.inline_mgpu(
             arg_types=(mo.WGMMA, mo.SPLAT) + (mo.PER_THREAD,) * 5,
-            return_type=plgpu.ShapeDtypeStruct((64, mp), jnp.float32, layout=mo.WGMMA))
+            return_type=plgpu.ShapeDtypeStruct((64, tokens), jnp.float32, layout=mo.WGMMA))
         def f(ctx, acc, stage, *addresses):
             del ctx
             w0, w1, x0, x1, sa = map(mo.of_thread, addresses)
-            w_at, x_at = i * slices * rows * 128 if resident else 0, i * (STEP // 64) * chunk_bytes if resident else 0
+            w_at, x_at = (i * slices * rows * 128, i * slices * slice_bytes) if resident else (0, 0)
             if not resident:
                 stage = mo.scalar(stage)
                 w0, w1 = (mo.add(v, mo.mul(stage, slices * rows * 128)) for v in (w0, w1))
@@ -281,7 +368,7 @@ def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, 
             selector = mo.asm("mad.lo.u32 $0,$1,0x1111,0x4400;", [mo.rem(mo.thread_index(), 4)], effects=False)
             sums = [[v for part in pair for v in mo.elements(part)] for pair in acc.registers.reshape(groups, 2)]
             for u in range(STEP // 64):
-                tokens = [[mo.asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3},"
+                right = [[mo.asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3},"
                                   f"[$4+{x_at + u * chunk_bytes + j * group_bytes}];", [v], "rrrr")
                            for v in (x0, x1)] for j in range(groups)]
                 factors = mo.asm(mo.SCALE_PAIR, [s0[u], s1[u], selector], "rr", effects=False)
@@ -292,12 +379,11 @@ def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, 
                 for q in range(4):
                     left = [a[0, 0][q], a[1, 0][q], a[0, 1][q], a[1, 1][q]]
                     for j in range(groups):
-                        right = tokens[j][q // 2][2 * (q % 2):][:2]
-                        sums[j] = mo.asm(_MMA, [*left, *right, *sums[j]], "ffff", effects=False)
+                        sums[j] = mo.asm(_MMA, [*left, *right[j][q // 2][2 * (q % 2):][:2], *sums[j]], "ffff", effects=False)
             out = np.empty((groups, 2), dtype=object)
             for j, h in np.ndindex(groups, 2):
                 out[j, h] = mo.pair(*sums[j][2 * h:2 * h + 2])
-            return mo.wgmma_array(out, (64, mp))
+            return mo.wgmma_array(out, (64, tokens))
 
         return f(acc, jnp.int32(offset), *a[:4], scale_address)
 
@@ -312,25 +398,15 @@ def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, 
 
         f(acc, address, red)
 
-    def finish(factor, row_scale, bias, bias_at, first, o, red):
-        @plgpu.inline_mgpu(arg_types=(mo.SPLAT, mo.REF, mo.REF, mo.SPLAT, mo.SPLAT, mo.REF, mo.REF))
-        def f(ctx, factor, row_scale, bias, bias_at, first, o, red):
+    def finish(factors, token, first, o, red):
+        @plgpu.inline_mgpu(arg_types=(mo.SPLAT, mo.SPLAT, mo.REF, mo.REF, *[mo.PER_THREAD] * len(factors)))
+        def f(ctx, token, first, o, red, *factors):
             del ctx
-            factor, bias_at, first = map(mo.scalar, (factor, bias_at, first))
-            pairs, threads = rows // 2 * m, 128 * wgs
-            for t in range(-(-pairs // threads)):
-                index = mo.add(mo.thread_index(), t * threads)
-                inside = mo.flag("lt", index, pairs)
-                safe = mo.minimum(index, pairs - 1)
-                token, row = mo.div(safe, rows // 2), mo.mul(mo.rem(safe, rows // 2), 2)
-                column = mo.add(first, row)
-                source = mo.smem_address(red, mo.mul(mo.add(mo.mul(token, pitch), row), 4))
-                parts = [mo.asm(f"ld.shared.v2.f32 {{$0,$1}},[$2+{p * mp * pitch * 4}];", [source], "ff")
-                         for p in range(slices)]
-                _finish_pair(parts, token, column, inside, factor, row_scale, bias, bias_at, o, n=n, per_row=per_row,
-                             bias_dtype=bias_dtype, out_dtype=out_dtype)
+            _finish(lambda token, row: mo.smem_address(red, mo.mul(mo.add(mo.mul(token, pitch), row), 4)),
+                    [p * tokens * pitch * 4 for p in range(slices)], factors, mo.scalar(token), mo.scalar(first), o,
+                    out_dtype=out_dtype, **epilogue)
 
-        f(factor, row_scale, bias, bias_at, first, o, red)
+        f(token, first, o, red, *factors)
 
     # --- the interpreter's twins
     def warp_twin(wg, v):
@@ -346,13 +422,11 @@ def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, 
             step = p * rounds + i
             scales = (s_sm[lax.div(step, SCALE_STEPS), own, pl.ds(lax.rem(step, SCALE_STEPS) * 4, 4)] if resident
                       else s_sm[stage, p, own])
-            at, chunk = ((), step * (STEP // 64)) if resident else ((stage, p), 0)
-            tokens = (x_sm[(*at, slice(None), pl.ds(chunk * 64, STEP))] if x_tiled else
-                      x_sm[(*at, pl.ds(chunk, STEP // 64))].transpose(1, 0, 2).reshape(mp, STEP))
-            out.append(jnp.dot(mo.decode_words(words, scales), tokens.T, preferred_element_type=jnp.float32))
+            right = x_sm[stage, p] if x_tiled else x_sm[stage, p].transpose(1, 0, 2).reshape(tokens, STEP)
+            out.append(jnp.dot(mo.decode_words(words, scales), right.T, preferred_element_type=jnp.float32))
         return acc + jnp.concatenate(out)
 
-    def finish_twin(acc, wg, factor, row_scale, bias, at, first, o, red, done):
+    def finish_twin(acc, wg, g, row_scale, bias, at, token, first, o, red, done):
         for v in range(4):
             tile, p = warp_twin(wg, v)
             red[p, :, pl.ds(tile * 16, 16)] = acc[16 * v:16 * v + 16].T
@@ -361,11 +435,13 @@ def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, 
 
         @pl.when(wg == 0)
         def _():
-            total = functools.reduce(jnp.add, [red[p, pl.ds(0, m), pl.ds(0, rows)] for p in range(slices)])
-            total = total * (row_scale[...].reshape(-1, 1) * factor)
+            own, rows_of = min(m, tokens), pl.ds(first, rows)
+            total = functools.reduce(jnp.add, [red[p, pl.ds(0, own), pl.ds(0, rows)] for p in range(slices)])
+            scales = row_scale[pl.ds(token, own)].reshape(-1, 1) if per_row else row_scale[...].reshape(1, 1)
+            total = total * (scales * (g[0] * mo.DECODE_FACTOR))
             if bias_dtype is not None:
-                total = total + bias[(*(at if bias_stacked else ()), pl.ds(first, rows))].astype(jnp.float32)[None]
-            o[:, pl.ds(first, rows)] = total.astype(out_dtype)
+                total = total + bias[(*(at if bias_stacked else ()), rows_of)].astype(jnp.float32)[None]
+            o[pl.ds(token, own), rows_of] = total.astype(out_dtype)
 
     return plgpu.kernel(
         kernel, out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
@@ -374,47 +450,14 @@ def _narrow(n, k, m, *, slices, tiles, per_row, bias_dtype, out_dtype, stacked, 
             s_sm=(plgpu.SMEM((scale_blocks, rows, 32), jnp.int32, transforms=mo.ROWS_128) if resident else
                   plgpu.SMEM((stages, slices, rows, STEP // 64), jnp.int32)),
             x_sm=plgpu.SMEM(x_shape, jnp.bfloat16, transforms=x_transforms),
-            red=plgpu.SMEM((slices, mp, pitch), jnp.float32),
+            red=plgpu.SMEM((slices, tokens, pitch), jnp.float32),
             full=plgpu.Barrier(
-                num_arrivals=slices if resident else slices * (2 + (1 if x_tiled else STEP // 64)), num_barriers=stages),
+                num_arrivals=(1 if resident else 2) + (1 if x_tiled else chunks), num_barriers=stages * slices),
             empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
-            x_full=plgpu.Barrier(num_arrivals=1 if x_tiled else x_chunks),
             s_full=plgpu.Barrier(num_arrivals=scale_blocks),
             done=plgpu.Barrier(num_arrivals=wgs)),
-        grid=(-(-n // rows),), grid_names=("n",), num_threads=wgs if resident else wgs + 1, thread_name="wg",
+        grid=(-(-n // rows) * token_tiles,), grid_names=("tile",), num_threads=wgs if resident else wgs + 1, thread_name="wg",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True))
-
-
-def _finish_pair(parts, token, column, inside, factor, row_scale, bias, bias_at, o, *, n, per_row, bias_dtype, out_dtype):
-    """The slices' sums of two neighbouring columns, added from left to right, scaled, and stored where `inside` is not zero."""
-    total = functools.reduce(
-        lambda a, b: [mo.asm("add.rn.f32 $0,$1,$2;", list(ab), "f", effects=False) for ab in zip(a, b)], parts)
-    of_row = mo.gmem_address(row_scale, mo.mul(token, 4) if per_row else None)
-    scale = mo.asm("{.reg .f32 s; ld.global.nc.f32 s,[$1]; mul.rn.f32 $0,s,$2;}", [of_row, factor], "f")
-    columns = [mo.minimum(mo.add(column, e), n - 1) for e in range(2)]
-    biases = [None if bias_dtype is None else _load_bias(bias, mo.add(bias_at, c), bias_dtype) for c in columns]
-    values = [_scaled(v, scale, b) for v, b in zip(total, biases)]
-    pointer = mo.gmem_element(o, token, n, column, jnp.dtype(out_dtype).itemsize)
-    flags = [mo.bit_and(inside, mo.flag("lt", mo.add(column, e), n)) for e in range(2)]
-    _store_pair(pointer, values, flags, out_dtype, aligned=n % 2 == 0)
-
-
-def _store_pair(pointer, values, flags, dtype, *, aligned):
-    """Two neighbouring results at an address of global memory, each where its flag is not zero."""
-    predicate = "{{.reg .pred p; setp.ne.u32 p,${flag},0; {text}}}"
-    if dtype == jnp.float32:
-        if aligned:
-            mo.asm(predicate.format(flag=3, text="@p st.global.v2.f32 [$0],{$1,$2};"), [pointer, *values, flags[0]], "")
-        else:
-            for e in range(2):
-                mo.asm(predicate.format(flag=2, text=f"@p st.global.f32 [$0+{4 * e}],$1;"), [pointer, values[e], flags[e]], "")
-    elif aligned:
-        mo.asm(predicate.format(flag=3, text=".reg .b32 q; cvt.rn.bf16x2.f32 q,$2,$1; @p st.global.b32 [$0],q;"),
-               [pointer, *values, flags[0]], "")
-    else:
-        for e in range(2):
-            mo.asm(predicate.format(flag=2, text=f".reg .b16 q; cvt.rn.bf16.f32 q,$1; @p st.global.b16 [$0+{2 * e}],q;"),
-                   [pointer, values[e], flags[e]], "")
 
 
 # --- more tokens, few rows of weights -------------------------------------------------------------------------------
@@ -433,7 +476,7 @@ def _split(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stac
     if share * slices != tokens or stages < 2 and not resident:
         raise NotImplementedError(f"dense_hopper: no schedule for weights [{n}, {k}] at M={m}, tiles of {tokens} tokens")
     x_stages = max(stages, -(-pitch * 4 // (STEP * 2)))  # the sums take the place of the tokens
-    chunks, part = _parts(tokens)
+    chunks = _chunks(tokens)
 
     def kernel(w, s, x, row_scale, g, bias, layer, o, w_sm, s_sm, x_sm, full, empty, done):
         wg, p = lax.axis_index("wg"), lax.axis_index("slice")
@@ -494,7 +537,7 @@ def _split(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stac
                     for c in range(0, STEP // 64, chunks):
                         acc = mo.multiply_decoded(
                             acc, lane_values, w_sm.at[stage], s_sm.at[stage], x_sm.at[stage, pl.ds(c, chunks)], jnp.int32(0),
-                            first=c, chunks=chunks, part=part, tokens=tokens, scale_row=16)
+                            first=c, chunks=chunks, part=1, steps=2, tokens=tokens, scale_row=16)
                 if not resident:
                     plgpu.barrier_arrive(empty.at[stage])
                 return acc
@@ -540,8 +583,11 @@ def _split(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stac
                 token = mo.add(first_token, token)
                 inside = mo.bit_and(inside, mo.flag("lt", token, m))
                 token = mo.minimum(token, m - 1)
-                _finish_pair(parts, token, mo.add(first, row), inside, factor, row_scale, bias, bias_at, o, n=n,
-                             per_row=per_row, bias_dtype=bias_dtype, out_dtype=out_dtype)
+                of_row = mo.gmem_address(row_scale, mo.mul(token, 4) if per_row else None)
+                scale = mo.asm("{.reg .f32 s; ld.global.nc.f32 s,[$1]; mul.rn.f32 $0,s,$2;}", [of_row, factor], "f")
+                columns = [mo.minimum(mo.add(mo.add(first, row), e), n - 1) for e in range(2)]
+                biases = [None if bias_dtype is None else _load_bias(bias, mo.add(bias_at, c), bias_dtype) for c in columns]
+                _finish_pair(parts, token, mo.add(first, row), inside, scale, biases, o, n=n, out_dtype=out_dtype)
             # No CTA leaves while another reads its sums.
             mo.asm("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", (), "")
 
@@ -577,9 +623,9 @@ def _split(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stac
 
 # --- many tokens, or many rows of weights ---------------------------------------------------------------------------
 
-def _wide(n, k, m, *, slices, wgs, tokens, paired, parts=None, per_row, bias_dtype, out_dtype, stacked, bias_stacked=False, twin=False):
+def _wide(n, k, m, *, slices, wgs, tokens, paired, per_row, bias_dtype, out_dtype, stacked, bias_stacked=False, twin=False):
     """As `_narrow`, for any M. wgs: warpgroups of 64 rows that share the tokens; tokens: the tile of M, a multiple of 8;
-    paired: CTAs of two neighbouring row tiles share the tokens too, each fetches half of them for both. parts: `_parts`."""
+    paired: CTAs of two neighbouring row tiles share the tokens too, each fetches half of them for both."""
     rows, width = 64 * wgs, 2 if paired else 1
     steps = -(-k // STEP)
     slice_steps = -(-steps // slices)
@@ -594,7 +640,7 @@ def _wide(n, k, m, *, slices, wgs, tokens, paired, parts=None, per_row, bias_dty
     stages = min(8, (mo.SHARED_MEMORY - 2048 - (2 * rows * 128 if blocked else 0)) // box)
     if stages < 2:
         raise NotImplementedError(f"dense_hopper: no schedule for weights [{n}, {k}] at M={m}, tiles of {tokens} tokens")
-    chunks, part = parts or _parts(tokens)
+    chunks = _chunks(tokens)
     consumer_registers, producer_registers = mo.register_budget(wgs)
 
     def kernel(w, s, x, row_scale, g, bias, layer, o, w_sm, s_sm, x_sm, full, empty, s_full, s_empty, x_free=None):
@@ -693,7 +739,7 @@ def _wide(n, k, m, *, slices, wgs, tokens, paired, parts=None, per_row, bias_dty
                         for c in range(0, STEP // 64, chunks):
                             acc = mo.multiply_decoded(
                                 acc, lane_values, w_sm.at[st], scales, x_sm.at[st, pl.ds(c, chunks)], unit, first=c,
-                                chunks=chunks, part=part, tokens=tokens, scale_row=scale_row)
+                                chunks=chunks, part=1, steps=2, tokens=tokens, scale_row=scale_row)
                     plgpu.barrier_arrive(empty.at[st])
                     if blocked:
                         last = (unit == SCALE_STEPS - 1) | (i == steps - 1)
@@ -776,11 +822,12 @@ def _plan(n, k, m):
     count = slices(n, k)
     if count == 1:
         return _wide, dict(slices=1, wgs=4, tokens=_tokens(m, 128), paired=m > 8 and n > 256)
-    tiles = _narrow_tiles(n, k)
-    if m <= 32 and _narrow_memory(k, m, count, tiles)[1]:
-        return _narrow, dict(slices=count, tiles=tiles)
+    tiles, tokens = _narrow_tiles(n, k), _tokens(m, 32)
+    one_wave = -(-n // (16 * tiles)) * -(-m // tokens) <= SMS
+    if (m <= 32 or one_wave) and _narrow_memory(k, tokens, count, tiles)[1]:
+        return _narrow, dict(slices=count, tiles=tiles, tokens=tokens)
     if m <= 32 or m <= 64 and count == 8:
-        return _split, dict(slices=count, wgs=1 if n * count <= 16384 else 2, tokens=_tokens(m, 32))
+        return _split, dict(slices=count, wgs=1 if n * count <= 16384 else 2, tokens=tokens)
     wgs, most = min(_TILE_TIMES, key=lambda tile: -(-(-(-n // (64 * tile[0])) * -(-m // tile[1])) // SMS) * _TILE_TIMES[tile])
     return _wide, dict(slices=count, wgs=wgs, tokens=_tokens(m, most), paired=False)
 

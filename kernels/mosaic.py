@@ -27,14 +27,16 @@ DECODE_FACTOR = 2.0**7  # what the decode leaves out
 # One u32 of 8 codes -> 4 bf16x2 in mma and wgmma order; nibble j pairs with nibble j+4. An E2M1 code's sign goes to
 # bit 15 and its other bits to bits 8..6 of a bf16: the value times 2**-126, subnormals included. Nibbles 3 and 7 have
 # their sign in place. $5: scale * 2**119.
-DECODE = """{
-.reg .b32 z,a,b,c,d;
-shr.u32 z,$4,6;
-and.b32 a,$4,0x000F000F; and.b32 b,$4,0x00F000F0; and.b32 c,z,0x003C003C; and.b32 d,z,0x01C001C0;
-mul.lo.u32 a,a,4160; mul.lo.u32 b,b,260; mul.lo.u32 c,c,1040; and.b32 z,$4,0x80008000;
-and.b32 a,a,0x81C081C0; and.b32 b,b,0x81C081C0; and.b32 c,c,0x81C081C0; or.b32 d,d,z;
-mul.rn.bf16x2 $0,a,$5; mul.rn.bf16x2 $1,b,$5; mul.rn.bf16x2 $2,c,$5; mul.rn.bf16x2 $3,d,$5;
-}"""
+_DECODE = (  # of k16 step 0 .. 3: code j and j + 4 of x, in z = x >> 6
+    ("and.b32 {r},{x},0x000F000F;", "mul.lo.u32 {r},{r},4160;", "and.b32 {r},{r},0x81C081C0;"),
+    ("and.b32 {r},{x},0x00F000F0;", "mul.lo.u32 {r},{r},260;", "and.b32 {r},{r},0x81C081C0;"),
+    ("and.b32 {r},{z},0x003C003C;", "mul.lo.u32 {r},{r},1040;", "and.b32 {r},{r},0x81C081C0;"),
+    ("and.b32 {r},{z},0x01C001C0;", "and.b32 {t},{x},0x80008000;", "or.b32 {r},{r},{t};"))
+DECODE = "{.reg .b32 z,a,b,c,d; shr.u32 z,$4,6;\n" + "\n".join(
+    " ".join(line.format(r=r, x="$4", z="z", t="z") for line, r in zip(lines, "abcd")) for lines in zip(*_DECODE)
+) + "\nmul.rn.bf16x2 $0,a,$5; mul.rn.bf16x2 $1,b,$5; mul.rn.bf16x2 $2,c,$5; mul.rn.bf16x2 $3,d,$5;\n}"
+DECODE_STEP = ["{.reg .b32 r,t; " + " ".join(lines).format(r="r", x="$1", z="$2", t="t") + " mul.rn.bf16x2 $0,r,$3;}"
+               for lines in _DECODE]  # the same of one step; $2: x >> 6
 # One e4m3 byte of a scale word (selector 0x4440 + byte) -> bf16x2 of scale * 2**119: exact, subnormals included.
 SCALE = """{
 .reg .b32 t,u,v;
@@ -303,14 +305,17 @@ def fragment_lanes(wg, shifts, *, scale_row, other=None, chunks=4):
     return f(wg, *shifts)
 
 
-def multiply_decoded(acc, lane_values, w_ref, s_ref, x_ref, unit, *, first, chunks, part, tokens, scale_row, running=0):
+def multiply_decoded(acc, lane_values, w_ref, s_ref, x_ref, unit, *, first, chunks, part, tokens, scale_row, running=0,
+                     steps=4):
     """acc f32 (64, tokens) + decoded weights times tokens over 64-chunks first .. first + chunks - 1 of 256 codes.
 
     The weights are A of wgmma, from registers, times 2**-7. lane_values: `fragment_lanes`. w_ref: i32 [rows, 32],
     ROWS_128: 256 codes a row. s_ref: the scales of the same rows, `scale_row` bytes a row, `scale_rows`. unit: which 16
     bytes of a row of scales belong to these codes (i32). x_ref: bf16 [>= chunks * tokens, 64], ROWS_128: the 64-chunks
     of the tokens, one behind the other. part: chunks decoded while the wgmmas of the part before run. running: 1 leaves
-    the wgmmas of the last part running, while the next call decodes; the last call must say 0.
+    the wgmmas of the last part running, while the next call decodes; the last call must say 0. steps: 2 or 1 make shorter
+    groups of wgmmas, of so many of the 4 k16 steps of a chunk, with the decode of the next group behind each (`part` says
+    nothing then): a warp that has issued wgmmas cannot decode before the last of them has begun.
     """
     rows = plgpu.RefType(ROWS_128)
 
@@ -347,29 +352,42 @@ def multiply_decoded(acc, lane_values, w_ref, s_ref, x_ref, unit, *, first, chun
             scales = [[load_shared(at, 4 * (first + t), 1)[0] for t in range(chunks)] for at in scale_at]
         else:
             scales = [load_shared(at, 4 * first, chunks) for at in scale_at]
-        codes = [load_codes(first + t) for t in range(part)]
-        for start in range(0, chunks, part):
-            decoded = [decode(codes[t], [scales[h][start + t] for h in range(2)]) for t in range(part)]
-            if start + part < chunks:
-                codes = [load_codes(first + start + part + t) for t in range(part)]
-            in_flight = running if start + part >= chunks else 1
-            sums = _wgmma(sums, decoded, descriptor, tokens, [start + t for t in range(part)], stride, in_flight)
+        at = [[(chunk * stride + 32 * step) >> 4 for step in range(4)] for chunk in range(chunks)]  # in the tokens
+        if steps < 4:
+            codes = load_codes(first)
+            for c in range(chunks):
+                factors = asm(SCALE_PAIR, [scales[0][c], scales[1][c], selector], "rr", effects=False)
+                words = [(word, shift_right(word, 6), factors[h]) for i in range(2) for h, word in enumerate([codes[0][i], codes[1][i]])]
+                if c + 1 < chunks:
+                    codes = load_codes(first + c + 1)
+                for q in range(0, 4, steps):  # with effects: in this place
+                    left = [[asm(DECODE_STEP[step], word) for word in words] for step in range(q, q + steps)]
+                    in_flight = running if (c, q) == (chunks - 1, 4 - steps) else 1
+                    sums = _wgmma(sums, left, descriptor, tokens, at[c][q:q + steps], in_flight)
+        else:
+            codes = [load_codes(first + t) for t in range(part)]
+            for start in range(0, chunks, part):
+                decoded = [decode(codes[t], [scales[h][start + t] for h in range(2)]) for t in range(part)]
+                if start + part < chunks:
+                    codes = [load_codes(first + start + part + t) for t in range(part)]
+                in_flight = running if start + part >= chunks else 1
+                sums = _wgmma(sums, sum(decoded, []), descriptor, tokens, sum(at[start:start + part], []), in_flight)
         registers = np.array([pair(*sums[i:i + 2]) for i in range(0, len(sums), 2)], dtype=object)
         return wgmma_array(registers, (64, tokens))
 
     return f(acc, *lane_values, w_ref, s_ref, x_ref, unit)
 
 
-def _wgmma(sums, decoded, descriptor, tokens, chunks, stride, in_flight):
-    """Adds decoded[chunk][k16 step] times the tokens, and waits until `in_flight` such groups run."""
+def _wgmma(sums, left, descriptor, tokens, at, in_flight):
+    """Adds left[k16 step] times the tokens `at` (16 bytes on from `descriptor`), and waits until `in_flight` such groups
+    run."""
     f32, n = ir.F32Type.get(), len(sums)
-    left = [register for chunk in decoded for step in chunk for register in step]
+    left = [register for step in left for register in step]
     text = ["{.reg .b64 d; .reg .pred p; setp.eq.u32 p,0,0; wgmma.fence.sync.aligned;"]
     accumulator = "{" + ",".join(f"${i}" for i in range(n)) + "}"
     for i in range(len(left) // 4):
         a = ",".join(f"${2 * n + 4 * i + j}" for j in range(4))
-        offset = (chunks[i // 4] * stride + 32 * (i % 4)) >> 4
-        text.append(f"add.s64 d,${2 * n + len(left)},{offset}; "
+        text.append(f"add.s64 d,${2 * n + len(left)},{at[i]}; "
                     f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16 {accumulator},{{{a}}},d,p,1,1,0;")
     text.append(f"wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned {in_flight};}}")
     constraints = ",".join(["=f"] * n + [str(i) for i in range(n)] + ["r"] * len(left) + ["l"])

@@ -72,7 +72,8 @@ def parse(text):
     instructions, labels, scopes, count, pending, vector = [], {}, [{}], 0, "", False
     for i, c in enumerate(body):
         if c == "{" and re.match(r"\s*\.reg", body[i + 1:i + 20]):
-            count += 1
+            _statement(pending.strip(), scopes, labels, instructions)  # a label in front
+            count, pending = count + 1, ""
             scopes.append({"": str(count)})
         elif c == "}" and not vector:
             _statement(pending.strip(), scopes, labels, instructions)
@@ -89,8 +90,9 @@ def parse(text):
 
 
 def _statement(line, scopes, labels, instructions):
+    inner = f"@{scopes[-1]['']}" if len(scopes) > 1 else ""  # labels of inline PTX are its own
     while m := re.match(r"([\w$]+):(?!:)\s*", line):
-        labels[_scoped(m[1], scopes) if len(scopes) > 1 else m[1]] = len(instructions)
+        labels[m[1] + inner] = len(instructions)
         line = line[m.end():]
     if not line or line.startswith((".loc", ".shared", ".file", ".pragma", ".explicit")):
         return
@@ -103,14 +105,13 @@ def _statement(line, scopes, labels, instructions):
     if not m:
         raise NotImplementedError(f"PTX statement {line!r}")
     operands = [o.strip() for o in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,]+", m[4]) if o.strip()]
-    operands = [_scoped(o, scopes) for o in operands]
+    operands = [o + inner for o in operands] if m[3].startswith("bra") else [_scoped(o, scopes) for o in operands]
     instructions.append((_scoped(m[2], scopes) if m[2] else None, m[1] == "!", m[3], operands))
 
 
 def _scoped(name, scopes):
     names = {k: v for scope in scopes[1:] for k, v in scope.items() if k}
-    label = f"DONE@{scopes[-1].get('', '')}" if len(scopes) > 1 else "DONE"
-    return re.sub(r"(?<![%\w.$@])[A-Za-z_]\w*(?![\w@])", lambda m: label if m[0] == "DONE" else names.get(m[0], m[0]), name)
+    return re.sub(r"(?<![%\w.$@])[A-Za-z_]\w*(?![\w@])", lambda m: names.get(m[0], m[0]), name)
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
@@ -425,9 +426,12 @@ class _Run:
                 product = (factor(v(1)) * factor(v(2))).view(np.uint64)
                 self.write(operands[0], at, product + (v(3) if base == "mad" else np.uint64(0)))
             elif "hi" in parts:
-                put((v(1) & mask) * (v(2) & mask) >> np.uint64(bits))
+                product = (v(1) & mask).astype(object) * (v(2) & mask).astype(object)
+                put(product >> bits)
             else:
                 put(v(1) * v(2) + (v(3) if base == "mad" else np.uint64(0)))
+        elif op == "shf.l.wrap.b32":
+            put(((v(2) & mask) << np.uint64(32) | v(1) & mask) >> (np.uint64(32) - (v(3) & np.uint64(31))))
         elif base == "bfe":
             put((v(1) & mask) >> v(2) & ((np.uint64(1) << v(3)) - np.uint64(1)))
         elif base == "popc":

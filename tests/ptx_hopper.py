@@ -53,7 +53,7 @@ def run(text, buffers, maps, *, grid, threads, shared, seed=None):
 def _accesses(text, register):
     """The global memory instructions that the pointer in a register reaches."""
     reached = {register}
-    derived = re.findall(r"(?:add\.s64|cvta\.to\.global\.u64|mov\.b64)\s+(%rd\d+), ([^;]*);", text)
+    derived = re.findall(r"(?:add\.s64|or\.b64|cvta\.to\.global\.u64|mov\.b64)\s+(%rd\d+), ([^;]*);", text)
     while new := {r for r, source in derived if r not in reached and reached & set(re.findall(r"%rd\d+", source))}:
         reached |= new
     return {op for op, names in re.findall(r"((?:ld|st)\.global[\w.]*)([^;]*);", text)
@@ -111,7 +111,7 @@ class _Run(ptx._Run):
             return super().step(at, pc)
         predicate, negated, op, operands = self.instructions[pc]
         special = ("mbarrier", "cp.async.bulk.tensor", "wgmma", "setmaxnreg", "prefetch", "movmatrix", "barrier.cta.red",
-                   "cvta", "elect", "fence", "brx")
+                   "cvta", "elect", "fence", "brx", "ldmatrix", "mma.sync")
         if not op.startswith(special):
             return super().step(at, pc)
         self.pc[at] = pc + 1
@@ -151,6 +151,17 @@ class _Run(ptx._Run):
             x = self.value(operands[1], at).astype(np.uint32).reshape(-1, 32)
             tiles = np.stack([x & 0xFFFF, x >> 16], -1).reshape(-1, 8, 8).transpose(0, 2, 1).reshape(-1, 32, 2)
             self.write(operands[0], at, (tiles[..., 0] | tiles[..., 1] << 16).reshape(-1))
+        elif op.startswith("ldmatrix"):
+            self.whole_warps(at, op)
+            starts = (self.address(operands[1], at) % np.uint64(1 << 32)).astype(int).reshape(-1, 4, 8)
+            assert op == "ldmatrix.sync.aligned.m8n8.x4.shared.b16" and (starts % 16 == 0).all()
+            rows = self.shared[0][starts[..., None] + np.arange(16)].view(np.uint32)  # warp, matrix, row, 4 words
+            for i, name in enumerate(operands[0].strip("{} ").split(",")):
+                self.write(name.strip(), at, rows[:, i].reshape(-1))
+        elif op.startswith("mma.sync"):
+            self.whole_warps(at, op)
+            for warp in at.reshape(-1, 32):
+                self.mma(op, operands, warp)
         elif op.startswith("barrier.cta.red.popc"):
             self.waiting[at] = MEETS
         elif op.startswith("cvta"):
@@ -213,6 +224,25 @@ class _Run(ptx._Run):
         else:
             self.late.append(copy)
 
+    def mma(self, op, operands, warp):
+        assert ".m16n8k16.row.col.f32.bf16.bf16.f32" in op
+        out, left, right, old = [[name.strip() for name in o.strip("{} ").split(",")] for o in operands]
+        row, quad = np.arange(32) // 4, np.arange(32) % 4
+        a, b = np.zeros((16, 16)), np.zeros((16, 8))
+        for i, name in enumerate(left):
+            a[(row + 8 * (i % 2))[:, None], (2 * quad + 8 * (i // 2))[:, None] + np.arange(2)] = self.pairs(name, warp)
+        for i, name in enumerate(right):
+            b[(2 * quad + 8 * i)[:, None] + np.arange(2), row[:, None]] = self.pairs(name, warp)
+        product = a @ b
+        sums = [ptx._f(self.value(name, warp)).astype(np.float64) for name in old]
+        for i, name in enumerate(out):
+            with np.errstate(all="ignore"):
+                new = (sums[i] + product[row + 8 * (i // 2), 2 * quad + i % 2]).astype(np.float32)
+            self.write(name, warp, ptx._u(new))
+
+    def pairs(self, name, at):
+        return self.value(name, at).astype(np.uint32)[:, None].view(ml_dtypes.bfloat16).astype(np.float64)
+
     def wgmma(self, op, operands, group):
         n = int(re.search(r"m64n(\d+)k16", op)[1])
         names = [[r.strip() for r in o.strip("{} ").split(",")] for o in operands[:2]]
@@ -226,7 +256,7 @@ class _Run(ptx._Run):
         rows, quad = thread // 32 * 16 + thread % 32 // 4, thread % 4
         a = np.zeros((64, 16))
         for i, name in enumerate(names[1]):
-            pair = self.value(name, group).astype(np.uint32)[:, None].view(ml_dtypes.bfloat16).astype(np.float64)
+            pair = self.pairs(name, group)
             for e in range(2):
                 a[rows + 8 * (i % 2), 2 * quad + 8 * (i // 2) + e] = pair[:, e]
         product = a @ b.T

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import ptx_hopper
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -95,11 +96,12 @@ NARROW, SPLIT, WIDE = dense_hopper._narrow, dense_hopper._split, dense_hopper._w
 
 
 @pytest.mark.parametrize("n, k, m, plan", [
-    (64, 512, 8, (NARROW, dict(slices=2, tiles=2))),  # all of K in shared memory
-    (64, 1024, 3, (NARROW, dict(slices=4, tiles=2))),
-    (32, 320, 13, (NARROW, dict(slices=2, tiles=2))),  # K ends inside a step, M inside 8 tokens
-    (32, 16384, 8, (NARROW, dict(slices=2, tiles=2))),  # a ring
-    (32, 16384, 11, (NARROW, dict(slices=2, tiles=2))),
+    (64, 512, 8, (NARROW, dict(slices=2, tiles=2, tokens=8))),  # all of K in shared memory
+    (64, 1024, 3, (NARROW, dict(slices=4, tiles=2, tokens=8))),
+    (32, 320, 13, (NARROW, dict(slices=2, tiles=2, tokens=16))),  # K ends inside a step, M inside 8 tokens
+    (32, 16384, 8, (NARROW, dict(slices=2, tiles=2, tokens=8))),  # a ring
+    (32, 16384, 11, (NARROW, dict(slices=2, tiles=2, tokens=16))),
+    (16, 1024, 48, (NARROW, dict(slices=4, tiles=1, tokens=24))),  # tiles of tokens
     (64, 1024, 24, (SPLIT, dict(slices=2, wgs=1, tokens=16))),
     (64, 32768, 8, (SPLIT, dict(slices=2, wgs=1, tokens=8))),  # a ring
     (192, 768, 8, (WIDE, dict(slices=1, wgs=1, tokens=8, paired=False))),
@@ -122,10 +124,10 @@ def test_interpreted(n, k, m, plan, capfd):
 aot_only = [pytest.mark.aot, pytest.mark.skipif(not aot.available(), reason="needs jax-cuda13-plugin and -pjrt")]
 
 
-def compiled(n, k, m, *, bias=None, out_dtype=jnp.bfloat16, per_row=False, layers=()):
+def compiled(n, k, m, *, bias=None, out_dtype=jnp.bfloat16, per_row=False, layers=(), plan=None):
     def f(x, row_scale, packed, scale, global_scale, bias_, layer):
-        return dense_hopper.matmul(x, row_scale, packed, scale, global_scale, bias=bias_ if bias else None,
-                                   out_dtype=out_dtype, layer=layer if layers else None)
+        return dense_hopper._matmul(x, row_scale, packed, scale, global_scale, bias_ if bias else None, out_dtype,
+                                    layer if layers else None, plan, False)
 
     kernel, = aot.compile(
         f, ((m, k), jnp.bfloat16), ((m, 1) if per_row else (), jnp.float32), ((*layers, n, k // 2), jnp.uint8),
@@ -137,7 +139,7 @@ def compiled(n, k, m, *, bias=None, out_dtype=jnp.bfloat16, per_row=False, layer
 @pytest.mark.parametrize("n, k, m, options", [
     *((33792, 8192, m, {}) for m in (1, 16, 32, 64, 128, 4096)),
     *((4096, 2048, m, {}) for m in (1, 13, 16, 32, 64, 128, 256, 1024)),
-    *((2048, 4096, m, {}) for m in (16, 32, 64)), *((10240, 5120, m, {}) for m in (16, 17, 64, 128)),
+    *((2048, 4096, m, {}) for m in (16, 32, 64)), (1024, 2048, 64, {}), *((10240, 5120, m, {}) for m in (16, 17, 64, 128)),
     (5120, 25600, 8, {}), (151936, 2048, 8, {}),
     (4097, 2048, 9, dict(bias=jnp.bfloat16, out_dtype=jnp.float32, per_row=True, layers=(3,))),
     (4097, 2048, 100, dict(bias=jnp.bfloat16, out_dtype=jnp.float32, per_row=True, layers=(3,))),
@@ -154,7 +156,7 @@ def test_compiles_clean(n, k, m, options, _):
         assert kernel.registers * 128 * warpgroups * 2 <= 65536
 
 
-@pytest.mark.parametrize("n, k, m, most", [(33792, 8192, 8, 410), (33792, 8192, 64, 415), (33792, 8192, 128, 410),
+@pytest.mark.parametrize("n, k, m, most", [(33792, 8192, 8, 390), (33792, 8192, 64, 395), (33792, 8192, 128, 395),
                                            (5120, 25600, 8, 380)])
 @pytest.mark.parametrize("_", [pytest.param(0, marks=aot_only)], ids=[""])
 def test_instructions_of_the_main_loop(n, k, m, most, _):
@@ -165,6 +167,59 @@ def test_instructions_of_the_main_loop(n, k, m, most, _):
     matrix = "HGMMA" if "HGMMA" in kernel.sass else "HMMA"  # wgmma, or mma.sync where there are few tokens
     loop = kernel.loop(matrix)
     assert loop[matrix] == 16 and sum(loop.values()) <= most, loop
+
+
+# --- the compiled kernels, on the CPU -------------------------------------------------------------------------------
+
+def x_map(operand, tokens):
+    """As `_narrow` reads them: by 8-row groups in one copy a step where M allows it."""
+    m, k = operand.shape
+    if m % 8:
+        return ptx_hopper.TensorMap(operand, (64, tokens), 128)
+    groups = np.ascontiguousarray(operand.reshape(m // 8, 8, k // 64, 64).transpose(0, 2, 1, 3))
+    return (ptx_hopper.TensorMap(groups[0], (64, 8, 4), 128) if m == 8 else
+            ptx_hopper.TensorMap(groups, (64, 8, 4, tokens // 8), 128))
+
+
+@pytest.mark.parametrize("n, k, m, plan", [
+    (64, 2048, 8, (NARROW, dict(slices=4, tiles=2, tokens=8))),
+    (40, 2048, 13, (NARROW, dict(slices=4, tiles=1, tokens=16))),  # N and M end inside a tile
+    (96, 2048, 16, (NARROW, dict(slices=4, tiles=3, tokens=8))),  # tiles of tokens, slices across warpgroups
+    (32, 4096, 24, (NARROW, dict(slices=8, tiles=1, tokens=16))),
+    (64, 1280, 11, (NARROW, dict(slices=4, tiles=4, tokens=16))),
+    (32, 8192, 32, (NARROW, dict(slices=4, tiles=2, tokens=32))),  # a ring
+    (128, 2304, 8, (WIDE, dict(slices=1, wgs=2, tokens=8, paired=False))),
+    (100, 1280, 40, (WIDE, dict(slices=2, wgs=1, tokens=24, paired=False))),
+    (64, 512, 80, (WIDE, dict(slices=1, wgs=1, tokens=80, paired=False))),
+    (64, 512, 128, (WIDE, dict(slices=1, wgs=1, tokens=128, paired=False))),
+], ids=lambda v: "-".join([v[0].__name__, *map(str, v[1].values())]) if isinstance(v, tuple) else str(v))
+@pytest.mark.parametrize("_", [pytest.param(0, marks=aot_only)], ids=[""])
+def test_compiled_kernel_on_the_cpu(n, k, m, plan, _):
+    """The PTX itself, warps in random order: addresses, swizzles, barriers, decode, epilogue."""
+    rng = np.random.default_rng(n + k + m)
+    packed, scale, dequantized = weights(rng, n, k)
+    x, row_scale = tokens(rng, m, k), rng.uniform(0.5, 2, (m, 1)).astype(np.float32)
+    make, settings = plan
+    tile = settings["tokens"]
+    words, scales, operand = packed.view(np.int32), scale.view(np.uint8).view(np.int32), np.asarray(mosaic.permute_k(jnp.asarray(x)))
+    if make is NARROW:
+        rows, warpgroups = 16 * settings["tiles"], settings["tiles"] * settings["slices"] // 4
+        whole, _ = dense_hopper._narrow_memory(k, tile, settings["slices"], settings["tiles"])
+        ctas, producers, g = -(-n // rows) * -(-m // tile), 0 if whole else 1, "ld.global.nc.b32"
+    else:
+        rows, warpgroups = 64 * settings["wgs"], settings["wgs"]
+        whole, ctas, producers, g = tile <= 32, -(-n // rows) * -(-m // tile), 1, "ld.global.b32"
+    maps = [ptx_hopper.TensorMap(words, (32, rows), 128),
+            ptx_hopper.TensorMap(scales, (32 if whole else 4, rows), 128 if whole else 0),
+            x_map(operand, tile) if make is NARROW else ptx_hopper.TensorMap(operand, (64, tile), 128)]
+    if make is WIDE and whole:
+        maps[:2] = maps[1::-1]  # in the order of their use
+    out = np.full((m, n), np.nan, np.float32)
+    buffers = {"ld.global.nc.f32": [row_scale], g: [np.float32([0.25])], "st.global": [out]}
+    kernel = compiled(n, k, m, out_dtype=jnp.float32, per_row=True, plan=plan)
+    ptx_hopper.run(kernel.ptx, buffers, maps, grid=ctas, threads=(warpgroups + producers) * 128,
+                   shared=mosaic.SHARED_MEMORY, seed=int(rng.integers(2**31)))
+    check(out, x, dequantized, row_scale.astype(np.float64) * 0.25)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------
