@@ -238,8 +238,8 @@ def _plan(m: int, k: int, words: int, emit: str = "packed") -> _Plan:
     """words: 32-bit registers that a block takes: 8, or 16 where it is float32 or has two inputs.
 
     Few rows: one block a lane, for latency. Many: up to 4 (2) blocks a lane and few warps a row, which saves reductions and
-    the row's scalars. For codes CTAs that stay, as many as their registers leave room for, and fetch the next rows while they
-    work on these; operands, four times as many bytes to store, come sooner from CTAs that each do one group."""
+    the row's scalars. CTAs stay and fetch the next rows while they work on these; for codes of full lanes as many as their registers
+    leave room for; operands of full lanes, four times as many bytes to store, come sooner from CTAs that each do one group."""
     units = -(-k // (16 * WARP))
     if m * units <= 16 * SMS:
         per_row = min(16, _power_of_two_at_least(units))
@@ -249,20 +249,26 @@ def _plan(m: int, k: int, words: int, emit: str = "packed") -> _Plan:
     blocks = -(-units // per_row)
     warps = max(4, per_row)
     groups = -(-m // (warps // per_row))
-    return _Plan(warps, per_row, blocks, groups if emit == "operand" else min(groups, SMS * max(1, 12 // warps)))
+    resident = 16 // (warps // 4) if blocks * words < 32 else groups if emit == "operand" else max(1, 12 // warps)
+    return _Plan(warps, per_row, blocks, min(groups, SMS * resident))
 
 
 def _matrices_plan(n: int, k: int) -> tuple[int, _Plan]:
     """For many matrices [n, k]: how many rows are read as one, so that every lane has whole blocks, and a plan of tiles of
-    some 32 KiB, at most MAX_TILES a matrix. Three CTAs an SM is what their registers leave room for."""
+    some 32 KiB, at most MAX_TILES a matrix. As many CTAs as registers leave room for, three an SM, while their tiles, which the L2
+    must keep beside a matrix, are no more than 10 MB; a matrix that the L2 cannot keep is read twice from memory."""
     pack = next((p for p in (1, 2, 4, 8) if n % p == 0 and p * k % (16 * WARP) == 0 and p * k <= 2048), 1)
     n, k = n // pack, pack * k
     units = -(-k // (16 * WARP))
     per_row = min(16, _power_of_two_at_least(-(-units // 4)))
     warps = max(4, per_row)
     groups = -(-n // (warps // per_row))
-    tile = max(1, (2 << 14) // (warps // per_row * k * 2), -(-groups // MAX_TILES))
-    return pack, _Plan(warps, per_row, -(-units // per_row), 3 * SMS * 4 // warps, tile=tile)
+    tile = max(1, (1 << 15) // (warps // per_row * k * 2), -(-groups // MAX_TILES))
+    tile = -(-groups // -(-groups // tile))  # tiles of a matrix alike
+    resident = 12 // warps
+    if n * k * 2 <= 20_000_000:
+        resident = min(resident, 10_000_000 // (tile * (warps // per_row) * k * 2 * SMS))
+    return pack, _Plan(warps, per_row, -(-units // per_row), max(1, resident) * SMS, tile=tile)
 
 
 # --- the kernel ------------------------------------------------------------------------------------------------------
