@@ -30,7 +30,7 @@ class Config:
 
     warpgroups of 64 weight rows a CTA, per_sm CTAs an SM. x_rows: 128-byte rows in a stage of tokens: 4, 2 or 1 chunks
     of 64 of K, as many as the tile leaves room for. Where that is a whole step for every tile, weights and tokens share
-    their stages and barriers.
+    their stages and barriers. crowd: the tile for an expert that has half of all rows, where it is not the largest.
     """
 
     tiles: tuple[int, ...]
@@ -39,6 +39,7 @@ class Config:
     warpgroups: int = 4
     per_sm: int = 1
     sms: int = SMS
+    crowd: int = 0
 
     def compute(self, tile):
         """The tile that a loaded one is computed with."""
@@ -50,9 +51,8 @@ class Config:
 
     @property
     def scale_block(self):
-        """K of a row of scales in shared memory: 64 bytes of it, so that more weights fit; with half the warpgroups
-        128."""
-        return 2048 if self.warpgroups == 2 else 1024
+        """K of a row of scales in shared memory: 64 bytes of it, so that more weights fit; 128 where rows are few."""
+        return 1024 if self.warpgroups > 2 else 2048
 
     @property
     def together(self):
@@ -78,7 +78,10 @@ def config(m, experts, n, k, *, gated):
         return Config((8, 16, 24), (8, 24), 96)
     if mean <= 20:  # all rows on 8 experts: two waves
         largest = min(64, max(40, -(-m // 64 // max(1, 2 * SMS // (8 * tiles))) * 8))
-        return Config((8, 16, 24, 32, largest), (16, 24, 32, largest), 128)
+        crowd = -(-m // (SMS // tiles) // 8) * 8 if tiles <= SMS else 0  # all rows on one expert: one wave
+        if not largest < crowd <= 96:
+            return Config((8, 16, 24, 32, largest), (16, 24, 32, largest), 128)
+        return Config((8, 16, 24, 32, largest, crowd), (16, 24, 32, largest, crowd), 128, crowd=crowd)
     if most <= 96:
         low, high = (-(-int(rows) // 8) * 8 for rows in (mean, most))
         return Config(tuple(range(max(8, low - 16), high + 1, 8)), (low, high), 2 * high)
@@ -94,9 +97,10 @@ def _table_words(experts):
     return 8 + experts + experts + 1 + 3 + 8 * -(-experts // mosaic.WARPGROUP)
 
 
-def _plan(sizes, table, *, experts, largest):
+def _plan(sizes, table, *, experts, largest, crowd, half):
     """The producer warpgroup's first act: i32 [E] rows of each expert, in global memory -> in shared memory, blocks up
-    to and with each expert, ends [E], and rows before it, starts [E + 1]."""
+    to and with each expert, ends [E], and rows before it, starts [E + 1]. Blocks are of up to `largest` rows, or `crowd`
+    for an expert with at least `half` rows."""
     @plgpu.inline_mgpu(arg_types=(mosaic.REF,) * 2)
     def f(ctx, sizes, table):
         del ctx
@@ -110,7 +114,9 @@ def _plan(sizes, table, *, experts, largest):
             expert = mosaic.add(tid, first)
             inside = mosaic.flag("lt", expert, experts)
             rows, = mosaic.load_global(mosaic.gmem_address(sizes, mosaic.mul(expert, 4)), 1, inside)
-            scans = [mosaic.warp_scan(v) for v in (mosaic.div(mosaic.add(rows, largest - 1), largest), rows)]
+            blocks, few = (mosaic.div(mosaic.add(rows, tile - 1), tile) for tile in (largest, crowd or largest))
+            blocks = mosaic.select(mosaic.flag("le", half, rows), few, blocks)
+            scans = [mosaic.warp_scan(v) for v in (blocks, rows)]
             here = mosaic.add(totals, 4 * 8 * (first // mosaic.WARPGROUP))
             mosaic.store_shared(mosaic.add(here, mosaic.mul(warp, 8)), scans, mosaic.flag("eq", lane, 31))
             mosaic.warpgroup_barrier()
@@ -185,7 +191,7 @@ def _layout(c, k, halves, experts):
     x_stages_a_step = STEP // CHUNK // c.chunks(c.computes[0])
     # Pallas aligns arrays to 1024 bytes; the last 1024 are for the barriers.
     free = mosaic.SHARED_MEMORY // c.per_sm - 1024 - -(-_table_words(experts) * 4 // 1024) * 1024
-    for s_stages in (2, 1):
+    for s_stages in ((2, 1) if c.per_sm == 1 else (1,)):
         left = free - s_stages * -(-halves * _scale_words(rows // halves, scale_row, k) * 4 // 1024) * 1024
         if c.together:  # a power of two: the number of a stage then costs one instruction
             x_stages = w_stages = max((q for q in (2, 4, 8) if q * (w_bytes + x_bytes) <= left), default=0)
@@ -214,9 +220,10 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
     tiles, steps = -(-n // rows), -(-k // STEP)
     scale_blocks, block_steps = (1, steps) if k % STEP else (-(-k // c.scale_block), min(steps, c.scale_block // STEP))
     scale_words = _scale_words(rows, r.scale_row, k)
-    largest = c.tiles[-1]
+    largest, half = max(t for t in c.tiles if t != c.crowd), -(-m // 2)
     flat = bool(k % STEP)
-    # Steps in a turn of the consumers' loop: inside one, a step's decode runs beside the wgmmas of the step before.
+    # Steps in a turn of the consumers' loop: inside one, a step's decode runs beside the wgmmas of the step before, and a
+    # stage is released half a step late.
     turn = 4 if c.together and steps % block_steps == block_steps % 4 == 0 else 1
     most_chunks = c.chunks(c.computes[0])  # copies in a stage of tokens; where fewer, plain arrivals make up for them
     consumer_registers, producer_registers = mosaic.register_budget(wgs, per_sm=c.per_sm)
@@ -269,12 +276,13 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
         def produce():
             at_layer = layer[0]
             if interpret:
-                pieces = lax.div(sizes[...] + (largest - 1), jnp.int32(largest))
+                pieces = (lax.div(sizes[...] + (tile - 1), jnp.int32(tile)) for tile in (c.crowd or largest, largest))
+                pieces = jnp.where(sizes[...] >= half, *pieces)
                 table[pl.ds(8, experts)] = jnp.cumsum(pieces)
                 table[8 + experts] = jnp.int32(0)
                 table[pl.ds(9 + experts, experts)] = jnp.cumsum(sizes[...])
             else:
-                _plan(sizes, table, experts=experts, largest=largest)
+                _plan(sizes, table, experts=experts, largest=largest, crowd=c.crowd, half=half)
             plgpu.barrier_arrive(planned)
 
             def tile_of(tile, x_used):
@@ -358,8 +366,8 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                                              chunks=4 if most_chunks > 1 else 1,
                                              other=(rows, scale_words * 4) if gated else None)
 
-            # Once for all tiles.
-            early = None if interpret or flat else lanes((jnp.int32(0),) * 2)
+            # Once for all tiles, where registers allow.
+            early = None if interpret or flat or c.crowd else lanes((jnp.int32(0),) * 2)
             plgpu.barrier_wait(planned)
 
             def tile_of(tile, x_used):
@@ -577,7 +585,8 @@ def _run(name, operand, row_scale, packed, scale, global_scale, group_sizes, *, 
         rows = use.warpgroups * 64 // halves
         wide, long = -(-n // rows) * rows, -(-k // STEP) * STEP
         w = _pad(w, *w.shape[:2], wide, long // 8)
-        s = jnp.pad(s, (0, rows * (k // 64) + 256)) if flat else _pad(s, *s.shape[:2], wide, -(-k // use.scale_block) * (use.scale_block // 64))
+        blocks = -(-k // use.scale_block) * use.scale_block
+        s = jnp.pad(s, (0, rows * (k // 64) + 256)) if flat else _pad(s, *s.shape[:2], wide, blocks // 64)
         operand = _pad(operand, m + use.tiles[-1], long)
     out = kernel(layer, w, s, operand, row_scale.reshape(-1, 1), group_sizes.astype(jnp.int32), global_scale)
     return out[:, :n] if interpret else out
