@@ -275,9 +275,9 @@ def _matrices_plan(n: int, k: int) -> tuple[int, _Plan]:
 
 @dataclasses.dataclass(frozen=True)
 class _Spec:
-    """What a kernel does. source: "x", "rmsnorm" or "silu". amax: where it comes from: "row", "scalar" or "rows" (given),
-    "static" (a given global scale), "partials" (of an earlier launch), "scan" (of the tensor, in this launch) or "matrices" (of
-    each `matrix` rows, in this launch). emit: "amax" (the partials: one a CTA), "packed" or "operand"."""
+    """What a kernel does. source: "x", "rmsnorm" or "silu". amax: where it comes from: "row", "scalar" or "rows" (given; static:
+    the given are global scales), "partials" (of an earlier launch), "scan" (of the tensor, in this launch) or "matrices" (of each
+    `matrix` rows, in this launch). emit: "amax" (the partials: one a CTA), "packed" or "operand"."""
 
     m: int
     k: int
@@ -285,6 +285,7 @@ class _Spec:
     single: bool  # float32 input
     amax: str
     emit: str
+    static: bool = False
     pow2: bool = False
     four_over_six: str | None = None
     eps: float = 0.0
@@ -464,7 +465,7 @@ def _program(refs, spec: _Spec, plan: _Plan):
     def scales(amax):
         """-> the global scale, (its g, 2**-e, m), and the amax that they stand for, of one amax."""
         top = numerics.E2M1_MAX * (numerics.E4M3_MAX if spec.four_over_six is None else numerics.E4M3_MAX_FOUR_OVER_SIX)
-        return asm(_global_text(top, spec.pow2, spec.amax == "static"), [amax], "rrrrr", **pure)
+        return asm(_global_text(top, spec.pow2, spec.static), [amax], "rrrrr", **pure)
 
     def candidate(wanted, power, mantissa):
         return asm(SCALE, [wanted, power, mantissa], "rrr", **pure)  # bits, value, multiplier
@@ -682,7 +683,7 @@ def _program(refs, spec: _Spec, plan: _Plan):
                      for p in positions]
             return scalar_scales(asm(WARP_MAX, [maximum(loads)]), cta)
         quantize_groups(cta, plan.grid, reduced, reverse=True)
-    elif spec.amax in ("scalar", "static"):
+    elif spec.amax == "scalar":
         quantize_groups(cta, plan.grid, lambda: scalar_scales(*mg.load_global(mg.gmem_address(refs["amax"]), 1, mg.i32(1)), cta))
     else:
         quantize_groups(cta, plan.grid, None, reverse=spec.amax == "rows")
@@ -702,7 +703,7 @@ def _offsets(spec: _Spec, plan: _Plan):
 def _kernel(spec: _Spec, plan: _Plan):
     """-> a function of the inputs that the spec names: x, weight or up, amax, valid; returns the outputs as a dict."""
     inputs = ["x", *{"x": [], "rmsnorm": ["weight"], "silu": ["up"]}[spec.source]]
-    inputs += ["amax"] if spec.amax in ("scalar", "rows", "static", "partials") else []
+    inputs += ["amax"] if spec.amax in ("scalar", "rows", "partials") else []
     inputs += ["valid"] if spec.masked else []
     inputs += ["rows"] if spec.copies else []
     outputs = {}
@@ -756,8 +757,6 @@ def _run(what, source, arrays, emit, *, scaling, four_over_six, amax, static, va
     given = amax if amax is not None else static
     if given is not None and given.shape not in ((), (m, 1)):
         raise ValueError(f"{what}: the given amax or global scale has shape {given.shape}; x of shape {x.shape} wants () or ({m}, 1)")
-    if static is not None and static.shape:
-        raise NotImplementedError(f"{what}: a static global_scale of shape {static.shape}; it must be a scalar")
     row_scales = scaling == "token" if given is None else given.shape != ()
     if rows is not None and (rows.ndim != 2 or rows.shape[0] != m or rows.dtype != jnp.int32):
         raise ValueError(f"{what}: rows must be i32 [M, copies], got {rows.dtype}{rows.shape} for x of shape {x.shape}")
@@ -766,13 +765,14 @@ def _run(what, source, arrays, emit, *, scaling, four_over_six, amax, static, va
                    operand=jnp.zeros((0, k), jnp.bfloat16), values=jnp.zeros((0, k), jnp.bfloat16))
         one = jnp.ones((0, 1) if row_scales else (), jnp.float32)  # an amax over nothing counts as zero
         return out | dict(global_scale=one if given is None or row_scales else _scalar_global_scale(given, scaling, static, four_over_six))
-    spec = _Spec(m, k, source, x.dtype == jnp.float32, "row", emit, scaling == "tensor_pow2", four_over_six, eps, values=values)
+    spec = _Spec(m, k, source, x.dtype == jnp.float32, "row", emit, static is not None, scaling == "tensor_pow2", four_over_six, eps,
+                 values=values)
     arrays, plan = dict(arrays), _plan(m, k, spec.words, emit)
     if rows is not None:
         spec, arrays["rows"] = dataclasses.replace(spec, copies=rows.shape[1]), rows
     if given is not None:
         arrays["amax"] = given.astype(jnp.float32).reshape(-1)
-        spec = dataclasses.replace(spec, amax="static" if static is not None else "rows" if given.shape else "scalar")
+        spec = dataclasses.replace(spec, amax="rows" if given.shape else "scalar")
     elif scaling != "token":
         if valid is not None:
             arrays["valid"] = valid
@@ -802,7 +802,7 @@ def quantize(x, *, scaling="tensor", four_over_six=None, amax=None, global_scale
     scaling: "tensor" (one amax over the valid rows), "tensor_pow2" (its global scale rounded up to a power of two) or
         "token" (one amax a row).
     four_over_six: None, "mae" or "mse".
-    amax: f32 [] or [M, 1], where a producer knows it already. global_scale: f32 [], a static scale (it multiplies).
+    amax: f32 [] or [M, 1], where a producer knows it already. global_scale: f32 [] or [M, 1], a static scale (it multiplies).
     valid: bool [M]; rows where it is False take no part in a tensor's amax.
     -> packed u8 [M, K/2], scale float8_e4m3fn [M, K/16], global_scale f32 [] or [M, 1].
     A row with NaN or infinity gets NaN scales and zero codes, alone. NotImplementedError for shapes that do not fit.

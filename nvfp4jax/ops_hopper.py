@@ -32,8 +32,9 @@ def operand(x, spec: Spec, scaling: Scaling, group_sizes=None, route: routing.Ro
         return permute_k(gathered(x)), jnp.float32(1)
     if spec.scaling == "static":
         scale = scaling.input_scale
-        if scale.ndim:
-            raise NotImplementedError(f"{spec.name}: one input_scale an expert")
+        if scale.ndim:  # one an expert, given to each of its rows; their sort comes first
+            x, rows = gathered(x), None
+            scale = scale[scaling_modes.group_ids(group_sizes, x.shape[0])][:, None]
         return quantize_hopper.operand(x, four_over_six=spec.four_over_six, global_scale=scale, rows=rows)
     mode, amax = spec.scaling, scaling.amax
     if mode == "expert":  # one amax an expert, given to each of its rows; their sort comes first

@@ -68,13 +68,16 @@ def moe(key, tokens=37, e=16, h=256, i=128, k=4):
     return x, ids, weights, gate_up, down
 
 
-@pytest.mark.parametrize("scaling", [None, "tensor", "tensor_pow2", "token", "expert"])
+@pytest.mark.parametrize("scaling", [None, "tensor", "tensor_pow2", "token", "expert", "static"])
 @pytest.mark.parametrize("tokens", [1, 37, 700])
 def test_experts(key, scaling, tokens):
     args = moe(key, tokens)
-    valid = jnp.arange(tokens) != 3
+    e = args[3].shape[0]
+    options = dict(scaling=scaling, valid=jnp.arange(tokens) != 3)
+    if scaling == "static":  # one an expert
+        options["input_scales"] = tuple(jax.random.uniform(key, (e,), minval=1.0, maxval=2.0) * jnp.float32(4 / 2688) for _ in range(2))
     hopper, xla = (
-        np.asarray(jax.jit(lambda *a, name=name: nvfp4jax.experts(*a, scaling=scaling, valid=valid, implementation=name))(*args), np.float32)
+        np.asarray(jax.jit(lambda *a, name=name: nvfp4jax.experts(*a, **options, implementation=name))(*args), np.float32)
         for name in ("hopper", "xla")
     )
     # Both round the SwiGLU output to bfloat16 from sums in another order; a bit there may move codes of the second quantization.

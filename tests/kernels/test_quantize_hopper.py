@@ -188,11 +188,11 @@ def test_masks_and_given_amax(machine):
             for scaling in ("tensor", "tensor_pow2") if machine == "gpu" else ("tensor_pow2",):
                 got = poisoned(machine, quantize_given, x, amax, scaling=scaling)
                 assert_same_bits(got, oracle(x, scaling=scaling, amax=amax), (scaling, m, k, "amax", amax.shape))
-        static = np.array(0.0123, np.float32)
-        def f(x):
-            q = array.quantize_static(x, jnp.asarray(static))
-            return q.packed, lax.bitcast_convert_type(q.scale, jnp.uint8), q.global_scale
-        assert_same_bits(poisoned(machine, quantize_static, x, static), cpu(f, x), (m, k, "static"))
+        for static in (np.array(0.0123, np.float32), rng.uniform(1e-4, .1, (m, 1)).astype(np.float32)):
+            def f(x):
+                q = array.quantize_static(x, jnp.asarray(static))
+                return q.packed, lax.bitcast_convert_type(q.scale, jnp.uint8), q.global_scale
+            assert_same_bits(poisoned(machine, quantize_static, x, static), cpu(f, x), (m, k, "static", static.shape))
 
 
 def test_extreme_magnitudes(machine):
