@@ -260,7 +260,8 @@ def _inspect_orbax(directory: Path) -> None:
 
     from nvfp4jax.checkpoint import orbax
 
-    metadata, shapes = orbax.read_metadata(directory), orbax.read_shapes(directory)
+    folder = orbax.read_folder(directory)
+    metadata, shapes = folder.metadata, folder.shapes
     config = metadata.get("config") if isinstance(metadata.get("config"), dict) else {}
     print(f"{directory}: Orbax, format {metadata['format_version']}, {' '.join(map(str, config.get('architectures') or ['?']))}, "
           f"recipe {metadata.get('recipe')}")  # fmt: skip
@@ -270,7 +271,7 @@ def _inspect_orbax(directory: Path) -> None:
     if isinstance(rules, list) and len(rules) > 12:
         print(f"  ... {len(rules) - 12} more rules")
     suffixes = ("_global_scale", "_input_scale", "/input_scale")
-    scales = orbax.restore_leaves(directory, {name: leaf for name, leaf in shapes.items() if name.endswith(suffixes)}, subset=True)
+    scales = orbax.restore_leaves(folder, {name: leaf for name, leaf in shapes.items() if name.endswith(suffixes)}, subset=True)
     values = {name: np.asarray(value).reshape(-1).tolist() for name, value in scales.items()}
     rows, elements = [], 0
     for pattern, names in _grouped({name: leaf for name, leaf in shapes.items() if not name.endswith((*suffixes, "_scale"))}):

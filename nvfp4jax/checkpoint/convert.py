@@ -594,9 +594,10 @@ def _export(
         raise CheckpointError(f"{source}: an Orbax checkpoint already; choose output modelopt or compressed-tensors")
     if selection.selects or (selection.activation != "token" and not to_static):
         raise CheckpointError(f"{source}: the weights are quantized already; layers and modes cannot be chosen any more")
-    metadata = orbax.read_metadata(source)
+    folder = orbax.read_folder(source)
+    metadata = folder.metadata
     qmodel = orbax.abstract_model(source, metadata)
-    extras = orbax.restore_extras(source)
+    extras = orbax.restore_extras(folder)
     if calibration is not None:
         progress(0, 1, "calibration")
         found = _calibrated(orbax.load_model(source), calibration)
@@ -623,7 +624,7 @@ def _export(
             tensors: dict[str, np.ndarray] = {}
             for path, module in shard:
                 wanted = {name: leaf for name, leaf in shapes.items() if name.rpartition("/")[0] == path_string(path)}
-                leaves = {name.rpartition("/")[2]: np.asarray(v) for name, v in orbax.restore_leaves(source, wanted, subset=True).items()}
+                leaves = {name.rpartition("/")[2]: np.asarray(v) for name, v in orbax.restore_leaves(folder, wanted, subset=True).items()}
                 tensors |= _export_module(path, module, leaves, extras, method, report)
                 done += 1
                 progress(done, len(modules), path_string(path))
