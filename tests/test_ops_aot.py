@@ -26,13 +26,14 @@ def clean(kernels):
     assert not any(k.warnings for k in kernels), [k.warnings for k in kernels]
 
 
-@pytest.mark.parametrize("tokens, scaling", [(1, "token"), (33, "tensor")])
+@pytest.mark.parametrize("tokens, scaling", [(1, "token"), (33, "tensor"), (9, "static")])
 def test_experts(tokens, scaling):
     gate_up, down = weight(16, 2, 192, 320, axes=1), weight(16, 320, 192, axes=1)
 
     def f(x, ids, weights, *parts):
         one, two = NVFP4Array(*parts[:3]), NVFP4Array(*parts[3:])
-        return nvfp4jax.experts(x, ids, weights, one, two, scaling=scaling, implementation="hopper")
+        scales = (jnp.ones(16), jnp.ones(16)) if scaling == "static" else None  # one an expert
+        return nvfp4jax.experts(x, ids, weights, one, two, scaling=scaling, input_scales=scales, implementation="hopper")
 
     args = ((tokens, 320), BF16), ((tokens, 4), jnp.int32), ((tokens, 4), jnp.float32)
     clean(aot.compile(f, *args, *gate_up[:3], *down[:3]))
