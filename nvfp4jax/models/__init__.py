@@ -34,7 +34,7 @@ def build(
     names = config.get("architectures") or []
     known = [name for name in names if name in ARCHITECTURES]
     if not known:
-        raise ValueError(f"config.json: architectures={names} is not supported; known: {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"config.json: architectures={str(names)[:80]} is not supported; known: {', '.join(ARCHITECTURES)}")
     cls, config_cls = ARCHITECTURES[known[0]]
     parsed = config_cls.from_hf(config)
     make = lambda rngs: cls(parsed, dtype=dtype, param_dtype=param_dtype, rngs=rngs)  # noqa: E731

@@ -3,6 +3,7 @@
 `python tests/checkpoint/fuzz.py 600` tries for ten minutes and prints how many inputs that were; test_fuzz.py runs a few.
 """
 
+import copy
 import json
 import random
 import struct
@@ -28,6 +29,11 @@ VALUES = [
 ]  # fmt: skip
 
 
+def _value(rng: random.Random):
+    """One of VALUES, its own: damage must not reach the list, nor put a value into itself."""
+    return copy.deepcopy(rng.choice(VALUES))
+
+
 def _places(value, found=None, parent=None, key=None) -> list:
     """Every (container, key) in a JSON value."""
     found = [] if found is None else found
@@ -48,11 +54,11 @@ def damage_json(value, rng: random.Random):
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         places = _places(value)
         if not places:
-            return rng.choice(VALUES)
+            return _value(rng)
         parent, key = rng.choice(places)
         kind = rng.randrange(5)
         if kind <= 1:
-            parent[key] = rng.choice(VALUES)
+            parent[key] = _value(rng)
         elif kind == 2:
             del parent[key]
         elif kind == 3 and isinstance(parent, dict):
@@ -62,7 +68,7 @@ def damage_json(value, rng: random.Random):
             try:
                 parent[key] = json.loads(json.dumps(source[name]))
             except (KeyError, IndexError, TypeError):
-                parent[key] = rng.choice(VALUES)
+                parent[key] = _value(rng)
     return value
 
 
