@@ -54,24 +54,28 @@ class Qwen3Config:
         ValueError, naming the key, for a missing one and for what this model does not compute: another architecture,
         rope type or activation function, a sliding window.
         """
+        config = {key: value for key, value in config.items() if value is not None}  # null counts as absent
         model_type = config.get("model_type")
         if model_type not in ("qwen3", "qwen3_moe"):
-            raise ValueError(f"config.json: model_type={model_type!r} is not a Qwen3 model ('qwen3' or 'qwen3_moe')")
+            raise ValueError(f"config.json: model_type={str(model_type)[:80]!r} is not a Qwen3 model ('qwen3' or 'qwen3_moe')")
         moe = model_type == "qwen3_moe"
 
-        def need(*keys: str) -> Any:
-            for key in keys:
-                if config.get(key) is not None:
-                    return config[key]
-            raise ValueError(f"config.json: key {' or '.join(map(repr, keys))} is missing")
+        def need(*keys: str, default: int | None = None) -> int:
+            key = next((key for key in keys if key in config), None)
+            if key is None and default is None:
+                raise ValueError(f"config.json: key {' or '.join(map(repr, keys))} is missing")
+            value = default if key is None else config[key]
+            if value < 1:
+                raise ValueError(f"config.json: {key or keys[0]}={value} must be at least 1")
+            return value
 
         if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"config.json: hidden_act={config['hidden_act']!r} is not supported, only 'silu'")
+            raise ValueError(f"config.json: hidden_act={config['hidden_act'][:80]!r} is not supported, only 'silu'")
         if config.get("use_sliding_window"):
             raise ValueError("config.json: use_sliding_window=true is not supported, only full attention")
         if set(config.get("layer_types") or ()) - {"full_attention"}:
             raise ValueError(
-                f"config.json: layer_types={config['layer_types']} is not supported, only 'full_attention'"
+                f"config.json: layer_types={str(config['layer_types'])[:80]} is not supported, only 'full_attention'"
             )
         hidden, heads, kv_heads = (
             need(f"{name}") for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")
@@ -80,6 +84,9 @@ class Qwen3Config:
             raise ValueError(
                 f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
             )
+        frequency_dtype = config.get("rope_frequency_dtype", "float32")
+        if frequency_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"config.json: rope_frequency_dtype={str(frequency_dtype)[:80]!r} must be 'float32' or 'bfloat16'")
         fields = dict(
             vocab_size=need("vocab_size"),
             hidden_size=hidden,
@@ -88,20 +95,22 @@ class Qwen3Config:
             num_heads=heads,
             num_kv_heads=kv_heads,
             # Where the key is absent, transformers takes 128 for Qwen3 and hidden / heads for Qwen3-MoE.
-            head_dim=config.get("head_dim") or (hidden // heads if moe else 128),
+            head_dim=need("head_dim", default=hidden // heads if moe else 128),
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope_theta=_rope_theta(config),
-            rope_frequency_dtype=config.get("rope_frequency_dtype", "float32"),
+            rope_frequency_dtype=frequency_dtype,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             attention_bias=bool(config.get("attention_bias", False)),
         )
+        if fields["head_dim"] % 2:
+            raise ValueError(f"config.json: head_dim={fields['head_dim']} must be even: rotary embeddings turn pairs")
         if moe:
             fields |= dict(
                 num_experts=need("num_experts", "num_local_experts"),
                 num_experts_per_tok=need("num_experts_per_tok"),
                 moe_intermediate_size=need("moe_intermediate_size"),
                 norm_topk_prob=bool(config.get("norm_topk_prob", False)),
-                decoder_sparse_step=config.get("decoder_sparse_step", 1),
+                decoder_sparse_step=need("decoder_sparse_step", default=1),
                 mlp_only_layers=tuple(config.get("mlp_only_layers") or ()),
             )
             if fields["num_experts_per_tok"] > fields["num_experts"]:
@@ -115,16 +124,14 @@ class Qwen3Config:
 
 def _rope_theta(config: Mapping[str, Any]) -> float:
     for key in ("rope_parameters", "rope_scaling"):  # transformers 5, transformers 4
-        rope = config.get(key)
-        if rope is None:
-            continue
+        rope = {name: value for name, value in config.get(key, {}).items() if value is not None}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if (
             kind != "default"
             or rope.get("partial_rotary_factor", 1.0) != 1.0
             or any(isinstance(v, Mapping) for v in rope.values())
         ):
-            raise ValueError(f"config.json: {key}={dict(rope)} is not supported, only rope_type 'default'")
+            raise ValueError(f"config.json: {key}={str(rope)[:80]} is not supported, only rope_type 'default'")
         if "rope_theta" in rope:
             return float(rope["rope_theta"])
     return float(config.get("rope_theta", 10000.0))

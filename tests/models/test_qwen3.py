@@ -174,6 +174,9 @@ def test_both_spellings():
     new = {k: v for k, v in old.items() if k not in ("num_experts", "rope_theta", "rope_scaling", "torch_dtype")}
     new |= dict(num_local_experts=128, rope_parameters={"rope_theta": 1e6, "rope_type": "default"}, dtype="bfloat16")
     assert models.Qwen3Config.from_hf(old) == models.Qwen3Config.from_hf(new)
+    null = {key: None for key in ("rope_scaling", "rms_norm_eps", "attention_bias", "decoder_sparse_step", "use_sliding_window", "layer_types")}
+    absent = {key: value for key, value in old.items() if key not in null}
+    assert models.Qwen3Config.from_hf(absent | null) == models.Qwen3Config.from_hf(absent)
     parsed = models.Qwen3Config.from_hf({k: v for k, v in old.items() if k != "head_dim"})
     assert parsed.head_dim == 16  # hidden / heads for the sparse model
     assert dataclasses.replace(parsed, head_dim=128) == models.Qwen3Config.from_hf(old)
