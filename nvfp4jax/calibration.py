@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from nvfp4jax import layers, numerics, scaling, swap
 from nvfp4jax.layers import InputAmax, LargestAmax
-from nvfp4jax.rollout.decoding import bucket, check_prompts, committed
+from nvfp4jax.rollout.decoding import bucket, check_prompts, committed, token_positions
 from nvfp4jax.swap import Path, path_string
 
 Batch = ArrayLike | tuple[ArrayLike, ArrayLike | None]
@@ -39,7 +39,7 @@ def calibrate(
     four-over-six). ValueError names a layer that no valid token reached, and an argument that does not fit.
     """
     result = nnx.merge(*nnx.split(qmodel))
-    modules = {tuple(path): module for path, module in nnx.iter_modules(result)}
+    modules = swap.scaled_layers(result)
     for path, scales in input_scales(qmodel, batches, headroom=headroom, float_model=float_model).items():
         layer = modules[path]
         if isinstance(layer, layers.NVFP4Experts):
@@ -57,7 +57,7 @@ def input_scales(
     """
     if not (math.isfinite(headroom) and headroom >= 1):
         raise ValueError(f"headroom={headroom}: a finite factor of at least 1")
-    static = {path: layer for path, layer in _nvfp4_layers(qmodel).items() if layer.activation == "static"}
+    static = {path: layer for path, layer in swap.scaled_layers(qmodel).items() if layer.activation == "static"}
     if not static:
         raise ValueError("calibrate: no layer of the model has activation='static'; swap with Rule(..., activation='static'), or take "
                          "nvfp4jax.with_activation(model, 'static')")
@@ -85,9 +85,8 @@ def input_scales(
 def _observe(graphdef: nnx.GraphDef, params: Mapping, seen: Mapping, ids: jax.Array, mask: jax.Array) -> nnx.State:
     """The amaxes of one batch, ids i32 [B, T], mask bool [B, T]; seen: zeros in their place."""
     model = nnx.merge(graphdef, params, seen)
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - jnp.int32(1), jnp.int32(0))
     with scaling.valid_rows(mask):
-        model(ids, positions, model.init_cache(*ids.shape, None), mask)
+        model(ids, token_positions(mask), model.init_cache(*ids.shape, None), mask)
     return nnx.state(model, InputAmax)
 
 
@@ -104,10 +103,6 @@ def _scale(layer: str, name: str, amax: jax.Array, headroom: float, four_over_si
     return scale
 
 
-def _nvfp4_layers(model: nnx.Module) -> dict[Path, nnx.Module]:
-    return {tuple(p): m for p, m in nnx.iter_modules(model) if isinstance(m, layers.NVFP4Linear | layers.NVFP4Experts)}
-
-
 def _watch(observer: nnx.Module, layer: nnx.Module) -> nnx.Module:
     """`observer` itself, with an amax to note for each input of the NVFP4 `layer`."""
     for name in layer.inputs:
@@ -118,7 +113,7 @@ def _watch(observer: nnx.Module, layer: nnx.Module) -> nnx.Module:
 def _watched(qmodel: nnx.Module, static: Mapping[Path, nnx.Module]) -> tuple[nnx.Module, dict[Path, nnx.Module]]:
     """A copy that shares the weights and quantizes no activation; the layers that take notes, by path."""
     model = swap.with_activation(qmodel, None)
-    return model, {path: _watch(layer, static[path]) for path, layer in _nvfp4_layers(model).items() if path in static}
+    return model, {path: _watch(layer, static[path]) for path, layer in swap.scaled_layers(model).items() if path in static}
 
 
 class _Watched(nnx.Module):

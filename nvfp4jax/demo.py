@@ -23,6 +23,7 @@ from nvfp4jax import Rule
 from nvfp4jax.array import NVFP4Array, quantize_static
 from nvfp4jax.checkpoint import orbax
 from nvfp4jax.rollout import rollout as jitted_rollout
+from nvfp4jax.rollout.decoding import token_positions
 from nvfp4jax.swap import quantized_layers
 
 console = Console(width=110, highlight=False)
@@ -40,8 +41,7 @@ def forward(model: nnx.Module):
 
     @jax.jit
     def logits(params, ids, mask):
-        positions = jnp.maximum(jnp.cumsum(mask, 1) - jnp.int32(1), jnp.int32(0))
-        return nnx.merge(graphdef, params)(ids, positions, None, mask)[0]
+        return nnx.merge(graphdef, params)(ids, token_positions(mask), None, mask)[0]
 
     return logits
 

@@ -59,6 +59,11 @@ def see(seen: InputAmax | None, x: Float[Array, "..."], valid: Bool[Array, "..."
     return amax
 
 
+def _scaling_of(activation: str | None) -> str | None:
+    """What an operation is asked for: a delayed layer gives it the amax for the whole tensor."""
+    return "tensor" if activation == "delayed" else activation
+
+
 # An nnx filter: what a checkpoint of weights holds, and a trainer's next step replaces.
 WEIGHTS = nnx.Not(nnx.Any(nnx.RngState, InputAmax))
 
@@ -221,7 +226,7 @@ class NVFP4Linear(nnx.Module):
         return ops.matmul(
             x,
             self.weight(),
-            scaling="tensor" if self.activation == "delayed" else self.activation,
+            scaling=_scaling_of(self.activation),
             four_over_six=self.four_over_six,
             bias=bias,
             amax=see(self.input_amax, x, valid),
@@ -508,7 +513,7 @@ class NVFP4Experts(nnx.Module):
                 x,
                 w,
                 route.group_sizes,
-                scaling="tensor" if self.activation == "delayed" else self.activation,
+                scaling=_scaling_of(self.activation),
                 four_over_six=self.four_over_six,
                 amax=see(seen, x, valid),
                 implementation=self.implementation,

@@ -161,10 +161,15 @@ def with_activation(qmodel: nnx.Module, activation: str | None) -> nnx.Module:
     history, unless the layer has one. ValueError, naming the layer, for a mode that it does not know.
     """
     result = nnx.merge(*nnx.split(qmodel))
-    for _, layer in nnx.iter_modules(result):
-        if isinstance(layer, layers.NVFP4Linear | layers.NVFP4Experts) and layer.activation != activation:
+    for layer in scaled_layers(result).values():
+        if layer.activation != activation:
             layers.set_activation(layer, activation)
     return result
+
+
+def scaled_layers(model: nnx.Module) -> dict[Path, layers.NVFP4Linear | layers.NVFP4Experts]:
+    """The NVFP4 layers that scale their input, by path."""
+    return {tuple(path): m for path, m in nnx.iter_modules(model) if isinstance(m, layers.NVFP4Linear | layers.NVFP4Experts)}
 
 
 def quantized_layers(model: nnx.Module) -> dict[Path, nnx.Module]:

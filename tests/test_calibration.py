@@ -251,7 +251,7 @@ def small(tmp_path_factory):
     for output in ("modelopt", "compressed-tensors"):
         quantize_folder(path / "orbax", path / output, output=output)
     floats = load_model(path / "source")
-    rules = orbax.rules_from_json(orbax.read_metadata(path / "orbax")["rules"], "")
+    rules = orbax.rules_from_json(orbax.read_folder(path / "orbax").metadata["rules"], "")
     calibrated = nvfp4jax.calibrate(nvfp4jax.quantize_model(floats, rules), ROWS, headroom=1.25, float_model=floats)
     return path, calibrated
 

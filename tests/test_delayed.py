@@ -223,7 +223,7 @@ def test_checkpoints_and_reloads_leave_the_history_alone(tmp_path):
     # A folder holds none; what is loaded from one starts anew.
     publish(tmp_path / "steps", 1, model, config)
     publish(tmp_path / "steps", 2, floats, config)
-    assert not [path for path in orbax.read_shapes(tmp_path / "steps" / "1") if "amax" in path]
+    assert not [path for path in orbax.read_folder(tmp_path / "steps" / "1").shapes if "amax" in path]
     loaded = load_model(tmp_path / "steps" / "1", scan_layers=True)
     assert loaded.layers[0].mlp.up_proj.activation == "delayed"
     assert len(history(loaded)) == len(before) and not any(leaf.any() for leaf in history(loaded))

@@ -34,7 +34,7 @@ from nvfp4jax.checkpoint.formats import BF16, BLOCK, E4M3, Checkpoint, PackedWei
 from nvfp4jax.checkpoint.huggingface import module_name, quantizable
 from nvfp4jax.checkpoint.safetensors import CheckpointError, TensorInfo, Writer, read_header
 from nvfp4jax.layers import WEIGHTS, Experts, NVFP4Experts, NVFP4Linear
-from nvfp4jax.swap import Rule, path_string, quantize_model, with_activation
+from nvfp4jax.swap import Rule, path_string, quantize_model, scaled_layers, with_activation
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Calibration:
 def _calibrated(qmodel: nnx.Module, calibration: Calibration, float_model: nnx.Module | None = None) -> dict[str, np.ndarray]:
     """Input scales f32 [] by checkpoint module, of all NVFP4 layers."""
     static = with_activation(qmodel, "static")
-    modules = {tuple(path): module for path, module in nnx.iter_modules(static)}
+    modules = scaled_layers(static)
     scales: dict[str, np.ndarray] = {}
     found = input_scales(static, calibration.batches, headroom=calibration.headroom, float_model=float_model)
     for path, inputs in found.items():

@@ -186,16 +186,6 @@ def read_folder(path: str | Path | Folder) -> Folder:
     return Folder(path, metadata, shapes)
 
 
-def read_metadata(path: str | Path | Folder) -> dict[str, Any]:
-    """The metadata of `save`."""
-    return read_folder(path).metadata
-
-
-def read_shapes(path: str | Path | Folder) -> dict[str, jax.ShapeDtypeStruct]:
-    """Leaf path -> shape and dtype as stored."""
-    return read_folder(path).shapes
-
-
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What keeps `stored` leaves from serving as `wanted`: missing, extra, another shape or dtype; one line a leaf."""
     lines = [f"{path} is missing" for path in wanted if path not in stored]

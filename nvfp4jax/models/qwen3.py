@@ -73,7 +73,7 @@ class Qwen3Config:
             raise ValueError(f"config.json: hidden_act={config['hidden_act'][:80]!r} is not supported, only 'silu'")
         if config.get("use_sliding_window"):
             raise ValueError("config.json: use_sliding_window=true is not supported, only full attention")
-        if set(config.get("layer_types") or ()) - {"full_attention"}:
+        if set(config.get("layer_types", ())) - {"full_attention"}:
             raise ValueError(
                 f"config.json: layer_types={str(config['layer_types'])[:80]} is not supported, only 'full_attention'"
             )
@@ -111,7 +111,7 @@ class Qwen3Config:
                 moe_intermediate_size=need("moe_intermediate_size"),
                 norm_topk_prob=bool(config.get("norm_topk_prob", False)),
                 decoder_sparse_step=need("decoder_sparse_step", default=1),
-                mlp_only_layers=tuple(config.get("mlp_only_layers") or ()),
+                mlp_only_layers=tuple(config.get("mlp_only_layers", ())),
             )
             if fields["num_experts_per_tok"] > fields["num_experts"]:
                 raise ValueError(

@@ -108,6 +108,11 @@ def _merge(graphdef: nnx.GraphDef, params: Mapping, seen: Mapping) -> nnx.Module
     return nnx.merge(graphdef, nnx.merge_state(params, seen))
 
 
+def token_positions(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Positions that count the tokens alone; 0 at padding on the left."""
+    return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - jnp.int32(1), jnp.int32(0))
+
+
 def prefill(
     graphdef: nnx.GraphDef,
     params: Mapping,
@@ -124,7 +129,7 @@ def prefill(
     """
     model = _merge(graphdef, params, seen or {})
     batch, steps = prompt.shape
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - jnp.int32(1), jnp.int32(0))
+    positions = token_positions(mask)
     flags = dict(return_experts=True) if settings.return_experts else {}
     with scaling.valid_rows(mask):
         logits, cache, *experts = model(

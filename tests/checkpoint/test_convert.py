@@ -141,7 +141,7 @@ def test_selection(tmp_path, selection, packed):
     quantized = {"/".join(map(str, path)) for path in set(huggingface.quantizable(model)) - set(huggingface.quantizable(qmodel))}
     assert sorted(quantized) == packed
     quantize_folder(small(tmp_path / "source"), tmp_path / "out", selection)
-    rules = orbax.rules_from_json(orbax.read_metadata(tmp_path / "out")["rules"], "")
+    rules = orbax.rules_from_json(orbax.read_folder(tmp_path / "out").metadata["rules"], "")
     assert rules == convert.rules_for(model, selection)
     load_model(tmp_path / "out")
 

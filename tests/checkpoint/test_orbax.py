@@ -56,7 +56,7 @@ def test_round_trip_and_metadata(folder):
     assert_same(orbax.restore(folder, example()), example())
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), example())
     assert_same(orbax.restore(folder, abstract), example())
-    metadata = orbax.read_metadata(folder)
+    metadata = orbax.read_folder(folder).metadata
     assert metadata["format_version"] == 1 and metadata["config"] == {"model_type": "test"}
     assert set(metadata["digests"]) == set(orbax.flatten(example()))
 
@@ -78,7 +78,7 @@ def test_partial_save_equals_save(tmp_path, folder):
         assert not (tmp_path / "partial").exists()
     partial.finish({names[-1]: np.asarray(leaves[names[-1]])}, METADATA)
     assert sorted(os.listdir(tmp_path)) == ["partial", "step"]
-    assert orbax.read_metadata(tmp_path / "partial") == orbax.read_metadata(folder)
+    assert orbax.read_folder(tmp_path / "partial").metadata == orbax.read_folder(folder).metadata
     assert_same(orbax.restore(tmp_path / "partial", example()), example())
 
 
@@ -145,10 +145,10 @@ def test_a_flipped_byte_or_a_lost_file_never_passes(folder, tmp_path):
 
 def test_folders_of_others(tmp_path, folder):
     with pytest.raises(CheckpointError, match="no such folder"):
-        orbax.read_metadata(tmp_path / "absent")
+        orbax.read_folder(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="empty"):
-        orbax.read_metadata(tmp_path / "empty")
+        orbax.read_folder(tmp_path / "empty")
     path = folder / "_CHECKPOINT_METADATA"
     stored = json.loads(path.read_text())
     stored["custom_metadata"]["format_version"] = 2

@@ -427,6 +427,6 @@ def test_bytes_moved(tmp_path):
     publish(tmp_path / "b", 1, nvfp4jax.quantize_model(model, RULES), config)
     size = lambda path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file())  # noqa: E731
     print(size(tmp_path / "a"), size(tmp_path / "b"))
-    bf16, nvfp4 = (sum(leaf.size * leaf.dtype.itemsize for leaf in orbax.read_shapes(tmp_path / d / "1").values()) for d in "ab")
+    bf16, nvfp4 = (sum(leaf.size * leaf.dtype.itemsize for leaf in orbax.read_folder(tmp_path / d / "1").shapes.values()) for d in "ab")
     assert bf16 / nvfp4 > 3.3 and size(tmp_path / "b") < 1.1 * nvfp4
     assert json.loads((tmp_path / "b" / "1" / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]["step"] == 1
