@@ -91,22 +91,49 @@ def config(m, experts, n, k, *, gated):
     return Config((low - 32, low, 256), (low, 256), 256, warpgroups=2)
 
 
-def _table_words(experts):
-    """i32 words of the plan in shared memory: two blocks' fields, `ends` [E], `starts` [E + 1], and room to work
-    in."""
-    return 8 + experts + experts + 1 + 3 + 8 * -(-experts // mosaic.WARPGROUP)
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """Where what is known of a tile before its data lies in shared memory, in i32 words: row scales of two tiles, 4 fields
+    of two tiles, `ends` [E], `starts` [E + 1], and room to work in. `scales`: words of a tile's row scales, from up to 3
+    before its first row; 0: there are none."""
+
+    scales: int
+    experts: int
+
+    @property
+    def second(self):
+        """The second tile's row scales: TMA writes to multiples of 128 bytes."""
+        return -(-self.scales // 32) * 32
+
+    @property
+    def fields(self):
+        return self.second + self.scales
+
+    @property
+    def ends(self):
+        return self.fields + 8
+
+    @property
+    def starts(self):
+        return self.ends + self.experts
+
+    @property
+    def words(self):
+        return self.starts + self.experts + 1 + 3 + 8 * -(-self.experts // mosaic.WARPGROUP)
 
 
-def _plan(sizes, table, *, experts, largest, crowd, half):
+def _plan(sizes, table, at, *, largest, crowd, half):
     """The producer warpgroup's first act: i32 [E] rows of each expert, in global memory -> in shared memory, blocks up
-    to and with each expert, ends [E], and rows before it, starts [E + 1]. Blocks are of up to `largest` rows, or `crowd`
-    for an expert with at least `half` rows."""
+    to and with each expert, and rows before it, where `at`, a `_Table`, says. Blocks are of up to `largest` rows, or
+    `crowd` for an expert with at least `half` rows."""
+    experts = at.experts
+
     @plgpu.inline_mgpu(arg_types=(mosaic.REF,) * 2)
     def f(ctx, sizes, table):
         del ctx
         tid = mosaic.rem(mosaic.thread_index(), mosaic.WARPGROUP)
         lane, warp = mosaic.rem(tid, 32), mosaic.div(tid, 32)
-        ends = mosaic.smem_address(table, 4 * 8)
+        ends = mosaic.smem_address(table, 4 * at.ends)
         starts, totals = mosaic.add(ends, 4 * experts), mosaic.add(ends, (8 * experts + 4 + 15) // 16 * 16)
         before = [mosaic.i32(0)] * 2  # blocks and rows of the experts of earlier rounds
         mosaic.store_shared(starts, before[:1], mosaic.flag("eq", tid, 0))
@@ -133,21 +160,23 @@ def _plan(sizes, table, *, experts, largest, crowd, half):
     f(sizes, table)
 
 
-def _expert_of(table, number, *, experts):
+def _expert_of(table, number, at):
     """How many experts end at or before block `number`, hence whose it is: every thread of the warpgroup looks at its
     own."""
+    experts = at.experts
+
     @plgpu.inline_mgpu(arg_types=(mosaic.REF, mosaic.SPLAT),
                        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=mosaic.SPLAT))
     def f(ctx, table, number):
         del ctx
         number = mosaic.scalar(number)
         tid = mosaic.rem(mosaic.thread_index(), mosaic.WARPGROUP)
-        ends = mosaic.smem_address(table, 4 * 8)
-        at = mosaic.add(ends, mosaic.mul(tid, 4))
+        ends = mosaic.smem_address(table, 4 * at.ends)
+        own = mosaic.add(ends, mosaic.mul(tid, 4))
         total = mosaic.i32(0)
         for first in range(0, experts, mosaic.WARPGROUP):
             inside = mosaic.flag("lt", tid, experts - first)
-            end, = mosaic.load_shared(mosaic.select(inside, mosaic.add(at, 4 * first), ends), 0, 1)
+            end, = mosaic.load_shared(mosaic.select(inside, mosaic.add(own, 4 * first), ends), 0, 1)
             earlier = mosaic.bit_and(inside, mosaic.flag("le", end, number))
             total = mosaic.add(total, mosaic.count_in_warpgroup(earlier, 15))
         return mosaic.splat(total)
@@ -155,12 +184,12 @@ def _expert_of(table, number, *, experts):
     return f(table, number)
 
 
-def _block(table, number, expert, *, experts, tiles):
+def _block(table, number, expert, at, *, tiles):
     """Block `number` of the plan, of `expert` -> first row, rows, index of the tile that holds them.
 
     An expert's rows are split evenly over its blocks, in multiples of 8.
     """
-    ends, starts = (lambda i: table[8 + i]), (lambda i: table[8 + experts + i])
+    ends, starts = (lambda i: table[at.ends + i]), (lambda i: table[at.starts + i])
     before = jnp.where(expert == 0, 0, ends(jnp.maximum(expert - 1, 0)))
     blocks, start = ends(expert) - before, starts(expert)
     size = starts(expert + 1) - start
@@ -183,14 +212,14 @@ class _Layout:
     s_stages: int
 
 
-def _layout(c, k, halves, experts):
+def _layout(c, k, halves, table):
     """The rings that fit. Raises NotImplementedError where K is too long for rows of scales that TMA cannot cut."""
     rows = c.warpgroups * 64
     scale_row = k // 16 if k % STEP else min(k, c.scale_block) // 16
     x_bytes, w_bytes = c.x_rows * CHUNK * 2, rows * STEP // 2
     x_stages_a_step = STEP // CHUNK // c.chunks(c.computes[0])
     # Pallas aligns arrays to 1024 bytes; the last 1024 are for the barriers.
-    free = mosaic.SHARED_MEMORY // c.per_sm - 1024 - -(-_table_words(experts) * 4 // 1024) * 1024
+    free = mosaic.SHARED_MEMORY // c.per_sm - 1024 - -(-table.words * 4 // 1024) * 1024
     for s_stages in ((2, 1) if c.per_sm == 1 else (1,)):
         left = free - s_stages * -(-halves * _scale_words(rows // halves, scale_row, k) * 4 // 1024) * 1024
         if c.together:  # a power of two: the number of a stage then costs one instruction
@@ -212,10 +241,11 @@ def _scale_words(rows, scale_row, k):
 
 def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, interpret=False):
     """layer i32 [1], w i32 [L, E * halves, N, K/8], s i32 [L, E * halves, N, K/64] (flat where K % 256), x bf16 [M,
-    K], row_scale f32 [M, 1] (row_scaled) or [1, 1], sizes i32 [E] (rows of each expert), global_scale f32 [L, E] ->
+    K], row_scale i32 [M], bits of f32 (row_scaled), or f32 [1], sizes i32 [E] (rows of each expert), global_scale f32 [L, E] ->
     [M, N]; halves is 2 where gate and up lie behind each other (gated), else 1."""
     halves = 2 if gated else 1
-    r = _layout(c, k, halves, experts)
+    known = _Table(c.computes[-1] + 4 if row_scaled else 0, experts)
+    r = _layout(c, k, halves, known)
     rows, wgs = r.rows // halves, c.warpgroups
     tiles, steps = -(-n // rows), -(-k // STEP)
     scale_blocks, block_steps = (1, steps) if k % STEP else (-(-k // c.scale_block), min(steps, c.scale_block // STEP))
@@ -226,11 +256,12 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
     # stage is released half a step late.
     turn = 4 if c.together and steps % block_steps == block_steps % 4 == 0 else 1
     most_chunks = c.chunks(c.computes[0])  # copies in a stage of tokens; where fewer, plain arrivals make up for them
+    scale_copies = [(at, min(256, known.scales - at)) for at in range(0, known.scales, 256)]  # a copy takes up to 256
     consumer_registers, producer_registers = mosaic.register_budget(wgs, per_sm=c.per_sm)
     grid = c.sms * c.per_sm
 
     def kernel(layer, w, s, x, row_scale, sizes, global_scale, o, w_sm, s_sm, x_sm, table, w_full, w_empty, x_full,
-               x_empty, s_full, s_empty, planned, m_full, m_empty, a_sm=None):
+               x_empty, s_full, s_empty, r_full, r_empty, planned, m_full, m_empty, a_sm=None):
         wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
         if c.together:
             x_full, x_empty = w_full, w_empty
@@ -249,7 +280,7 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
         opaque = jnp.int32 if interpret else mosaic.opaque  # loops of the producer, which has few registers
 
         def own_tiles():
-            return lax.div(table[7 + experts] * tiles + (grid - 1) - sm, jnp.int32(grid))
+            return lax.div(table[known.starts - 1] * tiles + (grid - 1) - sm, jnp.int32(grid))
 
         def over_steps(before, step, after, carry=None, *, size_of=lambda size: size, turn=1):
             """before and after(block of scales), carry = step(block, step in it, step, carry), `turn` steps at once:
@@ -278,11 +309,11 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
             if interpret:
                 pieces = (lax.div(sizes[...] + (tile - 1), jnp.int32(tile)) for tile in (c.crowd or largest, largest))
                 pieces = jnp.where(sizes[...] >= half, *pieces)
-                table[pl.ds(8, experts)] = jnp.cumsum(pieces)
-                table[8 + experts] = jnp.int32(0)
-                table[pl.ds(9 + experts, experts)] = jnp.cumsum(sizes[...])
+                table[pl.ds(known.ends, experts)] = jnp.cumsum(pieces)
+                table[known.starts] = jnp.int32(0)
+                table[pl.ds(known.starts + 1, experts)] = jnp.cumsum(sizes[...])
             else:
-                _plan(sizes, table, experts=experts, largest=largest, crowd=c.crowd, half=half)
+                _plan(sizes, table, known, largest=largest, crowd=c.crowd, half=half)
             plgpu.barrier_arrive(planned)
 
             def tile_of(tile, x_used):
@@ -290,14 +321,14 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                 number, within = div_rem(linear, tiles)
                 first = within * rows
                 if interpret:
-                    e = jnp.sum((table[pl.ds(8, experts)] <= number).astype(jnp.int32))
+                    e = jnp.sum((table[pl.ds(known.ends, experts)] <= number).astype(jnp.int32))
                 else:
-                    e = _expert_of(table, number, experts=experts)
-                start, rows_used, load = _block(table, number, e, experts=experts, tiles=c.tiles)
+                    e = _expert_of(table, number, known)
+                start, rows_used, load = _block(table, number, e, known, tiles=c.tiles)
                 m_slot = div_rem(tile, 2)[1]
                 pl.when(tile >= 2)(lambda: plgpu.barrier_wait(m_empty.at[m_slot]))
                 for i, value in enumerate((e, start, rows_used, load)):
-                    table[m_slot * 4 + i] = value
+                    table[known.fields + m_slot * 4 + i] = value
                 plgpu.barrier_arrive(m_full.at[m_slot])
                 channels, step_stages = pl.ds(first, rows), opaque(x_stages_of(load))
 
@@ -348,14 +379,21 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
 
                     return lax.fori_loop(0, step_stages, stage, x_at)
 
-                return over_steps(scales, step, lambda b: None, x_used, size_of=opaque)
+                x_used = over_steps(scales, step, lambda b: None, x_used, size_of=opaque)
+                if row_scaled:  # last, for they are used last; TMA starts at 16 bytes
+                    pl.when(tile >= 2)(lambda: plgpu.barrier_wait(r_empty.at[m_slot]))
+                    first_scale = pl.multiple_of(start - div_rem(start, 4)[1], 4)
+                    for at, size in scale_copies:
+                        target = table.at[pl.ds(m_slot * known.second + at, size)]
+                        plgpu.copy_gmem_to_smem(row_scale.at[pl.ds(first_scale + at, size)], target, r_full.at[m_slot])
+                return x_used
 
             tile = own_tiles()
             x_used = lax.fori_loop(0, tile, tile_of, jnp.int32(0))
             if interpret:  # it wants every completed phase of a barrier observed
                 for barrier, uses, stages in (
                         (w_empty, tile * steps, r.w_stages), (s_empty, tile * scale_blocks, r.s_stages),
-                        *(() if c.together else ((x_empty, x_used, r.x_stages),)), (m_empty, tile, 2)):
+                        *(() if c.together else ((x_empty, x_used, r.x_stages),)), (m_empty, tile, 2), *(((r_empty, tile, 2),) if row_scaled else ())):
                     @pl.loop(jnp.maximum(uses, stages), uses + stages)
                     def _(use):
                         plgpu.barrier_wait(barrier.at[div_rem(use, stages)[1]])
@@ -374,11 +412,11 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                 linear = sm + tile * grid
                 m_slot = div_rem(tile, 2)[1]
                 plgpu.barrier_wait(m_full.at[m_slot])
-                e, start, rows_used, load = (table[m_slot * 4 + i] for i in range(4))
+                e, start, rows_used, load = (table[known.fields + m_slot * 4 + i] for i in range(4))
                 plgpu.barrier_arrive(m_empty.at[m_slot])
                 at_layer = layer[0] if layers > 1 else 0
                 # Fetched here, first used after the loop over K.
-                expert_scale, common_scale = global_scale[at_layer, e], None if row_scaled else row_scale[0, 0]
+                expert_scale, common_scale = global_scale[at_layer, e], None if row_scaled else row_scale[0]
 
                 def shift(h):
                     """Words by which a tile's scales lie further on than the 16 bytes that TMA started at."""
@@ -393,9 +431,6 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                     groups = STEP // CHUNK // chunks
                     if not interpret:
                         lane_values = early or lanes(shifts)
-                        row_factor = row_scale if row_scaled else None
-                        if row_scaled and t <= 16:  # in few registers
-                            row_factor = mosaic.row_scales(row_scale, start, rows_used, tokens=t)
                     part = min(chunks, 2 if t == 8 else 1)
 
                     def slot(b):
@@ -447,11 +482,14 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                     scale = expert_scale * jnp.float32(mosaic.DECODE_FACTOR)
                     if not row_scaled:
                         scale = common_scale * scale
+                    row_scales = None
+                    if row_scaled:
+                        plgpu.barrier_wait(r_full.at[m_slot])
+                        row_scales = table, m_slot * known.second + div_rem(start, 4)[1]
                     if interpret:
-                        row_factor = row_scale if row_scaled else None
-                        _store_interpreted(acc, scale, row_factor, o, start, rows_used, first, gated=gated)
+                        _store_interpreted(acc, scale, row_scales, o, start, rows_used, first, gated=gated)
                     else:
-                        mosaic.store_tokens(acc, scale, row_factor, o, start, rows_used, first,
+                        mosaic.store_tokens(acc, scale, row_scales, o, start, rows_used, first,
                                             tokens=t, width=n, gated=gated, masked=n % rows != 0)
 
                 if len(c.computes) == 1:
@@ -462,6 +500,10 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                         last = max(i for i, size in enumerate(c.tiles) if size <= t)
                         pl.when((load > below) & (load <= last))(lambda t=t: run(t))
                         below = last
+                if row_scaled:
+                    if interpret:  # it orders reads before the next copy by this fence; the hardware by the barrier
+                        plgpu.commit_smem()
+                    plgpu.barrier_arrive(r_empty.at[m_slot])
                 return x_used + steps * x_stages_of(load)
 
             lax.fori_loop(0, own_tiles(), tile_of, jnp.int32(0))
@@ -483,13 +525,15 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
         s_sm=plgpu.SMEM((r.s_stages, halves, *((scale_words,) if flat else (rows, r.scale_row // 4))), jnp.int32,
                         transforms=() if flat else mosaic.scale_rows(r.scale_row)),
         x_sm=plgpu.SMEM((r.x_stages, c.x_rows, CHUNK), jnp.bfloat16, transforms=mosaic.ROWS_128),
-        table=plgpu.SMEM((_table_words(experts),), jnp.int32),
+        table=plgpu.SMEM((known.words,), jnp.int32),
         w_full=plgpu.Barrier(num_arrivals=halves + most_chunks * c.together, num_barriers=r.w_stages),
         w_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=r.w_stages),
         x_full=plgpu.Barrier(num_arrivals=most_chunks, num_barriers=r.x_stages),
         x_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=r.x_stages),
         s_full=plgpu.Barrier(num_arrivals=halves * (scale_words // 256 if flat else 1), num_barriers=r.s_stages),
         s_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=r.s_stages),
+        r_full=plgpu.Barrier(num_arrivals=max(1, len(scale_copies)), num_barriers=2),
+        r_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=2),
         planned=plgpu.Barrier(num_arrivals=1), m_full=plgpu.Barrier(num_arrivals=1, num_barriers=2),
         m_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=2))
     width = n
@@ -527,14 +571,16 @@ def _multiply_interpreted(acc, a_sm, w, s, x, wg, unit, first, chunks, rows, sca
     plgpu.wgmma_wait(0)
 
 
-def _store_interpreted(acc, factor, row_scale, out, row, count, channel, *, gated):
+def _store_interpreted(acc, factor, row_scales, out, row, count, channel, *, gated):
     """`mosaic.store_tokens` for the interpreter."""
     values = acc.T
     width = values.shape[1] // 2 if gated else values.shape[1]
 
     @pl.loop(0, count)
     def _(token):
-        scale = factor if row_scale is None else row_scale[row + token, 0] * factor
+        scale = factor
+        if row_scales is not None:
+            scale = lax.bitcast_convert_type(row_scales[0][row_scales[1] + token], jnp.float32) * factor
         value = lax.dynamic_slice(values, (token, 0), (1, values.shape[1]))[0] * scale
         if gated:
             value = jax.nn.silu(value[:width]) * value[width:]
@@ -577,7 +623,9 @@ def _run(name, operand, row_scale, packed, scale, global_scale, group_sizes, *, 
     s = s.reshape(-1) if flat else s.reshape(layers, experts * halves, n, k // 64)
     layer = jnp.zeros(1, jnp.int32) if layer is None else layer.astype(jnp.int32).reshape(1)
     row_scaled = row_scale.ndim == 2
-    row_scale, global_scale = row_scale.astype(jnp.float32), global_scale.astype(jnp.float32)
+    row_scale, global_scale = row_scale.astype(jnp.float32).reshape(-1), global_scale.astype(jnp.float32)
+    if row_scaled:  # they lie among integers in shared memory
+        row_scale = lax.bitcast_convert_type(row_scale, jnp.int32)
     use = use or config(m, experts, n, k, gated=gated)
     kernel = _grouped(layers, experts, n, k, m, use, gated=gated, row_scaled=row_scaled, out_dtype=out_dtype,
                       interpret=interpret)
@@ -588,7 +636,8 @@ def _run(name, operand, row_scale, packed, scale, global_scale, group_sizes, *, 
         blocks = -(-k // use.scale_block) * use.scale_block
         s = jnp.pad(s, (0, rows * (k // 64) + 256)) if flat else _pad(s, *s.shape[:2], wide, blocks // 64)
         operand = _pad(operand, m + use.tiles[-1], long)
-    out = kernel(layer, w, s, operand, row_scale.reshape(-1, 1), group_sizes.astype(jnp.int32), global_scale)
+        row_scale = _pad(row_scale, m + 4 + use.computes[-1]) if row_scaled else row_scale
+    out = kernel(layer, w, s, operand, row_scale, group_sizes.astype(jnp.int32), global_scale)
     return out[:, :n] if interpret else out
 
 

@@ -402,37 +402,16 @@ PACK_TRANSPOSE = "{.reg .b32 q; cvt.rn.bf16x2.f32 q,$1,$2; movmatrix.sync.aligne
 # Lanes q and q^2 swap halves, which undoes the interleaved row order of `lanes`.
 SWAP = ("{.reg .b32 o; .reg .pred z; shfl.sync.bfly.b32 o,$1,2,31,-1; setp.eq.u32 z,$2,0; "
         "@z prmt.b32 $0,$1,o,0x5410; @!z prmt.b32 $0,o,$1,0x7632;}")
-ROW_SCALE = ("{{.reg .pred p; .reg .s32 t; add.s32 t,$2,{token}; setp.lt.s32 p,t,$3; mov.f32 $0,0f00000000; "
-             "@p ld.global.nc.f32 $0,[$1+{offset}];}}")
 # Stores of a token below the count in $2; the immediates stand in the text so that they are not kept in registers.
 STORE = "{{.reg .pred p; setp.gt.s32 p,$2,{token}; @p st.global.{kind} [$0+{offset}],{value};}}"
 
 
-def row_scales(row_scale, row, count, *, tokens):
-    """row_scale f32 [M, 1] in global memory -> the PER_THREAD values that `store_tokens` multiplies by, of rows row ..
-    row + count - 1: fetched early, so that nothing waits for them."""
-    value = plgpu.ShapeDtypeStruct((128,), jnp.float32, layout=PER_THREAD)
-
-    @plgpu.inline_mgpu(arg_types=(REF, SPLAT, SPLAT), return_type=(value,) * (tokens // 4))
-    def f(ctx, row_scale, row, count):
-        del ctx
-        row, count = scalar(row), scalar(count)
-        token = mul(rem(asm("mov.u32 $0,%tid.x;"), 4), 2)
-        source = gmem_element(row_scale, add(row, token), 1, i32(0), 4)
-        vector_type = ir.VectorType.get((1,), ir.F32Type.get())
-        values = [asm(ROW_SCALE.format(token=t + e, offset=4 * (t + e)), [source, token, count], "f")
-                  for t in range(0, tokens, 8) for e in range(2)]
-        return tuple(fa.FragmentedArray(_registers=np.array([vector.broadcast(vector_type, v)], dtype=object),
-                                        _layout=PER_THREAD.to_mgpu(), _is_signed=None) for v in values)
-
-    return f(row_scale, row, count)
-
-
-def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, width, gated=False, masked=True):
+def store_tokens(acc, factor, row_scales, out, row, count, channel, *, tokens, width, gated=False, masked=True):
     """f32 (64, tokens), decoded weights x tokens -> out[row + t, channel...] of token t < count; out [M, width].
 
-    acc: the WGMMA accumulator of `multiply_decoded` (its row order is undone here). factor: f32 scalar; row_scale:
-    None, or f32 [M, 1] in global memory, or its `row_scales`: token t is multiplied by row_scale[row + t] * factor.
+    acc: the WGMMA accumulator of `multiply_decoded` (its row order is undone here). factor: f32 scalar; row_scales:
+    None, or shared memory with bits of f32 [>= shift + tokens], and shift: token t is multiplied by row_scales[shift + t] *
+    factor.
     out: bf16 or f32. gated: bf16 silu(r) * (r + 8) of 32 channels, else 64 channels. channel: the warpgroup's first.
     masked: channels may reach past `width`.
     """
@@ -440,38 +419,21 @@ def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, wi
     if gated and single:
         raise NotImplementedError("store_tokens: gated results are bf16")
 
-    fetched = isinstance(row_scale, tuple | list)
-    extra = tuple(row_scale) if fetched else () if row_scale is None else (row_scale,)
-
-    extra_types = [PER_THREAD if fetched else REF] * len(extra)
-
-    @plgpu.inline_mgpu(arg_types=(WGMMA, SPLAT, REF, *[SPLAT] * 3, *extra_types))
-    def f(ctx, acc, factor, out, row, count, channel, *extra):
+    @plgpu.inline_mgpu(arg_types=(WGMMA, SPLAT, REF, *[SPLAT] * 3, *((REF, SPLAT) if row_scales else ())))
+    def f(ctx, acc, factor, out, row, count, channel, *row_scales):
         del ctx
         factor, row, count, channel = map(scalar, (factor, row, count, channel))
         warp, quad, fragment_row, weight_row = lanes(gated, pinned=True)
         channel = add(channel, mul(warp, 8 if gated else 16))
         registers = acc.registers.reshape(tokens // 8, 2)
         pair_token = mul(quad, 2)  # the first token of an accumulator's pair register
-        scales, ahead = {}, 4  # octets of tokens by which row scales are fetched ahead of their use
-
-        def fetch_scales(j):
-            if j >= tokens // 8:
-                return
-            if fetched:
-                scales[j] = [of_thread(v) for v in extra[2 * j:2 * j + 2]]
-            elif extra:
-                source = gmem_element(extra[0], add(row, pair_token), 1, i32(0), 4)
-                scales[j] = [asm(ROW_SCALE.format(token=t, offset=4 * t), [source, pair_token, count], "f")
-                             for t in (8 * j, 8 * j + 1)]
-
-        for j in range(ahead):
-            fetch_scales(j)
+        if row_scales:
+            scales_at = add(smem_address(row_scales[0]), mul(add(scalar(row_scales[1]), pair_token), 4))
 
         def scaled(j):
             """f32 of both fragment rows: [r or r + 8][token of the pair]."""
-            fetch_scales(j + ahead)
-            factors = [factor] * 2 if row_scale is None else [arith.mulf(s, factor) for s in scales.pop(j)]
+            factors = [factor] * 2 if not row_scales else [
+                arith.mulf(arith.bitcast(ir.F32Type.get(), load_shared(scales_at, 4 * (8 * j + e), 1)[0]), factor) for e in range(2)]
             return [[arith.mulf(v, s) for v, s in zip(elements(registers[j, h]), factors)] for h in range(2)]
 
         def left(token, channel):
@@ -529,7 +491,7 @@ def store_tokens(acc, factor, row_scale, out, row, count, channel, *, tokens, wi
                 for i, value in enumerate(v for pair_value in values for v in halves(pair_value)):
                     store(pointer, 8 * j, counts[i], offset + 2 * i, [value])
 
-    f(acc, factor, out, row, count, channel, *extra)
+    f(acc, factor, out, row, count, channel, *(row_scales or ()))
 
 
 # --- MLIR: per-thread programs (loops and branches inside one `plgpu.inline_mgpu`) ----------------------------------

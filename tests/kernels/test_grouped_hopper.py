@@ -94,7 +94,8 @@ def test_every_configuration_fits():
             (1, 8, 31, 64, 128, 500, 512, 2048, 8192, 65536), (1, 8, 128, 256), shapes, (True, False)):
         n, k = (n, k) if gated else (k, n)
         c = grouped.config(m, experts, n, k, gated=gated)
-        layout = grouped._layout(c, k, 2 if gated else 1, experts)
+        table = grouped._Table(c.computes[-1] + 4, experts)
+        layout = grouped._layout(c, k, 2 if gated else 1, table)
         consumer, producer = mosaic.register_budget(c.warpgroups, per_sm=c.per_sm)
         assert (consumer * c.warpgroups + producer) * 128 * c.per_sm <= 65536
         assert layout.x_stages >= 2 and layout.w_stages >= 2
@@ -235,7 +236,8 @@ def test_compiled_kernel_on_the_cpu(rng, name):
     f = grouped.gate_up if gated else grouped.matmul
     kernel, = aot.compile(lambda *a: f(*a, use=use), *structs(len(x), experts, n, k, gated=gated))
     operand, _, packed, scale, _, _ = map(np.asarray, arguments(*case))
-    rows, layout = use.warpgroups * 64 // halves, grouped._layout(use, k, halves, experts)
+    rows = use.warpgroups * 64 // halves
+    layout = grouped._layout(use, k, halves, grouped._Table(use.computes[-1] + 4, experts))
     words = packed.reshape(experts * halves, n, k // 2).view(np.int32)
     scales = scale.view(np.uint8).reshape(experts * halves, n, k // 16).view(np.int32)
     swizzled = layout.scale_row if mosaic.scale_rows(layout.scale_row) else 0
@@ -243,9 +245,11 @@ def test_compiled_kernel_on_the_cpu(rng, name):
             ptx_hopper.TensorMap(scales, (layout.scale_row // 4, rows, 1), swizzled)]
     maps += [ptx_hopper.TensorMap(words, (32, rows, 1), 128)]
     maps += [ptx_hopper.TensorMap(operand, (64, t), 128) for t in use.tiles]
+    most = use.computes[-1] + 4  # row scales of a tile; a copy takes up to 256
+    maps += [ptx_hopper.TensorMap(row_scale.reshape(-1).view(np.int32), (min(256, most - at),), 0) for at in range(0, most, 256)]
     out = np.full((len(x), n), np.nan, ml_dtypes.bfloat16)
     layer = [np.zeros(1, np.int32)] if k % 256 else []  # elsewhere nothing depends on the number of the only layer
-    buffers = {"ld.global.nc.f32": [row_scale], "ld.global.nc.b32": [group_sizes], "ld.global.b32": [*layer, global_scale],
+    buffers = {"ld.global.nc.b32": [group_sizes], "ld.global.b32": [*layer, global_scale],
                "st.global": [out]}
     ptx_hopper.run(kernel.ptx, buffers, maps, grid=use.sms * use.per_sm, threads=(use.warpgroups + 1) * 128,
                    shared=mosaic.SHARED_MEMORY, seed=int(rng.integers(2**31)))
