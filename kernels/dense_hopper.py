@@ -643,7 +643,7 @@ def _wide(n, k, m, *, slices, wgs, tokens, paired, per_row, bias_dtype, out_dtyp
     chunks = _chunks(tokens)
     consumer_registers, producer_registers = mo.register_budget(wgs)
 
-    def kernel(w, s, x, row_scale, g, bias, layer, o, w_sm, s_sm, x_sm, full, empty, s_full, s_empty, x_free=None):
+    def kernel(w, s, x, row_scale, g, bias, layer, o, w_sm, s_sm, x_sm, r_sm, full, empty, s_full, s_empty, r_full, r_empty, x_free=None):
         wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
         at = (layer[0],) if stacked else ()
         zero = sm * 0
@@ -663,7 +663,7 @@ def _wide(n, k, m, *, slices, wgs, tokens, paired, per_row, bias_dtype, out_dtyp
             @plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
             def count(info, carry):
                 row_tile, token_tile = tile_at(info.index[0])
-                own = pl.ds(row_tile * rows, rows)
+                own, r_slot = pl.ds(row_tile * rows, rows), lax.rem(carry, jnp.int32(2))
 
                 @pl.loop(0, steps)
                 def _(i):
@@ -697,12 +697,18 @@ def _wide(n, k, m, *, slices, wgs, tokens, paired, per_row, bias_dtype, out_dtyp
                             x.at[pl.ds(token_tile * tokens, tokens), pl.ds(i * STEP + c * 64, 64)],
                             x_sm.at[st, c], full.at[st], collective_axes="pair" if paired else None)
 
+                if per_row:  # last, for they are used last
+                    pl.when(carry >= 2)(lambda: plgpu.barrier_wait(r_empty.at[r_slot]))
+                    plgpu.copy_gmem_to_smem(row_scale.at[pl.ds(token_tile * tokens, tokens)], r_sm.at[r_slot, pl.ds(0, tokens)], r_full.at[r_slot])
                 return carry + 1
 
             if twin:  # the interpreter wants every completed phase of a barrier observed
                 for back in range(stages):
                     it = count * steps - 1 - (stages - 1 - back)
                     pl.when(it >= 0)(lambda it=it: plgpu.barrier_wait(empty.at[lax.rem(it, jnp.int32(stages))]))
+                for back in range(2 if per_row else 0):
+                    tile = count - 2 + back
+                    pl.when(tile >= 0)(lambda tile=tile: plgpu.barrier_wait(r_empty.at[lax.rem(tile, jnp.int32(2))]))
                 for back in range(2 if blocked else 0):
                     block = count * blocks - 2 + back
                     pl.when(block >= 0)(lambda block=block: plgpu.barrier_wait(s_empty.at[lax.rem(block, jnp.int32(2))]))
@@ -713,10 +719,13 @@ def _wide(n, k, m, *, slices, wgs, tokens, paired, per_row, bias_dtype, out_dtyp
                 plgpu.set_max_registers(consumer_registers, action="increase")
                 lane_values = mo.fragment_lanes(wg, [jnp.int32(0)] * 2, scale_row=scale_row)
             factor = g[layer[0] if stacked else 0] * mo.DECODE_FACTOR
+            if not per_row:
+                factor = row_scale[0] * factor
 
             @plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
             def _(info, carry):
                 row_tile, token_tile = tile_at(info.index[0])
+                r_slot = lax.rem(carry, jnp.int32(2))
 
                 def add_step(i, acc):
                     it = carry * steps + i
@@ -759,45 +768,49 @@ def _wide(n, k, m, *, slices, wgs, tokens, paired, per_row, bias_dtype, out_dtyp
                     start = slice_sum(0, slice_steps)
                     total = lax.fori_loop(1, -(-steps // slice_steps), add_slice, start)
                 row, channel = token_tile * tokens, row_tile * rows + wg * 64
+                if per_row:
+                    plgpu.barrier_wait(r_full.at[r_slot])
                 if twin:
-                    scales = row_scale[pl.ds(row, tokens)].reshape(1, -1) if per_row else row_scale[...].reshape(1, 1)
-                    total = total * (scales * factor)
+                    total = total * (r_sm[r_slot, pl.ds(0, tokens)].reshape(1, -1) * factor if per_row else factor)
                     if bias_dtype is not None:
                         total = total + bias[(*(at if bias_stacked else ()), pl.ds(channel, 64))].astype(jnp.float32)[:, None]
                     o[pl.ds(row, tokens), pl.ds(channel, 64)] = total.T.astype(out_dtype)
                 else:
                     bias_at = layer[0] * n if bias_stacked else jnp.int32(0)
-                    total = scaled(total, factor, row_scale, bias, bias_at, row, channel)
+                    total = scaled(total, factor, r_sm, r_slot, bias, bias_at, channel)
                     mo.store_tokens(total, jnp.float32(1), None, o, row, m - row, channel,
                                     tokens=tokens, width=n, masked=n % (rows * width) != 0)
+                if per_row:
+                    if twin:
+                        plgpu.commit_smem()
+                    plgpu.barrier_arrive(r_empty.at[r_slot])
                 return carry + 1
 
-    def scaled(acc, factor, row_scale, bias, bias_at, row, channel):
+    def scaled(acc, factor, row_scales, slot, bias, bias_at, channel):
         """acc * (row_scale * factor) + bias, before `store_tokens`."""
         @plgpu.inline_mgpu(
-            arg_types=(mo.WGMMA, mo.SPLAT, mo.REF, mo.REF, *[mo.SPLAT] * 3),
+            arg_types=(mo.WGMMA, mo.SPLAT, mo.REF, mo.SPLAT, mo.REF, *[mo.SPLAT] * 2),
             return_type=plgpu.ShapeDtypeStruct((64, tokens), jnp.float32, layout=mo.WGMMA))
-        def f(ctx, acc, factor, row_scale, bias, bias_at, row, channel):
+        def f(ctx, acc, factor, row_scales, slot, bias, bias_at, channel):
             del ctx
-            factor, bias_at, row, channel = map(mo.scalar, (factor, bias_at, row, channel))
+            factor, slot, bias_at, channel = map(mo.scalar, (factor, slot, bias_at, channel))
             warp, quad, _, weight_row = mo.lanes(False)
             channel = mo.add(channel, mo.add(mo.mul(warp, 16), weight_row))
             biases = [None if bias_dtype is None else
                       _load_bias(bias, mo.add(bias_at, mo.minimum(mo.add(channel, h), n - 1)), bias_dtype) for h in range(2)]
-            text = "{.reg .f32 s; ld.global.nc.f32 s,[$1]; mul.rn.f32 $0,s,$2;}"
-            if not per_row:
-                scale = mo.asm(text, [mo.gmem_address(row_scale), factor], "f")
+            scales_at = mo.smem_address(row_scales, mo.mul(mo.add(mo.mul(slot, -(-tokens // 32) * 32), mo.mul(quad, 2)), 4))
             registers = acc.registers.reshape(tokens // 8, 2)
             out = np.empty_like(registers)
             for j in range(tokens // 8):
-                scales = [scale] * 2 if not per_row else [
-                    mo.asm(text, [mo.gmem_address(row_scale, mo.mul(mo.minimum(
-                        mo.add(mo.add(row, mo.mul(quad, 2)), 8 * j + e), m - 1), 4)), factor], "f") for e in range(2)]
+                scales = [factor] * 2
+                if per_row:
+                    pair = mo.asm(f"ld.shared.v2.f32 {{$0,$1}},[$2+{32 * j}];", [scales_at], "ff")
+                    scales = [mo.asm("mul.rn.f32 $0,$1,$2;", [v, factor], "f", effects=False) for v in pair]
                 for h in range(2):
                     out[j, h] = mo.pair(*(_scaled(v, scales[e], biases[h]) for e, v in enumerate(mo.elements(registers[j, h]))))
             return mo.wgmma_array(out, (64, tokens))
 
-        return f(acc, factor, row_scale, bias, bias_at, row, channel)
+        return f(acc, factor, row_scales, slot, bias, bias_at, channel)
 
     return plgpu.kernel(
         kernel, out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
@@ -806,6 +819,8 @@ def _wide(n, k, m, *, slices, wgs, tokens, paired, per_row, bias_dtype, out_dtyp
             s_sm=(plgpu.SMEM((2, rows, 32), jnp.int32, transforms=mo.ROWS_128) if blocked else
                   plgpu.SMEM((stages, rows, STEP // 64), jnp.int32)),
             x_sm=plgpu.SMEM((stages, STEP // 64, tokens, 64), jnp.bfloat16, transforms=mo.ROWS_128),
+            r_sm=plgpu.SMEM((2, -(-tokens // 32) * 32), jnp.float32),  # TMA writes to multiples of 128 bytes
+            r_full=plgpu.Barrier(num_barriers=2), r_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=2),
             full=plgpu.Barrier(num_arrivals=STEP // 64 + (1 if blocked else 2), num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
             s_full=plgpu.Barrier(num_barriers=2), s_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=2),

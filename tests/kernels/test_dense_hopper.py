@@ -143,6 +143,8 @@ def compiled(n, k, m, *, bias=None, out_dtype=jnp.bfloat16, per_row=False, layer
     (5120, 25600, 8, {}), (151936, 2048, 8, {}),
     (4097, 2048, 9, dict(bias=jnp.bfloat16, out_dtype=jnp.float32, per_row=True, layers=(3,))),
     (4097, 2048, 100, dict(bias=jnp.bfloat16, out_dtype=jnp.float32, per_row=True, layers=(3,))),
+    *((33792, 8192, m, dict(bias=jnp.bfloat16, per_row=True)) for m in (8, 64, 128)),
+    (5120, 2048, 2048, dict(per_row=True)),
     (20001, 320, 100, dict(bias=jnp.float32, per_row=True)),
 ], ids=str)
 @pytest.mark.parametrize("_", [pytest.param(0, marks=aot_only)], ids=[""])
@@ -216,6 +218,8 @@ def test_compiled_kernel_on_the_cpu(n, k, m, plan, _):
         maps[:2] = maps[1::-1]  # in the order of their use
     out = np.full((m, n), np.nan, np.float32)
     buffers = {"ld.global.nc.f32": [row_scale], g: [np.float32([0.25])], "st.global": [out]}
+    if make is WIDE:
+        maps.append(ptx_hopper.TensorMap(buffers.pop("ld.global.nc.f32")[0].reshape(-1), (tile,), 0))
     kernel = compiled(n, k, m, out_dtype=jnp.float32, per_row=True, plan=plan)
     ptx_hopper.run(kernel.ptx, buffers, maps, grid=ctas, threads=(warpgroups + producers) * 128,
                    shared=mosaic.SHARED_MEMORY, seed=int(rng.integers(2**31)))
