@@ -537,7 +537,7 @@ def _split(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stac
                     for c in range(0, STEP // 64, chunks):
                         acc = mo.multiply_decoded(
                             acc, lane_values, w_sm.at[stage], s_sm.at[stage], x_sm.at[stage, pl.ds(c, chunks)], jnp.int32(0),
-                            first=c, chunks=chunks, part=1, steps=2, tokens=tokens, scale_row=16)
+                            first=c, chunks=chunks, tokens=tokens, scale_row=16)
                 if not resident:
                     plgpu.barrier_arrive(empty.at[stage])
                 return acc
@@ -748,7 +748,7 @@ def _wide(n, k, m, *, slices, wgs, tokens, paired, per_row, bias_dtype, out_dtyp
                         for c in range(0, STEP // 64, chunks):
                             acc = mo.multiply_decoded(
                                 acc, lane_values, w_sm.at[st], scales, x_sm.at[st, pl.ds(c, chunks)], unit, first=c,
-                                chunks=chunks, part=1, steps=2, tokens=tokens, scale_row=scale_row)
+                                chunks=chunks, tokens=tokens, scale_row=scale_row)
                     plgpu.barrier_arrive(empty.at[st])
                     if blocked:
                         last = (unit == SCALE_STEPS - 1) | (i == steps - 1)

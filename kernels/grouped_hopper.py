@@ -252,9 +252,9 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
     scale_words = _scale_words(rows, r.scale_row, k)
     largest, half = max(t for t in c.tiles if t != c.crowd), -(-m // 2)
     flat = bool(k % STEP)
-    # Steps in a turn of the consumers' loop: inside one, a step's decode runs beside the wgmmas of the step before, and a
-    # stage is released half a step late.
-    turn = 4 if c.together and steps % block_steps == block_steps % 4 == 0 else 1
+    # Steps in a turn of the consumers' loop, one for each stage: inside a turn, a step's decode runs beside the wgmmas of the
+    # step before, and a stage is released half a step late.
+    turn = r.w_stages if c.together and steps % block_steps == block_steps % r.w_stages == 0 else 1
     most_chunks = c.chunks(c.computes[0])  # copies in a stage of tokens; where fewer, plain arrivals make up for them
     scale_copies = [(at, min(256, known.scales - at)) for at in range(0, known.scales, 256)]  # a copy takes up to 256
     consumer_registers, producer_registers = mosaic.register_budget(wgs, per_sm=c.per_sm)
@@ -431,7 +431,6 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                     groups = STEP // CHUNK // chunks
                     if not interpret:
                         lane_values = early or lanes(shifts)
-                    part = min(chunks, 2 if t == 8 else 1)
 
                     def slot(b):
                         return div_rem(tile * scale_blocks + b, r.s_stages)[1]
@@ -441,7 +440,7 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
 
                     def step(b, i, at, acc, q=0):
                         it = tile * steps + at
-                        st = q if turn == r.w_stages else stage_of(it)
+                        st = q if turn > 1 else stage_of(it)
                         plgpu.barrier_wait(w_full.at[st])
                         for g in range(groups):
                             xst, x_first = st, g * chunks * t
@@ -455,10 +454,10 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
                             else:
                                 acc = mosaic.multiply_decoded(
                                     acc, lane_values, w_sm.at[st], s_sm.at[slot(b)], tokens, i, first=g * chunks,
-                                    chunks=chunks, part=part, tokens=t, scale_row=r.scale_row,
+                                    chunks=chunks, tokens=t, scale_row=r.scale_row,
                                     running=int(g + 1 < groups or q + 1 < turn) if turn > 1 else 0)
                             if g == 0 and q > 0:  # the wgmmas of the step before are through
-                                plgpu.barrier_arrive(w_empty.at[q - 1 if turn == r.w_stages else stage_of(it - 1)])
+                                plgpu.barrier_arrive(w_empty.at[q - 1])
                             if not c.together:
                                 plgpu.barrier_arrive(x_empty.at[xst])
                         if q == turn - 1:

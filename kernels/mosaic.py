@@ -305,17 +305,17 @@ def fragment_lanes(wg, shifts, *, scale_row, other=None, chunks=4):
     return f(wg, *shifts)
 
 
-def multiply_decoded(acc, lane_values, w_ref, s_ref, x_ref, unit, *, first, chunks, part, tokens, scale_row, running=0,
-                     steps=4):
+def multiply_decoded(acc, lane_values, w_ref, s_ref, x_ref, unit, *, first, chunks, tokens, scale_row, running=0):
     """acc f32 (64, tokens) + decoded weights times tokens over 64-chunks first .. first + chunks - 1 of 256 codes.
 
     The weights are A of wgmma, from registers, times 2**-7. lane_values: `fragment_lanes`. w_ref: i32 [rows, 32],
     ROWS_128: 256 codes a row. s_ref: the scales of the same rows, `scale_row` bytes a row, `scale_rows`. unit: which 16
     bytes of a row of scales belong to these codes (i32). x_ref: bf16 [>= chunks * tokens, 64], ROWS_128: the 64-chunks
-    of the tokens, one behind the other. part: chunks decoded while the wgmmas of the part before run. running: 1 leaves
-    the wgmmas of the last part running, while the next call decodes; the last call must say 0. steps: 2 or 1 make shorter
-    groups of wgmmas, of so many of the 4 k16 steps of a chunk, with the decode of the next group behind each (`part` says
-    nothing then): a warp that has issued wgmmas cannot decode before the last of them has begun.
+    of the tokens, one behind the other. running: 1 leaves the last wgmmas running, while the next call decodes; the last
+    call must say 0.
+
+    The wgmmas go in groups of two k16 steps, with the decode of the next two behind each: a warp that has issued wgmmas
+    cannot decode before the last of them has begun.
     """
     rows = plgpu.RefType(ROWS_128)
 
@@ -337,11 +337,6 @@ def multiply_decoded(acc, lane_values, w_ref, s_ref, x_ref, unit, *, first, chun
                 return [load_shared(bit_xor(at, 32 * chunk), 0, 2) for at in codes_at]
             return [load_shared(at, 0, 2) for at in codes_at[2 * chunk:2 * chunk + 2]]
 
-        def decode(codes, scales):
-            factors = asm(SCALE_PAIR, [*scales, selector], "rr", effects=False)
-            decoded = [[decode_codes(word, factors[h]) for word in codes[h]] for h in range(2)]
-            return [[decoded[h][i][step] for i in range(2) for h in range(2)] for step in range(4)]
-
         i64 = ir.IntegerType.get_signless(64)
         stride = tokens * 128  # bytes of a 64-chunk of tokens
         # Of rows of 128 swizzled bytes in groups of 8: address / 16, 1, 1024 / 16 between groups, 128-byte swizzle.
@@ -353,25 +348,16 @@ def multiply_decoded(acc, lane_values, w_ref, s_ref, x_ref, unit, *, first, chun
         else:
             scales = [load_shared(at, 4 * first, chunks) for at in scale_at]
         at = [[(chunk * stride + 32 * step) >> 4 for step in range(4)] for chunk in range(chunks)]  # in the tokens
-        if steps < 4:
-            codes = load_codes(first)
-            for c in range(chunks):
-                factors = asm(SCALE_PAIR, [scales[0][c], scales[1][c], selector], "rr", effects=False)
-                words = [(word, shift_right(word, 6), factors[h]) for i in range(2) for h, word in enumerate([codes[0][i], codes[1][i]])]
-                if c + 1 < chunks:
-                    codes = load_codes(first + c + 1)
-                for q in range(0, 4, steps):  # with effects: in this place
-                    left = [[asm(DECODE_STEP[step], word) for word in words] for step in range(q, q + steps)]
-                    in_flight = running if (c, q) == (chunks - 1, 4 - steps) else 1
-                    sums = _wgmma(sums, left, descriptor, tokens, at[c][q:q + steps], in_flight)
-        else:
-            codes = [load_codes(first + t) for t in range(part)]
-            for start in range(0, chunks, part):
-                decoded = [decode(codes[t], [scales[h][start + t] for h in range(2)]) for t in range(part)]
-                if start + part < chunks:
-                    codes = [load_codes(first + start + part + t) for t in range(part)]
-                in_flight = running if start + part >= chunks else 1
-                sums = _wgmma(sums, sum(decoded, []), descriptor, tokens, sum(at[start:start + part], []), in_flight)
+        codes = load_codes(first)
+        for c in range(chunks):
+            factors = asm(SCALE_PAIR, [scales[0][c], scales[1][c], selector], "rr", effects=False)
+            words = [(word, shift_right(word, 6), factors[h]) for i in range(2) for h, word in enumerate([codes[0][i], codes[1][i]])]
+            if c + 1 < chunks:
+                codes = load_codes(first + c + 1)
+            for q in (0, 2):  # with effects: in this place
+                left = [[asm(DECODE_STEP[step], word) for word in words] for step in range(q, q + 2)]
+                in_flight = running if (c, q) == (chunks - 1, 2) else 1
+                sums = _wgmma(sums, left, descriptor, tokens, at[c][q:q + 2], in_flight)
         registers = np.array([pair(*sums[i:i + 2]) for i in range(0, len(sums), 2)], dtype=object)
         return wgmma_array(registers, (64, tokens))
 
