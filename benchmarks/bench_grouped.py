@@ -11,6 +11,7 @@ import argparse
 import json
 import multiprocessing
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -151,16 +152,41 @@ def main():
         scale = jax.random.randint(next(keys), (*lead, k // 16), 0, 120).astype(jnp.uint8)
         return packed, lax.bitcast_convert_type(scale, jnp.float8_e4m3fn), jnp.full(experts, 1e-4, jnp.float32)
 
-    def peer(f, argument_sets, launches, name):
+    def peer(name, shape, argument_sets, launches):
         try:
-            return kernel_us(f, argument_sets, launches)[0]
+            return kernel_us(compiled[name, *shape].result(), argument_sets, launches)[0]
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {str(error)[:200]}")
             return np.nan
 
-    ours = {True: jax.jit(grouped.gate_up), False: jax.jit(grouped.matmul)}
-    ragged_dot = jax.jit(lax.ragged_dot)
-    mosaic_ragged_dot = jax.jit(lambda a, b, g: tokamax.ragged_dot(a, b, g, implementation="mosaic"))
+    functions = {
+        "gate+up": grouped.gate_up, "down": grouped.matmul, "ragged_dot": lax.ragged_dot,
+        "tokamax": lambda a, b, g: tokamax.ragged_dot(a, b, g, implementation="mosaic")}
+
+    def compile_for(name, product, experts, n, k, m):
+        """The program of ours or of a peer for shapes; nothing else runs while one is measured."""
+        array, bf16 = jax.ShapeDtypeStruct, jnp.bfloat16
+        columns = 2 * n if product == "gate+up" else n
+        lead = (experts, 2, n) if product == "gate+up" else (experts, n)
+        if name == product:
+            operands = (array((m, k), bf16), array((m, 1), jnp.float32), array((*lead, k // 2), jnp.uint8),
+                        array((*lead, k // 16), jnp.float8_e4m3fn), array((experts,), jnp.float32))
+        else:
+            operands = array((m, k), bf16), array((experts, k, columns), bf16)
+        return jax.jit(functions[name]).lower(*operands, array((experts,), jnp.int32)).compile()
+
+    def peers_of(experts, columns, k, m):
+        if arguments.no_peers or experts * columns * k * 2 >= 2**31:
+            return []
+        return [*(["ragged_dot"] if m <= 2048 else []), *(["tokamax"] if tokamax else [])]  # beyond, it takes 8 to 60 ms
+
+    wanted = set()
+    for *_, product, n, k, experts, sizes in todo:
+        shape = product, experts, n, k, int(sizes[0].sum())
+        columns = 2 * n if product == "gate+up" else n
+        wanted |= {(name, *shape) for name in (product, *peers_of(experts, columns, k, shape[-1]))}
+    with ThreadPoolExecutor(12) as pool:
+        compiled = {key: pool.submit(compile_for, *key) for key in sorted(wanted)}
     print(f"{'table':22} {'experts':>8} {'batch':>5} {'product':8} {'us':>7} {'of all':>7} {'TB/s':>5} {'TFLOP/s':>7} "
           f"{'floor':>6} {'floor/us':>8} {'ragged':>7} {'tokamax':>7} {'torch':>7} {'best peer/ours':>14}")
     for index, (table, kind, batch, product, n, k, experts, sizes) in enumerate(todo):
@@ -173,23 +199,20 @@ def main():
         row_scale = jnp.ones((m, 1), jnp.float32)
         groups = [jnp.asarray(s, jnp.int32) for s in sizes]
         launches = 36 if m <= 512 else 20 if m <= 8192 else 7
-        total, us = kernel_us(ours[gated], [(x, row_scale, *weights, g) for g in groups], launches)
+        shape = product, experts, n, k, m
+        total, us = kernel_us(compiled[product, *shape].result(), [(x, row_scale, *weights, g) for g in groups], launches)
         active = float(np.mean([np.count_nonzero(s) for s in sizes]))
         columns = 2 * n if gated else n
         moved = active * columns * k * 9 / 16 + m * k * 2 + m * n * 2
         operations = 2 * m * columns * k
         floor = max(moved / bandwidth, operations / rate) * 1e6
         peers = {"ragged_dot": np.nan, "tokamax": np.nan, "torch": with_torch[index] if with_torch else np.nan}
-        if not arguments.no_peers and experts * columns * k * 2 < 2**31:
+        if names := peers_of(experts, columns, k, m):
             if ("bf16", experts, columns, k) not in held:
                 held["bf16", experts, columns, k] = jax.random.normal(next(keys), (experts, k, columns), jnp.bfloat16)
-            b = held["bf16", experts, columns, k]
-            sets = [(x, b, g) for g in groups]
-            few = 12 if len(sets) > 1 else 5 if m <= 8192 else 3
-            if m <= 2048:  # beyond, it takes 8 to 60 ms
-                peers["ragged_dot"] = peer(ragged_dot, sets, few, "ragged_dot")
-            if tokamax:
-                peers["tokamax"] = peer(mosaic_ragged_dot, sets, few, "tokamax")
+            sets = [(x, held["bf16", experts, columns, k], g) for g in groups]
+            for name in names:
+                peers[name] = peer(name, shape, sets, 12 if len(sets) > 1 else 5 if m <= 8192 else 3)
         best = np.nanmin(list(peers.values())) if not np.isnan(list(peers.values())).all() else np.nan
         rows.append(dict(table=table, routing=str(kind), batch=batch, product=product, us=us, floor=floor, **peers))
         print(f"{table:22} {kind!s:>8} {batch:5d} {product:8} {us:7.1f} {total:7.1f} {moved / us / 1e6:5.2f} "
