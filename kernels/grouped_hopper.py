@@ -74,11 +74,12 @@ def config(m, experts, n, k, *, gated):
         return Config((8,), (8,), 32, warpgroups=1, per_sm=2)
     if mean <= 1:
         return Config((8,), (8,), 32)
+    crowd = -(-m // (SMS // tiles) // 8) * 8 if tiles <= SMS else 0  # all rows on one expert: one wave
     if mean <= 6:
-        return Config((8, 16, 24), (8, 24), 96)
+        largest = min(32, max(24, crowd))
+        return Config(tuple(range(8, largest + 1, 8)), (8, largest), 4 * largest)
     if mean <= 20:  # all rows on 8 experts: two waves
         largest = min(64, max(40, -(-m // 64 // max(1, 2 * SMS // (8 * tiles))) * 8))
-        crowd = -(-m // (SMS // tiles) // 8) * 8 if tiles <= SMS else 0  # all rows on one expert: one wave
         if not largest < crowd <= 96:
             return Config((8, 16, 24, 32, largest), (16, 24, 32, largest), 128)
         return Config((8, 16, 24, 32, largest, crowd), (16, 24, 32, largest, crowd), 128, crowd=crowd)

