@@ -6,7 +6,7 @@ weights are read in the checkpoint's layout and decoded in registers.
 A row of the result has the same bits for every M, position and neighbours. A sum over K is made of `slices(N, K)` chains of
 m16n8k16 / k16 steps in float32, one a contiguous slice of K, added from left to right; all kernels make that sum:
 
-- `_narrow` (up to 32 tokens, or as many as make one wave; weights of few rows): mma.sync. A CTA owns 16 to 128 rows and
+- `_narrow` (up to 32 tokens, or 64 in tiles that make one wave; weights of few rows): mma.sync. A CTA owns 16 to 128 rows and
   all of K, one slice a warp, so that all SMs and all warps have work; the partial sums meet in shared memory.
 - `_split` (where the tokens no longer fit beside the weights): wgmma, one slice a CTA of a cluster.
 - `_wide`: wgmma, persistent. Warpgroups of 64 rows share the tokens; the slices follow one another in time.
@@ -27,6 +27,7 @@ from nvfp4jax.kernels import mosaic as mo
 SMS = 132
 STEP = 256  # K of a pipeline step: 128 bytes of codes and 16 of scales a row
 SCALE_STEPS = 8  # steps in 128 bytes of scales
+_BARRIERS = 32  # the most that Mosaic takes in an array
 _MMA = ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{$0,$1,$2,$3},{$4,$5,$6,$7},{$8,$9},{$10,$11,$12,$13};")
 
@@ -57,15 +58,23 @@ def _tokens(m, most):
 
 
 def _narrow_memory(k, tokens, slices, tiles):
-    """(whether all of K lies in shared memory at once, stages: steps of each slice in flight; 0: it cannot run)."""
+    """What `_narrow` holds in shared memory at once, and in how many stages.
+
+    "all" of K, a stage a step of each slice; the "weights", and a ring of tokens, a stage a 64-chunk of each slice; or a ring
+    of "steps" of both; ("", 0): it cannot run.
+    """
     rows = 16 * tiles
     rounds = -(-(-(-k // STEP)) // slices)
-    box = rows * STEP // 2 + tokens * STEP * 2
+    box, chunk = rows * STEP // 2 + tokens * STEP * 2, slices * tokens * 128
     room = mo.SHARED_MEMORY - 2048 - slices * tokens * _pitch(rows) * 4
-    if rounds * slices * box + -(-rounds * slices // SCALE_STEPS) * rows * 128 <= room:
-        return True, rounds
-    stages = min(8, room // (slices * (box + rows * 16)))
-    return False, stages if stages >= 2 else 0
+    weights = rounds * slices * rows * STEP // 2 + -(-rounds * slices // SCALE_STEPS) * rows * 128
+    if weights + rounds * slices * tokens * STEP * 2 <= room:
+        return "all", rounds
+    steps = min(8, room // (slices * (box + rows * 16)))
+    chunks = min(8, _BARRIERS // slices, (room - weights) // chunk)
+    if steps < 2 and chunks >= 2 and rounds * slices <= _BARRIERS:
+        return "weights", chunks
+    return ("steps", steps) if steps >= 2 else ("", 0)
 
 
 def _pitch(rows):
@@ -188,18 +197,20 @@ def _narrow(n, k, m, *, slices, tiles, tokens, per_row, bias_dtype, out_dtype, s
     rounds = -(-steps // slices)  # steps of a slice
     pitch = _pitch(rows)
     scale_blocks = -(-rounds * slices // SCALE_STEPS)
-    resident, stages = _narrow_memory(k, tokens, slices, tiles)
+    memory, stages = _narrow_memory(k, tokens, slices, tiles)
+    resident = memory != "steps"  # the weights are
     if wgs * 4 != warps or warps > 24 or not stages:
         raise NotImplementedError(f"dense_hopper: no schedule for weights [{n}, {k}] at M={m}")
     # x by whole 8-row groups in one copy where M allows it, else a 64-chunk a copy: the same bytes in another order.
-    x_tiled = m <= 8 or m % 8 == 0
+    x_tiled = (m <= 8 or m % 8 == 0) and memory != "weights"
     chunks = STEP // 64
-    x_shape = (stages, slices, tokens, STEP) if x_tiled else (stages, slices, chunks, tokens, 64)
+    x_shape = ((stages, slices, tokens, 64) if memory == "weights" else (stages, slices, tokens, STEP) if x_tiled else
+               (stages, slices, chunks, tokens, 64))
     chunk_bytes, group_bytes = (1024, chunks * 1024) if x_tiled else (tokens * 128, 1024)
-    slice_bytes = tokens * STEP * 2
+    slice_bytes = tokens * (64 if memory == "weights" else STEP) * 2  # of tokens in a stage
     x_transforms = mo.swizzled(2) if x_tiled else mo.ROWS_128
 
-    def kernel(w, s, x, row_scale, g, bias, layer, o, w_sm, s_sm, x_sm, red, full, empty, s_full, done):
+    def kernel(w, s, x, row_scale, g, bias, layer, o, w_sm, s_sm, x_sm, red, full, empty, s_full, done, w_full=None):
         wg = lax.axis_index("wg")
         tile = lax.axis_index("tile")  # CTAs of the same weights are neighbours
         token, first = lax.rem(tile, jnp.int32(token_tiles)) * tokens, lax.div(tile, jnp.int32(token_tiles)) * rows
@@ -211,7 +222,8 @@ def _narrow(n, k, m, *, slices, tiles, tokens, per_row, bias_dtype, out_dtype, s
             for p in range(slices):
                 step = p * rounds + i + zero
                 plgpu.copy_gmem_to_smem(
-                    w.at[(*at, own, pl.ds(step * (STEP // 8), STEP // 8))], w_sm.at[stage, p], full.at[stage * slices + p])
+                    w.at[(*at, own, pl.ds(step * (STEP // 8), STEP // 8))], w_sm.at[stage, p],
+                    (full if w_full is None else w_full).at[stage * slices + p])
 
         def fetch_tokens(i, stage):
             for p in range(slices):
@@ -233,9 +245,21 @@ def _narrow(n, k, m, *, slices, tiles, tokens, per_row, bias_dtype, out_dtype, s
             def _():
                 for b in range(scale_blocks):
                     plgpu.copy_gmem_to_smem(s.at[(*at, own, pl.ds(b * 32 + zero, 32))], s_sm.at[b], s_full)
-                for i in range(rounds):
-                    fetch_tokens(i, i)
-        else:
+                if memory == "all":
+                    for i in range(rounds):
+                        fetch_tokens(i, i)
+
+        if memory == "weights":
+            @pl.when(wg == wgs)
+            def _():
+                @pl.loop(0, rounds * chunks)
+                def _(c):
+                    stage = lax.rem(c, jnp.int32(stages))
+                    pl.when(c >= stages)(lambda: plgpu.barrier_wait(empty.at[stage]))
+                    for p in range(slices):
+                        plgpu.copy_gmem_to_smem(x.at[pl.ds(token, tokens), pl.ds((p * rounds * chunks + c) * 64, 64)],
+                                                x_sm.at[stage, p], full.at[stage * slices + p])
+        elif memory == "steps":
             @pl.when(wg == wgs)
             def _():
                 @pl.loop(0, rounds)
@@ -256,19 +280,26 @@ def _narrow(n, k, m, *, slices, tiles, tokens, per_row, bias_dtype, out_dtype, s
                     for stage in range(min(stages, rounds)):
                         plgpu.barrier_wait(empty.at[(rounds + stage) % stages if rounds > stages else stage])
 
-        def wait(stage):  # for the slices of this warpgroup's warps
+        def wait(barriers, stage, own_slice):
+            if own_slice is not None:
+                plgpu.barrier_wait(barriers.at[stage * slices + own_slice])
+                return
+            # for the slices of all this warpgroup's warps
             least, most = lax.div(wg * 4, jnp.int32(tiles)), lax.div(wg * 4 + 3, jnp.int32(tiles))
             for d in range(min(3 // tiles + 2, 4)):
-                pl.when(least + d <= most)(lambda d=d: plgpu.barrier_wait(full.at[stage * slices + least + d]))
+                pl.when(least + d <= most)(lambda d=d: plgpu.barrier_wait(barriers.at[stage * slices + least + d]))
 
         @pl.when(wg < wgs)
         def _():
+            own_slice = None
             if twin:
                 addresses = None
                 acc = jnp.zeros((64, tokens), jnp.float32)
             else:
                 factors = _factors(row_scale, g, bias, layer, token, first, stacked=stacked, bias_stacked=bias_stacked, **epilogue)
                 addresses = prepare(w_sm, s_sm, x_sm, red)
+                if memory == "weights":
+                    own_slice = slice_of_warp()
                 # Each warp's sums of 16 rows stand as its 16 rows of a (64, tokens) array.
                 acc = plgpu.layout_cast(jnp.zeros((64, tokens), jnp.float32), mo.WGMMA)
 
@@ -279,13 +310,29 @@ def _narrow(n, k, m, *, slices, tiles, tokens, per_row, bias_dtype, out_dtype, s
 
             if resident:
                 plgpu.barrier_wait(s_full)
+            if memory == "all":
                 for i in range(rounds):
-                    wait(i)
+                    wait(full, i, None)
                     acc = round_(acc, i, i)
+            elif memory == "weights":
+                for c in range(rounds * chunks):
+                    (i, u), stage = divmod(c, chunks), c % stages
+                    if u == 0:
+                        wait(w_full, i, own_slice)
+                    if not twin:  # before the tokens have come, and beside the products of the chunk before
+                        decoded = decode_chunk(i, u, addresses)
+                    wait(full, stage, own_slice)
+                    if twin:
+                        acc = add_twin(acc, wg, i, stage, w_sm, s_sm, x_sm, u)
+                        plgpu.commit_smem()  # as below
+                    else:
+                        acc = add_chunk(acc, stage, decoded, addresses)
+                    if c + stages < rounds * chunks:
+                        plgpu.barrier_arrive(empty.at[stage])
             else:
                 def body(i, acc):
                     stage = lax.rem(i, jnp.int32(stages))
-                    wait(stage)
+                    wait(full, stage, None)
                     acc = round_(acc, i, stage)
                     if twin:  # the interpreter orders reads before the next copy by this fence; the hardware by the barrier
                         plgpu.commit_smem()
@@ -344,6 +391,61 @@ def _narrow(n, k, m, *, slices, tiles, tokens, per_row, bias_dtype, out_dtype, s
             out.append(mo.smem_address(s_sm, mo.mul(mo.add(mo.mul(p, rows), row), 16)))
         return tuple(mo.per_thread(a) for a in out)
 
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=mo.SPLAT))
+    def slice_of_warp(ctx):
+        """An index of barriers that is another for the warps of a warpgroup: each waits for its own."""
+        del ctx
+        return mo.splat(place()[2])
+
+    def decode(u, w0, w1, w_at, s0, s1):
+        """A 64-chunk of a step -> for each of four k16 steps the operand of mma: rows r and r + 8 in turn."""
+        selector = mo.asm("mad.lo.u32 $0,$1,0x1111,0x4400;", [mo.rem(mo.thread_index(), 4)], effects=False)
+        factors = mo.asm(mo.SCALE_PAIR, [s0, s1, selector], "rr", effects=False)
+        a = {}
+        for h, base in enumerate((w0, w1)):
+            for word_index, word in enumerate(mo.load_shared(mo.bit_xor(base, 32 * u), w_at, 2)):
+                a[h, word_index] = mo.decode_codes(word, factors[h])
+        return [[a[0, 0][q], a[1, 0][q], a[0, 1][q], a[1, 1][q]] for q in range(4)]
+
+    def load_tokens(address, offset):
+        """8 tokens of two k16 steps."""
+        return mo.asm(f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$0,$1,$2,$3}},[$4+{offset}];", [address], "rrrr")
+
+    def decode_chunk(i, u, addresses):
+        """`decode` of a 64-chunk of the weights that lie in shared memory as a whole."""
+        @plgpu.inline_mgpu(arg_types=(mo.PER_THREAD,) * 3, return_type=(register,) * 16)
+        def f(ctx, *values):
+            del ctx
+            w0, w1, sa = map(mo.of_thread, values)
+            (s0,), (s1,) = mo.load_shared(sa, 4 * u, 1), mo.load_shared(mo.bit_xor(sa, 16), 128 + 4 * u, 1)
+            left = decode(u, w0, w1, i * slices * rows * 128, s0, s1)
+            return tuple(mo.per_thread(v) for step in left for v in step)
+
+        return f(*addresses[1:3], addresses[5 + i])
+
+    def add_chunk(acc, stage, decoded, addresses):
+        """A decoded 64-chunk times the tokens of a stage."""
+        @plgpu.inline_mgpu(arg_types=(mo.WGMMA,) + (mo.PER_THREAD,) * 18,
+                           return_type=plgpu.ShapeDtypeStruct((64, tokens), jnp.float32, layout=mo.WGMMA))
+        def f(ctx, acc, *values):
+            del ctx
+            x0, x1, *left = map(mo.of_thread, values)
+            sums = [[v for part in pair for v in mo.elements(part)] for pair in acc.registers.reshape(groups, 2)]
+            for half, address in enumerate((x0, x1)):  # half of the tokens' registers at a time
+                right = [load_tokens(address, stage * slices * slice_bytes + j * 1024) for j in range(groups)]
+                for q in range(2):
+                    for j in range(groups):
+                        sums[j] = mo.asm(_MMA, [*left[8 * half + 4 * q:][:4], *right[j][2 * q:][:2], *sums[j]], "ffff", effects=False)
+            return as_array(sums)
+
+        return f(acc, *addresses[3:5], *decoded)
+
+    def as_array(sums):
+        out = np.empty((groups, 2), dtype=object)
+        for j, h in np.ndindex(groups, 2):
+            out[j, h] = mo.pair(*sums[j][2 * h:2 * h + 2])
+        return mo.wgmma_array(out, (64, tokens))
+
     def add_round(acc, i, stage, addresses):
         """One step of the warp's slice: 16 weight rows x 256 of K, four mma for each 64 and 8 tokens."""
         _, *a = addresses
@@ -365,25 +467,14 @@ def _narrow(n, k, m, *, slices, tiles, tokens, per_row, bias_dtype, out_dtype, s
             # rows r and r + 8 are neighbours: their scales' units differ in the lowest bit of the swizzle
             s0 = mo.load_shared(sa, 0, 4)
             s1 = mo.load_shared(mo.bit_xor(sa, 16), 128, 4) if resident else mo.load_shared(sa, 16, 4)
-            selector = mo.asm("mad.lo.u32 $0,$1,0x1111,0x4400;", [mo.rem(mo.thread_index(), 4)], effects=False)
             sums = [[v for part in pair for v in mo.elements(part)] for pair in acc.registers.reshape(groups, 2)]
             for u in range(STEP // 64):
-                right = [[mo.asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3},"
-                                  f"[$4+{x_at + u * chunk_bytes + j * group_bytes}];", [v], "rrrr")
-                           for v in (x0, x1)] for j in range(groups)]
-                factors = mo.asm(mo.SCALE_PAIR, [s0[u], s1[u], selector], "rr", effects=False)
-                a = {}
-                for h, base in enumerate((w0, w1)):
-                    for word_index, word in enumerate(mo.load_shared(mo.bit_xor(base, 32 * u), w_at, 2)):
-                        a[h, word_index] = mo.decode_codes(word, factors[h])
+                right = [[load_tokens(v, x_at + u * chunk_bytes + j * group_bytes) for v in (x0, x1)] for j in range(groups)]
+                left = decode(u, w0, w1, w_at, s0[u], s1[u])
                 for q in range(4):
-                    left = [a[0, 0][q], a[1, 0][q], a[0, 1][q], a[1, 1][q]]
                     for j in range(groups):
-                        sums[j] = mo.asm(_MMA, [*left, *right[j][q // 2][2 * (q % 2):][:2], *sums[j]], "ffff", effects=False)
-            out = np.empty((groups, 2), dtype=object)
-            for j, h in np.ndindex(groups, 2):
-                out[j, h] = mo.pair(*sums[j][2 * h:2 * h + 2])
-            return mo.wgmma_array(out, (64, tokens))
+                        sums[j] = mo.asm(_MMA, [*left[q], *right[j][q // 2][2 * (q % 2):][:2], *sums[j]], "ffff", effects=False)
+            return as_array(sums)
 
         return f(acc, jnp.int32(offset), *a[:4], scale_address)
 
@@ -413,16 +504,19 @@ def _narrow(n, k, m, *, slices, tiles, tokens, per_row, bias_dtype, out_dtype, s
         index = wg * 4 + v
         return lax.rem(index, jnp.int32(tiles)), lax.div(index, jnp.int32(tiles))
 
-    def add_twin(acc, wg, i, stage, w_sm, s_sm, x_sm):
+    def add_twin(acc, wg, i, stage, w_sm, s_sm, x_sm, chunk=None):
+        """A step, or a 64-chunk of it."""
         out = []
         for v in range(4):
             tile, p = warp_twin(wg, v)
             own = pl.ds(tile * 16, 16)
-            words = w_sm[stage, p, own]
+            words = w_sm[i if resident else stage, p, own]
             step = p * rounds + i
             scales = (s_sm[lax.div(step, SCALE_STEPS), own, pl.ds(lax.rem(step, SCALE_STEPS) * 4, 4)] if resident
                       else s_sm[stage, p, own])
-            right = x_sm[stage, p] if x_tiled else x_sm[stage, p].transpose(1, 0, 2).reshape(tokens, STEP)
+            if chunk is not None:
+                words, scales = words[:, 8 * chunk:8 * chunk + 8], scales[:, chunk:chunk + 1]
+            right = x_sm[stage, p] if x_tiled or chunk is not None else x_sm[stage, p].transpose(1, 0, 2).reshape(tokens, STEP)
             out.append(jnp.dot(mo.decode_words(words, scales), right.T, preferred_element_type=jnp.float32))
         return acc + jnp.concatenate(out)
 
@@ -446,17 +540,18 @@ def _narrow(n, k, m, *, slices, tiles, tokens, per_row, bias_dtype, out_dtype, s
     return plgpu.kernel(
         kernel, out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
         scratch_types=dict(
-            w_sm=plgpu.SMEM((stages, slices, rows, STEP // 8), jnp.int32, transforms=mo.ROWS_128),
+            w_sm=plgpu.SMEM((rounds if resident else stages, slices, rows, STEP // 8), jnp.int32, transforms=mo.ROWS_128),
             s_sm=(plgpu.SMEM((scale_blocks, rows, 32), jnp.int32, transforms=mo.ROWS_128) if resident else
                   plgpu.SMEM((stages, slices, rows, STEP // 64), jnp.int32)),
             x_sm=plgpu.SMEM(x_shape, jnp.bfloat16, transforms=x_transforms),
             red=plgpu.SMEM((slices, tokens, pitch), jnp.float32),
-            full=plgpu.Barrier(
-                num_arrivals=(1 if resident else 2) + (1 if x_tiled else chunks), num_barriers=stages * slices),
+            full=plgpu.Barrier(num_arrivals={"all": 1, "weights": 0, "steps": 2}[memory] +
+                               (1 if x_tiled or memory == "weights" else chunks), num_barriers=stages * slices),
+            **(dict(w_full=plgpu.Barrier(num_barriers=rounds * slices)) if memory == "weights" else {}),
             empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
             s_full=plgpu.Barrier(num_arrivals=scale_blocks),
             done=plgpu.Barrier(num_arrivals=wgs)),
-        grid=(-(-n // rows) * token_tiles,), grid_names=("tile",), num_threads=wgs if resident else wgs + 1, thread_name="wg",
+        grid=(-(-n // rows) * token_tiles,), grid_names=("tile",), num_threads=wgs if memory == "all" else wgs + 1, thread_name="wg",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True))
 
 
@@ -837,10 +932,15 @@ def _plan(n, k, m):
     count = slices(n, k)
     if count == 1:
         return _wide, dict(slices=1, wgs=4, tokens=_tokens(m, 128), paired=m > 8 and n > 256)
-    tiles, tokens = _narrow_tiles(n, k), _tokens(m, 32)
-    one_wave = -(-n // (16 * tiles)) * -(-m // tokens) <= SMS
-    if (m <= 32 or one_wave) and _narrow_memory(k, tokens, count, tiles)[1]:
-        return _narrow, dict(slices=count, tiles=tiles, tokens=tokens)
+    tiles = _narrow_tiles(n, k)
+    # 64 tokens a CTA read more of them than they save in decodes where it has more than 32 rows (measured).
+    for most in (32, 64) if m <= 64 and tiles <= 2 else (32,):
+        tokens = _tokens(m, most)
+        memory, _ = _narrow_memory(k, tokens, count, tiles)
+        one_wave = -(-n // (16 * tiles)) * -(-m // tokens) <= SMS
+        if (m <= 32 or one_wave) and (memory in ("all", "weights") or memory and most == 32):
+            return _narrow, dict(slices=count, tiles=tiles, tokens=tokens)
+    tokens = _tokens(m, 32)
     if m <= 32 or m <= 64 and count == 8:
         return _split, dict(slices=count, wgs=1 if n * count <= 16384 else 2, tokens=tokens)
     wgs, most = min(_TILE_TIMES, key=lambda tile: -(-(-(-n // (64 * tile[0])) * -(-m // tile[1])) // SMS) * _TILE_TIMES[tile])

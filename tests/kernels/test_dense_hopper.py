@@ -102,6 +102,8 @@ NARROW, SPLIT, WIDE = dense_hopper._narrow, dense_hopper._split, dense_hopper._w
     (32, 16384, 8, (NARROW, dict(slices=2, tiles=2, tokens=8))),  # a ring
     (32, 16384, 11, (NARROW, dict(slices=2, tiles=2, tokens=16))),
     (16, 1024, 48, (NARROW, dict(slices=4, tiles=1, tokens=24))),  # tiles of tokens
+    (32, 4096, 64, (NARROW, dict(slices=4, tiles=2, tokens=64))),  # all weights, a ring of tokens
+    (48, 4032, 37, (NARROW, dict(slices=4, tiles=3, tokens=40))),
     (64, 1024, 24, (SPLIT, dict(slices=2, wgs=1, tokens=16))),
     (64, 32768, 8, (SPLIT, dict(slices=2, wgs=1, tokens=8))),  # a ring
     (192, 768, 8, (WIDE, dict(slices=1, wgs=1, tokens=8, paired=False))),
@@ -139,7 +141,7 @@ def compiled(n, k, m, *, bias=None, out_dtype=jnp.bfloat16, per_row=False, layer
 @pytest.mark.parametrize("n, k, m, options", [
     *((33792, 8192, m, {}) for m in (1, 16, 32, 64, 128, 4096)),
     *((4096, 2048, m, {}) for m in (1, 13, 16, 32, 64, 128, 256, 1024)),
-    *((2048, 4096, m, {}) for m in (16, 32, 64)), (1024, 2048, 64, {}), *((10240, 5120, m, {}) for m in (16, 17, 64, 128)),
+    *((2048, 4096, m, {}) for m in (16, 32, 64)), (1024, 2048, 64, {}), *((5120, 2048, m, {}) for m in (33, 64)), *((10240, 5120, m, {}) for m in (16, 17, 64, 128)),
     (5120, 25600, 8, {}), (151936, 2048, 8, {}),
     (4097, 2048, 9, dict(bias=jnp.bfloat16, out_dtype=jnp.float32, per_row=True, layers=(3,))),
     (4097, 2048, 100, dict(bias=jnp.bfloat16, out_dtype=jnp.float32, per_row=True, layers=(3,))),
@@ -173,10 +175,10 @@ def test_instructions_of_the_main_loop(n, k, m, most, _):
 
 # --- the compiled kernels, on the CPU -------------------------------------------------------------------------------
 
-def x_map(operand, tokens):
+def x_map(operand, tokens, memory):
     """As `_narrow` reads them: by 8-row groups in one copy a step where M allows it."""
     m, k = operand.shape
-    if m % 8:
+    if m % 8 or memory == "weights":
         return ptx_hopper.TensorMap(operand, (64, tokens), 128)
     groups = np.ascontiguousarray(operand.reshape(m // 8, 8, k // 64, 64).transpose(0, 2, 1, 3))
     return (ptx_hopper.TensorMap(groups[0], (64, 8, 4), 128) if m == 8 else
@@ -190,6 +192,9 @@ def x_map(operand, tokens):
     (32, 4096, 24, (NARROW, dict(slices=8, tiles=1, tokens=16))),
     (64, 1280, 11, (NARROW, dict(slices=4, tiles=4, tokens=16))),
     (32, 8192, 32, (NARROW, dict(slices=4, tiles=2, tokens=32))),  # a ring
+    (40, 2048, 61, (NARROW, dict(slices=4, tiles=2, tokens=64))),  # all weights, a ring of tokens; N and M end inside a tile
+    (48, 1856, 64, (NARROW, dict(slices=4, tiles=3, tokens=64))),  # K ends inside a step; three stages
+    (16, 4096, 48, (NARROW, dict(slices=8, tiles=1, tokens=48))),
     (128, 2304, 8, (WIDE, dict(slices=1, wgs=2, tokens=8, paired=False))),
     (100, 1280, 40, (WIDE, dict(slices=2, wgs=1, tokens=24, paired=False))),
     (64, 512, 80, (WIDE, dict(slices=1, wgs=1, tokens=80, paired=False))),
@@ -206,14 +211,15 @@ def test_compiled_kernel_on_the_cpu(n, k, m, plan, _):
     words, scales, operand = packed.view(np.int32), scale.view(np.uint8).view(np.int32), np.asarray(mosaic.permute_k(jnp.asarray(x)))
     if make is NARROW:
         rows, warpgroups = 16 * settings["tiles"], settings["tiles"] * settings["slices"] // 4
-        whole, _ = dense_hopper._narrow_memory(k, tile, settings["slices"], settings["tiles"])
-        ctas, producers, g = -(-n // rows) * -(-m // tile), 0 if whole else 1, "ld.global.nc.b32"
+        memory, _ = dense_hopper._narrow_memory(k, tile, settings["slices"], settings["tiles"])
+        whole = memory != "steps"
+        ctas, producers, g = -(-n // rows) * -(-m // tile), 0 if memory == "all" else 1, "ld.global.nc.b32"
     else:
         rows, warpgroups = 64 * settings["wgs"], settings["wgs"]
         whole, ctas, producers, g = tile <= 32, -(-n // rows) * -(-m // tile), 1, "ld.global.b32"
     maps = [ptx_hopper.TensorMap(words, (32, rows), 128),
             ptx_hopper.TensorMap(scales, (32 if whole else 4, rows), 128 if whole else 0),
-            x_map(operand, tile) if make is NARROW else ptx_hopper.TensorMap(operand, (64, tile), 128)]
+            x_map(operand, tile, memory) if make is NARROW else ptx_hopper.TensorMap(operand, (64, tile), 128)]
     if make is WIDE and whole:
         maps[:2] = maps[1::-1]  # in the order of their use
     out = np.full((m, n), np.nan, np.float32)
@@ -247,7 +253,7 @@ def test_results_and_batch_invariance(n, k):
     permuted = mosaic.permute_k(jnp.asarray(x))
     full = np.asarray(f(permuted, jnp.asarray(row_scale), packed, scale, jnp.float32(0.25)))
     check(full, x, dequantized, row_scale.astype(np.float64) * 0.25)
-    for m in (1, 3, 8, 9, 16, 17, 32, 40, 64, 128, 129):
+    for m in (1, 3, 8, 9, 16, 17, 32, 33, 40, 48, 64, 128, 129):
         start = int(rng.integers(0, most - m + 1))
         poison(m, n, jnp.float32)
         own = slice(start, start + m)
