@@ -938,7 +938,7 @@ def _plan(n, k, m):
         tokens = _tokens(m, most)
         memory, _ = _narrow_memory(k, tokens, count, tiles)
         one_wave = -(-n // (16 * tiles)) * -(-m // tokens) <= SMS
-        if (m <= 32 or one_wave) and (memory in ("all", "weights") or memory and most == 32):
+        if (m <= 32 or one_wave) and memory in (("all", "weights", "steps") if most == 32 else ("all", "weights")):
             return _narrow, dict(slices=count, tiles=tiles, tokens=tokens)
     tokens = _tokens(m, 32)
     if m <= 32 or m <= 64 and count == 8:
