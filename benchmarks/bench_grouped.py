@@ -57,6 +57,11 @@ def cases(rng, only):
     return [c for c in out if c[0].split()[0] in only]
 
 
+def columns_of(product, n):
+    """Output channels of a product before any SiLU: gate and up are beside one another."""
+    return 2 * n if product == "gate+up" else n
+
+
 def torch_times(todo, queue):
     """us of torch's bf16 grouped matmul, by case; a CUDA graph of launches over the case's routings."""
     try:
@@ -64,7 +69,7 @@ def torch_times(todo, queue):
         grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
         weights, out = {}, []
         for _, _, batch, product, n, k, experts, sizes in todo:
-            columns = 2 * n if product == "gate+up" else n
+            columns = columns_of(product, n)
             if (experts, columns, k) not in weights:
                 weights.clear()
                 weights[experts, columns, k] = torch.randn(experts, columns, k, device="cuda", dtype=torch.bfloat16)
@@ -166,7 +171,7 @@ def main():
     def compile_for(name, product, experts, n, k, m):
         """The program of ours or of a peer for shapes; nothing else runs while one is measured."""
         array, bf16 = jax.ShapeDtypeStruct, jnp.bfloat16
-        columns = 2 * n if product == "gate+up" else n
+        columns = columns_of(product, n)
         lead = (experts, 2, n) if product == "gate+up" else (experts, n)
         if name == product:
             operands = (array((m, k), bf16), array((m, 1), jnp.float32), array((*lead, k // 2), jnp.uint8),
@@ -183,8 +188,7 @@ def main():
     wanted = set()
     for *_, product, n, k, experts, sizes in todo:
         shape = product, experts, n, k, int(sizes[0].sum())
-        columns = 2 * n if product == "gate+up" else n
-        wanted |= {(name, *shape) for name in (product, *peers_of(experts, columns, k, shape[-1]))}
+        wanted |= {(name, *shape) for name in (product, *peers_of(experts, columns_of(product, n), k, shape[-1]))}
     with ThreadPoolExecutor(12) as pool:
         compiled = {key: pool.submit(compile_for, *key) for key in sorted(wanted)}
     print(f"{'table':22} {'experts':>8} {'batch':>5} {'product':8} {'us':>7} {'of all':>7} {'TB/s':>5} {'TFLOP/s':>7} "
@@ -202,7 +206,7 @@ def main():
         shape = product, experts, n, k, m
         total, us = kernel_us(compiled[product, *shape].result(), [(x, row_scale, *weights, g) for g in groups], launches)
         active = float(np.mean([np.count_nonzero(s) for s in sizes]))
-        columns = 2 * n if gated else n
+        columns = columns_of(product, n)
         moved = active * columns * k * 9 / 16 + m * k * 2 + m * n * 2
         operations = 2 * m * columns * k
         floor = max(moved / bandwidth, operations / rate) * 1e6

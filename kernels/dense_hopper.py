@@ -736,9 +736,11 @@ def _wide(n, k, m, *, slices, wgs, tokens, paired, per_row, bias_dtype, out_dtyp
     if stages < 2:
         raise NotImplementedError(f"dense_hopper: no schedule for weights [{n}, {k}] at M={m}, tiles of {tokens} tokens")
     chunks = _chunks(tokens)
+    scale_pitch = -(-tokens // 32) * 32  # floats of a tile's row scales: TMA writes to multiples of 128 bytes
     consumer_registers, producer_registers = mo.register_budget(wgs)
 
-    def kernel(w, s, x, row_scale, g, bias, layer, o, w_sm, s_sm, x_sm, r_sm, full, empty, s_full, s_empty, r_full, r_empty, x_free=None):
+    def kernel(w, s, x, row_scale, g, bias, layer, o, w_sm, s_sm, x_sm, r_sm, full, empty, s_full, s_empty, r_full, r_empty,
+               x_free=None):
         wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
         at = (layer[0],) if stacked else ()
         zero = sm * 0
@@ -794,7 +796,8 @@ def _wide(n, k, m, *, slices, wgs, tokens, paired, per_row, bias_dtype, out_dtyp
 
                 if per_row:  # last, for they are used last
                     pl.when(carry >= 2)(lambda: plgpu.barrier_wait(r_empty.at[r_slot]))
-                    plgpu.copy_gmem_to_smem(row_scale.at[pl.ds(token_tile * tokens, tokens)], r_sm.at[r_slot, pl.ds(0, tokens)], r_full.at[r_slot])
+                    plgpu.copy_gmem_to_smem(row_scale.at[pl.ds(token_tile * tokens, tokens)], r_sm.at[r_slot, pl.ds(0, tokens)],
+                                            r_full.at[r_slot])
                 return carry + 1
 
             if twin:  # the interpreter wants every completed phase of a barrier observed
@@ -877,7 +880,7 @@ def _wide(n, k, m, *, slices, wgs, tokens, paired, per_row, bias_dtype, out_dtyp
                                     tokens=tokens, width=n, masked=n % (rows * width) != 0)
                 if per_row:
                     if twin:
-                        plgpu.commit_smem()
+                        plgpu.commit_smem()  # as in `_narrow`
                     plgpu.barrier_arrive(r_empty.at[r_slot])
                 return carry + 1
 
@@ -893,7 +896,7 @@ def _wide(n, k, m, *, slices, wgs, tokens, paired, per_row, bias_dtype, out_dtyp
             channel = mo.add(channel, mo.add(mo.mul(warp, 16), weight_row))
             biases = [None if bias_dtype is None else
                       _load_bias(bias, mo.add(bias_at, mo.minimum(mo.add(channel, h), n - 1)), bias_dtype) for h in range(2)]
-            scales_at = mo.smem_address(row_scales, mo.mul(mo.add(mo.mul(slot, -(-tokens // 32) * 32), mo.mul(quad, 2)), 4))
+            scales_at = mo.smem_address(row_scales, mo.mul(mo.add(mo.mul(slot, scale_pitch), mo.mul(quad, 2)), 4))
             registers = acc.registers.reshape(tokens // 8, 2)
             out = np.empty_like(registers)
             for j in range(tokens // 8):
@@ -914,7 +917,7 @@ def _wide(n, k, m, *, slices, wgs, tokens, paired, per_row, bias_dtype, out_dtyp
             s_sm=(plgpu.SMEM((2, rows, 32), jnp.int32, transforms=mo.ROWS_128) if blocked else
                   plgpu.SMEM((stages, rows, STEP // 64), jnp.int32)),
             x_sm=plgpu.SMEM((stages, STEP // 64, tokens, 64), jnp.bfloat16, transforms=mo.ROWS_128),
-            r_sm=plgpu.SMEM((2, -(-tokens // 32) * 32), jnp.float32),  # TMA writes to multiples of 128 bytes
+            r_sm=plgpu.SMEM((2, scale_pitch), jnp.float32),
             r_full=plgpu.Barrier(num_barriers=2), r_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=2),
             full=plgpu.Barrier(num_arrivals=STEP // 64 + (1 if blocked else 2), num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),

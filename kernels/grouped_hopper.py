@@ -394,7 +394,8 @@ def _grouped(layers, experts, n, k, m, c, *, gated, row_scaled, out_dtype, inter
             if interpret:  # it wants every completed phase of a barrier observed
                 for barrier, uses, stages in (
                         (w_empty, tile * steps, r.w_stages), (s_empty, tile * scale_blocks, r.s_stages),
-                        *(() if c.together else ((x_empty, x_used, r.x_stages),)), (m_empty, tile, 2), *(((r_empty, tile, 2),) if row_scaled else ())):
+                        *(() if c.together else ((x_empty, x_used, r.x_stages),)), (m_empty, tile, 2),
+                        *(((r_empty, tile, 2),) if row_scaled else ())):
                     @pl.loop(jnp.maximum(uses, stages), uses + stages)
                     def _(use):
                         plgpu.barrier_wait(barrier.at[div_rem(use, stages)[1]])

@@ -106,7 +106,7 @@ def test_experts_keep_a_rows_bits(key):
 
 
 def test_delayed_layer(key):
-    """The history that a layer on the kernels keeps is the XLA path's, to the bit, and so is what it multiplies."""
+    """The history that a layer on the kernels keeps is the XLA path's, to the bit, and their results agree."""
     layer = nnx.Linear(448, 200, use_bias=False, param_dtype=BF16, dtype=BF16, rngs=nnx.Rngs(key))
     both = [nvfp4jax.NVFP4Linear.from_float(layer, activation="delayed", implementation=name) for name in ("hopper", "xla")]
     call = nnx.jit(lambda q, x: q(x))
