@@ -17,7 +17,8 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax import lax  # noqa: E402
 
-from nvfp4jax.kernels import dense_hopper, mosaic  # noqa: E402
+from nvfp4jax.kernels.hopper import dense as dense_hopper  # noqa: E402
+from nvfp4jax.kernels.hopper import mosaic  # noqa: E402
 
 # Copy bandwidth (bytes read plus written a second) and bf16 rate (a second), as measured with large sizes.
 CEILINGS = {"NVIDIA H200": (4.3e12, 790e12), "NVIDIA H100 80GB HBM3": (3.0e12, 790e12)}

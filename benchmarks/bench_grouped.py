@@ -125,7 +125,7 @@ def main():
     from jax import lax
     from jax._src.lib import mosaic_gpu
 
-    from nvfp4jax.kernels import grouped_hopper as grouped
+    from nvfp4jax.kernels.hopper import grouped
 
     try:
         if arguments.no_peers:

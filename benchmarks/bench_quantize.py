@@ -17,8 +17,9 @@ import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 
 from nvfp4jax import array
-from nvfp4jax.kernels import mosaic, routing
-from nvfp4jax.kernels import quantize_hopper as q
+from nvfp4jax import routing as plain
+from nvfp4jax.kernels.hopper import mosaic, routing
+from nvfp4jax.kernels.hopper import quantize as q
 
 BF16 = jnp.bfloat16
 
@@ -121,14 +122,14 @@ def routing_cases(experts=128, k=8, hidden=2048):
     for tokens in (1, 16, 64, 256, 1024, 8192):
         key = jax.random.key(tokens)
         ids = jax.lax.top_k(jax.random.uniform(key, (tokens, experts)), k)[1].astype(jnp.int32)
-        route = routing.route_xla(ids, experts)
-        yield (f"route {tokens} tokens", lambda i: routing.route(i, experts), lambda i: routing.route_xla(i, experts), [ids], tokens * k * 12)
+        route = plain.route(ids, experts)
+        yield (f"route {tokens} tokens", lambda i: routing.route(i, experts), lambda i: plain.route(i, experts), [ids], tokens * k * 12)
         rows = jax.random.normal(key, (tokens * k, hidden), BF16)
         weights = jax.random.uniform(key, (tokens, k))
         logits = jax.random.normal(key, (tokens, experts))
-        choose = [functools.partial(f, k=k, normalize=True) for f in (routing.top_k_experts, routing.top_k_experts_xla)]
+        choose = [functools.partial(f, k=k, normalize=True) for f in (routing.top_k_experts, plain.top_k_experts)]
         yield f"choose {k} of {experts} experts, {tokens} tokens", *choose, [logits], tokens * (experts + 2 * k) * 4
-        yield (f"combine {tokens} tokens", routing.combine, routing.combine_xla, [rows, route, weights], tokens * (k + 1) * hidden * 2)
+        yield (f"combine {tokens} tokens", routing.combine, plain.combine, [rows, route, weights], tokens * (k + 1) * hidden * 2)
 
 
 def main():

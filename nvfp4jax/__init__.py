@@ -13,7 +13,7 @@ from nvfp4jax.layers import (
 from nvfp4jax.ops import experts, grouped_matmul, grouped_swiglu, matmul, quantize
 from nvfp4jax.rollout import Rollout, generate
 from nvfp4jax.scaling import valid_rows
-from nvfp4jax.swap import Rule, quantize_model, quantize_params, register, with_activation
+from nvfp4jax.swap import Rule, quantize_model, quantize_params, register, with_scaling
 
 __all__ = [
     "CheckpointError",
@@ -37,5 +37,5 @@ __all__ = [
     "quantize_params",
     "register",
     "valid_rows",
-    "with_activation",
+    "with_scaling",
 ]

@@ -28,7 +28,7 @@ def calibrate(
 ) -> nnx.Module:
     """A model with the weights of `qmodel`, shared, whose static layers have the input scales that `batches` call for.
 
-    qmodel: what `quantize_model` made with activation="static", or any other after `with_activation(qmodel, "static")`; called as
+    qmodel: what `quantize_model` made with scaling="static", or any other after `with_scaling(qmodel, "static")`; called as
         `generate` calls it. Scales that its static layers have already are replaced; its other layers stay as they are.
     batches: each the token ids [B, T] of some prompts, or (ids, attention_mask [B, T]); what is masked takes no part.
     headroom: at least 1, times the largest amax seen: activations may grow by it before they saturate.
@@ -44,7 +44,7 @@ def calibrate(
         layer = modules[path]
         if isinstance(layer, layers.NVFP4Experts):
             scales = {name: jnp.broadcast_to(s[..., None], (*layer.lead, layer.num_experts)) for name, s in scales.items()}
-        layers.set_activation(layer, "static", scales)
+        layers.set_scaling(layer, "static", scales)
     return result
 
 
@@ -57,10 +57,10 @@ def input_scales(
     """
     if not (math.isfinite(headroom) and headroom >= 1):
         raise ValueError(f"headroom={headroom}: a finite factor of at least 1")
-    static = {path: layer for path, layer in swap.scaled_layers(qmodel).items() if layer.activation == "static"}
+    static = {path: layer for path, layer in swap.scaled_layers(qmodel).items() if layer.scaling == "static"}
     if not static:
-        raise ValueError("calibrate: no layer of the model has activation='static'; swap with Rule(..., activation='static'), or take "
-                         "nvfp4jax.with_activation(model, 'static')")
+        raise ValueError("calibrate: no layer of the model has scaling='static'; swap with Rule(..., scaling='static'), or take "
+                         "nvfp4jax.with_scaling(model, 'static')")
     model, watches = _watched(qmodel, static) if float_model is None else _watched_float(float_model, static)
     graphdef, none_yet, params = nnx.split(model, InputAmax, ...)
     params = jax.tree.map(committed, params)
@@ -112,7 +112,7 @@ def _watch(observer: nnx.Module, layer: nnx.Module) -> nnx.Module:
 
 def _watched(qmodel: nnx.Module, static: Mapping[Path, nnx.Module]) -> tuple[nnx.Module, dict[Path, nnx.Module]]:
     """A copy that shares the weights and quantizes no activation; the layers that take notes, by path."""
-    model = swap.with_activation(qmodel, None)
+    model = swap.with_scaling(qmodel, None)
     return model, {path: _watch(layer, static[path]) for path, layer in swap.scaled_layers(model).items() if path in static}
 
 

@@ -19,7 +19,7 @@ _CALIBRATION_BATCH = 8  # prompts in one forward pass
 
 def _activation(name: str) -> str | None:
     if name not in MODES:
-        raise ValueError(f"--activation {name}: one of {', '.join(MODES)}")
+        raise ValueError(f"--scaling {name}: one of {', '.join(MODES)}")
     return None if name == "none" else name
 
 
@@ -33,7 +33,7 @@ def quantize(
     exclude: Annotated[list[str] | None, typer.Option(help="Regular expression, searched in 'layers/0/mlp/up_proj'. May repeat.")] = None,
     experts_only: Annotated[bool, typer.Option(help="Quantize experts and nothing else.")] = False,
     four_over_six: Annotated[str | None, typer.Option(help="mse or mae: four-over-six for weights.")] = None,
-    activation: Annotated[
+    scaling: Annotated[
         str, typer.Option(help="Mode of the layers: none, static, delayed, tensor, tensor_pow2, token, expert.")
     ] = "token",
     activation_four_over_six: Annotated[str | None, typer.Option(help="mse or mae: four-over-six for activations.")] = None,
@@ -50,7 +50,7 @@ def quantize(
     from nvfp4jax.checkpoint import convert
 
     selection = convert.Selection(
-        keep_first_n, keep_last_n, tuple(exclude or ()), experts_only, four_over_six, _activation(activation), activation_four_over_six
+        keep_first_n, keep_last_n, tuple(exclude or ()), experts_only, four_over_six, _activation(scaling), activation_four_over_six
     )
     calibration = None
     if calibration_prompts is not None or calibration_token_ids:
@@ -154,7 +154,7 @@ def rollout(
     seed: Annotated[int, typer.Option(help="Seed of the random key.")] = 0,
     stop_token: Annotated[list[int] | None, typer.Option(help="Token that ends a sample; default: the folder's eos tokens.")] = None,
     cache_length: Annotated[int | None, typer.Option(help="Slots of the KV cache.")] = None,
-    activation: Annotated[str | None, typer.Option(help="Mode of the NVFP4 layers, where not the stored one.")] = None,
+    scaling: Annotated[str | None, typer.Option(help="Mode of the NVFP4 layers, where not the stored one.")] = None,
     scan_layers: Annotated[bool, typer.Option(help="Scan equal layers: compiles faster, runs slower.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a sample.")] = False,
 ) -> None:
@@ -166,7 +166,7 @@ def rollout(
     from nvfp4jax.rollout import generate
 
     rows, tokenizer = _prompt_rows(checkpoint, prompt or (), prompt_file, token_ids, ("--prompt", "--prompt-file", "--token-ids"))
-    options = {} if activation is None else {"activation": _activation(activation)}
+    options = {} if scaling is None else {"scaling": _activation(scaling)}
     model = load_model(checkpoint, scan_layers=scan_layers, **options)
     ids, mask = _padded(rows)
     result = generate(
@@ -277,8 +277,9 @@ def _inspect_orbax(directory: Path) -> None:
     for pattern, names in _grouped({name: leaf for name, leaf in shapes.items() if not name.endswith((*suffixes, "_scale"))}):
         leaf = shapes[names[0]]
         packed = leaf.dtype == np.uint8
-        parts = [f"{name}{suffix}" for name in names for suffix in ("_scale", "_global_scale", "_input_scale") if f"{name}{suffix}" in shapes]
-        inputs = [f"{name.rpartition('/')[0]}/input_scale" for name in names] if packed and names[0].endswith("/kernel") else []
+        bases = [name.removesuffix("_packed") for name in names]
+        parts = [f"{base}{suffix}" for base in bases for suffix in ("_scale", "_global_scale", "_input_scale") if f"{base}{suffix}" in shapes]
+        inputs = [f"{base.rpartition('/')[0]}/input_scale" for base in bases] if packed and bases[0].endswith("/kernel") else []
         inputs = [name for name in inputs if name in shapes] + [part for part in parts if part.endswith("_input_scale")]
         globals_ = [v for part in parts if part.endswith("_global_scale") for v in values[part]]
         nbytes = sum(shapes[name].size * shapes[name].dtype.itemsize for name in {*names, *parts, *inputs})

@@ -54,14 +54,14 @@ def one_level(qmodel: nnx.Module, model: nnx.Module) -> nnx.Module:
 
         def store(name, matrix, layer=layer):
             w = quantize_static(matrix.astype(jnp.bfloat16), jnp.float32(1))
-            for suffix, value in (("", w.packed), ("_scale", w.scale)):
+            for suffix, value in (("_packed", w.packed), ("_scale", w.scale)):
                 param = getattr(layer, name + suffix)
                 param[...] = value.reshape(param.shape)
             scale = getattr(layer, f"{name}_global_scale")
             scale[...] = jnp.ones_like(scale[...])
 
         turned = {name[-1]: jnp.swapaxes(floats[(*path, *name)].get_value(), -1, -2) for name in layer.float_names()}
-        layer.activation = "static"
+        layer.scaling = "static"
         if isinstance(layer, nvfp4jax.NVFP4Experts):
             store("gate_up", jnp.stack([turned["gate_proj"], turned["up_proj"]], -3))
             store("down", turned["down_proj"])
@@ -107,8 +107,8 @@ def main(
         error = np.abs(np.asarray(forward(same)(nnx.state(same), ids, mask)) - reference["logits_f32"])[np.asarray(mask)].max()
         say(f"                the same with rotary frequencies rounded to bfloat16, as that run had them {error:.1e}")
 
-    rules = [Rule("lm_head|.*/mlp/gate", skip=True), Rule(".*", activation="token")]
-    rules = rules if not config.get("tie_word_embeddings") else [Rule(".*", activation="token")]
+    rules = [Rule("lm_head|.*/mlp/gate", skip=True), Rule(".*", scaling="token")]
+    rules = rules if not config.get("tie_word_embeddings") else [Rule(".*", scaling="token")]
     half = nvfp4jax.load_model(directory, jnp.bfloat16, scan_layers=True)
     qmodel = nvfp4jax.quantize_model(half, rules)
     sizes = [sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(nnx.state(m))) for m in (half, qmodel)]
@@ -154,12 +154,12 @@ def main(
         table.add_row(weights, activations, f"{relative(logits, exact):.4f}", f"{(tokens == greedy).mean():.0%}")
 
     row("bfloat16", "bfloat16", half)
-    for activation in (None, "tensor", "tensor_pow2", "token", *(["expert"] if experts else [])):
-        rules = [r if r.skip else Rule(r".*/experts", activation=activation) for r in rules] if activation == "expert" else [
-            r if r.skip else Rule(".*", activation=activation) for r in rules
+    for scaling in (None, "tensor", "tensor_pow2", "token", *(["expert"] if experts else [])):
+        rules = [r if r.skip else Rule(r".*/experts", scaling=scaling) for r in rules] if scaling == "expert" else [
+            r if r.skip else Rule(".*", scaling=scaling) for r in rules
         ]
-        row("NVFP4" + (" (experts only)" if activation == "expert" else ""), activation or "bfloat16", nvfp4jax.quantize_model(half, rules))
-    best = [r if r.skip else Rule(".*", activation="token", four_over_six="mse", weight_four_over_six="mse") for r in rules]
+        row("NVFP4" + (" (experts only)" if scaling == "expert" else ""), scaling or "bfloat16", nvfp4jax.quantize_model(half, rules))
+    best = [r if r.skip else Rule(".*", scaling="token", four_over_six="mse", weight_four_over_six="mse") for r in rules]
     row("NVFP4, four over six", "token, four over six", nvfp4jax.quantize_model(half, best))
     row("one-level FP4", "one-level FP4", one_level(qmodel, half))
     console.print(table)

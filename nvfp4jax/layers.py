@@ -25,9 +25,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from nvfp4jax import array as nvfp4_array
-from nvfp4jax import ops, scaling
+from nvfp4jax import ops, routing
+from nvfp4jax import scaling as modes
 from nvfp4jax.array import NVFP4Array
-from nvfp4jax.kernels import routing
 
 
 class NVFP4Param(nnx.Param):
@@ -50,18 +50,18 @@ def see(seen: InputAmax | None, x: Float[Array, "..."], valid: Bool[Array, "..."
     """Notes the amax of x over its valid rows; the amax to scale x by, where the layer's history says it, else None."""
     if seen is None:
         return None
-    amax = scaling.activation_amax(jax.lax.stop_gradient(x), "tensor", valid)
+    amax = modes.activation_amax(jax.lax.stop_gradient(x), "tensor", valid)
     if isinstance(seen, LargestAmax):
         seen.set_value(jnp.maximum(seen.get_value(), amax))
         return None
-    amax, history = scaling.delayed_amax(seen.get_value(), amax)
+    amax, history = modes.delayed_amax(seen.get_value(), amax)
     seen.set_value(history)
     return amax
 
 
-def _scaling_of(activation: str | None) -> str | None:
+def _scaling_of(scaling: str | None) -> str | None:
     """What an operation is asked for: a delayed layer gives it the amax for the whole tensor."""
-    return "tensor" if activation == "delayed" else activation
+    return "tensor" if scaling == "delayed" else scaling
 
 
 # An nnx filter: what a checkpoint of weights holds, and a trainer's next step replaces.
@@ -93,22 +93,22 @@ def _map(f, value):
     return jax.eval_shape(f, value) if _is_abstract(value) else f(value)
 
 
-def _check_activation(activation: str | None, allowed: tuple[str | None, ...], name: str) -> None:
-    if activation not in allowed:
-        raise ValueError(f"{name}: activation={activation!r} is not one of {', '.join(map(str, allowed))}")
+def _check_scaling(scaling: str | None, allowed: tuple[str | None, ...], name: str) -> None:
+    if scaling not in allowed:
+        raise ValueError(f"{name}: scaling={scaling!r} is not one of {', '.join(map(str, allowed))}")
 
 
-def set_activation(layer: "NVFP4Linear | NVFP4Experts", activation: str | None, input_scales: Mapping[str, Array | None] | None = None) -> None:
+def set_scaling(layer: "NVFP4Linear | NVFP4Experts", scaling: str | None, input_scales: Mapping[str, Array | None] | None = None) -> None:
     """Puts an NVFP4 layer into a mode, with what the mode needs for each of the layer's inputs.
 
     input_scales: by the names in `layer.inputs`, for "static"; one that is missing or None is to come (`nvfp4jax.calibrate`).
     """
-    _check_activation(activation, layer.modes, layer.name)
-    layer.activation = activation
+    _check_scaling(scaling, layer.modes, layer.name)
+    layer.scaling = scaling
     for name in layer.inputs:
-        scale = (input_scales or {}).get(name) if activation == "static" else None
+        scale = (input_scales or {}).get(name) if scaling == "static" else None
         setattr(layer, f"{name}_scale", nnx.data(None) if scale is None else nnx.Param(jnp.asarray(scale, jnp.float32)))
-        history = AmaxHistory(jnp.zeros((*layer.lead, scaling.HISTORY), jnp.float32)) if activation == "delayed" else nnx.data(None)
+        history = AmaxHistory(jnp.zeros((*layer.lead, modes.HISTORY), jnp.float32)) if scaling == "delayed" else nnx.data(None)
         setattr(layer, f"{name}_amax", history)
 
 
@@ -129,8 +129,8 @@ def _scalar_metadata(meta: Mapping) -> dict:
 class NVFP4Linear(nnx.Module):
     """y = x w^T + bias with w in NVFP4; takes the place of `nnx.Linear`.
 
-    Params: kernel u8 [N, K/2], kernel_scale float8_e4m3fn [N, K/16], kernel_global_scale f32 []; bias as the float layer
-    had it, or None; input_scale f32 [] (static mode) or None. `activation`: see the module's docstring. input_amax: an
+    Params: kernel_packed u8 [N, K/2], kernel_scale float8_e4m3fn [N, K/16], kernel_global_scale f32 []; bias as the float layer
+    had it, or None; input_scale f32 [] (static mode) or None. `scaling`: see the module's docstring. input_amax: an
     `AmaxHistory` (delayed mode) or None.
     """
 
@@ -145,13 +145,13 @@ class NVFP4Linear(nnx.Module):
         name: str,
         features: tuple[tuple[int, ...], tuple[int, ...]],
         dtype: jnp.dtype | None,
-        activation: str | None = "token",
+        scaling: str | None = "token",
         four_over_six: str | None = None,
         weight_four_over_six: str | None = None,
         implementation: str | tuple[str, ...] | None = None,
         input_scale: Array | None = None,
     ):
-        _check_activation(activation, self.modes, name)
+        _check_scaling(scaling, self.modes, name)
         self.name = name
         self.contracted, self.features = features
         self.four_over_six = four_over_six
@@ -164,11 +164,11 @@ class NVFP4Linear(nnx.Module):
         n_axes, k_axes = ([lead + a for a in axes] for axes in self._kernel_axes())
         meta = _metadata(kernel, (*((a,) for a in range(lead)), tuple(n_axes), tuple(k_axes)))
         w = quantize_weight(_map(self._matrix, kernel.get_value()), weight_four_over_six, name)
-        self.kernel = NVFP4Param(w.packed, **meta)
+        self.kernel_packed = NVFP4Param(w.packed, **meta)
         self.kernel_scale = NVFP4Param(w.scale, **meta)
         self.kernel_global_scale = NVFP4Param(_squeeze(w.global_scale, lead), **_scalar_metadata(meta))
         self.bias = nnx.data(None) if bias is None else bias
-        set_activation(self, activation, {"input": input_scale})
+        set_scaling(self, scaling, {"input": input_scale})
 
     @classmethod
     def from_float(cls, layer: nnx.Linear, *, name: str = "linear", **options) -> "NVFP4Linear":
@@ -208,7 +208,7 @@ class NVFP4Linear(nnx.Module):
         kernel = params[("kernel",)]
         lead = kernel.ndim - len(self._kernel_axes()[0]) - len(self._kernel_axes()[1])
         w = quantize_weight(self._matrix(kernel), self.weight_four_over_six, self.name)
-        out = {("kernel",): w.packed, ("kernel_scale",): w.scale, ("kernel_global_scale",): _squeeze(w.global_scale, lead)}
+        out = {("kernel_packed",): w.packed, ("kernel_scale",): w.scale, ("kernel_global_scale",): _squeeze(w.global_scale, lead)}
         if self.bias is not None:
             out[("bias",)] = params[("bias",)]
         return out
@@ -216,21 +216,21 @@ class NVFP4Linear(nnx.Module):
     def weight(self) -> NVFP4Array:
         """The weight as an NVFP4Array [N, K]."""
         return NVFP4Array(
-            self.kernel.get_value(), self.kernel_scale.get_value(), self.kernel_global_scale.get_value(), self.layer_index
+            self.kernel_packed.get_value(), self.kernel_scale.get_value(), self.kernel_global_scale.get_value(), self.layer_index
         )
 
     def _matmul(self, x: Array, bias: Array | None) -> Array:
         """x [..., K] -> [..., N]."""
         x = x.astype(self.dtype if self.dtype is not None else jnp.promote_types(x.dtype, self.param_dtype))
-        valid = scaling.current_valid_rows(x.shape[:-1])
+        valid = modes.current_valid_rows(x.shape[:-1])
         return ops.matmul(
             x,
             self.weight(),
-            scaling=_scaling_of(self.activation),
+            scaling=_scaling_of(self.scaling),
             four_over_six=self.four_over_six,
             bias=bias,
             amax=see(self.input_amax, x, valid),
-            valid=valid if self.activation in ("tensor", "tensor_pow2") else None,
+            valid=valid if self.scaling in ("tensor", "tensor_pow2") else None,
             input_scale=None if self.input_scale is None else self.input_scale.get_value(),
             implementation=self.implementation,
             name=self.name,
@@ -375,7 +375,7 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "T H"], expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]) -> Float[Array, "T H"]:
         dtype = self.dtype if self.dtype is not None else jnp.promote_types(x.dtype, self.gate_proj.dtype)
-        route = routing.route_xla(expert_ids, self.num_experts)
+        route = routing.route(expert_ids, self.num_experts)
         rows = x.astype(dtype)[route.token_of_row]
         valid = _valid_of_rows(x, route)
 
@@ -386,20 +386,20 @@ class Experts(nnx.Module):
         see(self.gate_up_input_amax, rows, valid)
         h = jax.nn.silu(product(rows, self.gate_proj)) * product(rows, self.up_proj)
         see(self.down_input_amax, h, valid)
-        return routing.combine_xla(product(h, self.down_proj), route, weights, out_dtype=dtype)
+        return routing.combine(product(h, self.down_proj), route, weights, out_dtype=dtype)
 
 
 def _valid_of_rows(x: Array, route: routing.Routing) -> Array | None:
-    valid = scaling.current_valid_rows(x.shape[:1])
+    valid = modes.current_valid_rows(x.shape[:1])
     return None if valid is None else valid[route.token_of_row]
 
 
 class NVFP4Experts(nnx.Module):
     """`Experts` with NVFP4 weights; both matmuls take an online scale, the second on the SwiGLU output.
 
-    Params: gate_up u8 [E, 2, I, H/2] (gate first), gate_up_scale [E, 2, I, H/16], gate_up_global_scale f32 [E], shared by gate
-    and up; down u8 [E, H, I/2], down_scale, down_global_scale; gate_up_input_scale and down_input_scale f32 [E] (static mode)
-    or None. `activation` as in the module's docstring; gate_up_input_amax and down_input_amax: an `AmaxHistory`, of all experts
+    Params: gate_up_packed u8 [E, 2, I, H/2] (gate first), gate_up_scale [E, 2, I, H/16], gate_up_global_scale f32 [E], shared by gate
+    and up; down_packed u8 [E, H, I/2], down_scale, down_global_scale; gate_up_input_scale and down_input_scale f32 [E] (static mode)
+    or None. `scaling` as in the module's docstring; gate_up_input_amax and down_input_amax: an `AmaxHistory`, of all experts
     together (delayed mode), or None.
     """
 
@@ -414,13 +414,13 @@ class NVFP4Experts(nnx.Module):
         *,
         name: str,
         dtype: jnp.dtype | None,
-        activation: str | None = "token",
+        scaling: str | None = "token",
         four_over_six: str | None = None,
         weight_four_over_six: str | None = None,
         implementation: str | tuple[str, ...] | None = None,
         input_scales: tuple[Array, Array] | None = None,
     ):
-        _check_activation(activation, self.modes, name)
+        _check_scaling(scaling, self.modes, name)
         self.name = name
         self.num_experts, self.hidden, self.intermediate = gate_proj.shape[-3:]
         self.four_over_six = four_over_six
@@ -436,10 +436,10 @@ class NVFP4Experts(nnx.Module):
         n = len(lead)
         for weight, param, axes in (("gate_up", gate_proj, (*lead, (), (n + 1,), (n,))), ("down", down_proj, (*lead, (n + 1,), (n,)))):
             meta = _metadata(param, axes)
-            setattr(self, weight, NVFP4Param(made[(weight,)], **meta))
+            setattr(self, f"{weight}_packed", NVFP4Param(made[(f"{weight}_packed",)], **meta))
             setattr(self, f"{weight}_scale", NVFP4Param(made[(f"{weight}_scale",)], **meta))
             setattr(self, f"{weight}_global_scale", NVFP4Param(made[(f"{weight}_global_scale",)], **_metadata(param, lead)))
-        set_activation(self, activation, dict(zip(self.inputs, input_scales or (None, None), strict=True)))
+        set_scaling(self, scaling, dict(zip(self.inputs, input_scales or (None, None), strict=True)))
 
     @classmethod
     def from_float(cls, layer: nnx.Module, *, name: str = "experts", **options) -> "NVFP4Experts":
@@ -466,10 +466,10 @@ class NVFP4Experts(nnx.Module):
         down = quantize_weight(down, self.weight_four_over_six, f"{self.name}: down")
         halves = lambda v: v.reshape(*v.shape[:-2], 2, v.shape[-2] // 2, v.shape[-1])  # noqa: E731
         return {
-            ("gate_up",): halves(both.packed),
+            ("gate_up_packed",): halves(both.packed),
             ("gate_up_scale",): halves(both.scale),
             ("gate_up_global_scale",): both.global_scale[..., 0, 0],
-            ("down",): down.packed,
+            ("down_packed",): down.packed,
             ("down_scale",): down.scale,
             ("down_global_scale",): down.global_scale[..., 0, 0],
         }
@@ -478,8 +478,8 @@ class NVFP4Experts(nnx.Module):
         """gate_up [E, 2, I, H] and down [E, H, I] as NVFP4Arrays."""
         gate, down = self.gate_up_global_scale.get_value(), self.down_global_scale.get_value()
         return (
-            NVFP4Array(self.gate_up.get_value(), self.gate_up_scale.get_value(), gate[..., None, None, None], self.layer_index),
-            NVFP4Array(self.down.get_value(), self.down_scale.get_value(), down[..., None, None], self.layer_index),
+            NVFP4Array(self.gate_up_packed.get_value(), self.gate_up_scale.get_value(), gate[..., None, None, None], self.layer_index),
+            NVFP4Array(self.down_packed.get_value(), self.down_scale.get_value(), down[..., None, None], self.layer_index),
         )
 
     def __call__(self, x: Float[Array, "T H"], expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]) -> Float[Array, "T H"]:
@@ -495,9 +495,9 @@ class NVFP4Experts(nnx.Module):
             weights,
             gate_up,
             down,
-            scaling=self.activation,
+            scaling=self.scaling,
             four_over_six=self.four_over_six,
-            valid=scaling.current_valid_rows(x.shape[:1]),
+            valid=modes.current_valid_rows(x.shape[:1]),
             input_scales=None if scales[0] is None else tuple(s.get_value() for s in scales),
             implementation=self.implementation,
             name=self.name,
@@ -505,7 +505,7 @@ class NVFP4Experts(nnx.Module):
 
     def _by_products(self, x: Array, expert_ids: Array, weights: Array) -> Array:
         """The same as one operation a product, so that the amax of what each reads is seen."""
-        route = routing.route_xla(expert_ids, self.num_experts)
+        route = routing.route(expert_ids, self.num_experts)
         valid = _valid_of_rows(x, route)
 
         def product(op: Callable[..., Array], x: Array, w: NVFP4Array, seen: InputAmax) -> Array:
@@ -513,7 +513,7 @@ class NVFP4Experts(nnx.Module):
                 x,
                 w,
                 route.group_sizes,
-                scaling=_scaling_of(self.activation),
+                scaling=_scaling_of(self.scaling),
                 four_over_six=self.four_over_six,
                 amax=see(seen, x, valid),
                 implementation=self.implementation,
@@ -523,7 +523,7 @@ class NVFP4Experts(nnx.Module):
         gate_up, down = self.weights()
         h = product(ops.grouped_swiglu, x[route.token_of_row], gate_up, self.gate_up_input_amax)
         y = product(ops.grouped_matmul, h, down, self.down_input_amax)
-        return routing.combine_xla(y, route, weights, out_dtype=x.dtype)
+        return routing.combine(y, route, weights, out_dtype=x.dtype)
 
 
 class NVFP4Weight(nnx.Module):
@@ -542,7 +542,7 @@ class NVFP4Weight(nnx.Module):
         meta = _metadata(param, (*lead, (n + 1,), (n,)))
         value = param.get_value()
         made = jax.eval_shape(self.quantize_params, {(): value}) if _is_abstract(value) else self.quantize_params({(): value})
-        self.kernel = NVFP4Param(made[("kernel",)], **meta)
+        self.kernel_packed = NVFP4Param(made[("kernel_packed",)], **meta)
         self.kernel_scale = NVFP4Param(made[("kernel_scale",)], **meta)
         self.kernel_global_scale = NVFP4Param(made[("kernel_global_scale",)], **_metadata(param, lead))
 
@@ -551,7 +551,7 @@ class NVFP4Weight(nnx.Module):
 
     def quantize_params(self, params: Mapping[tuple[str, ...], Array]) -> dict[tuple[str, ...], Array]:
         w = quantize_weight(jnp.swapaxes(params[()], -1, -2), self.weight_four_over_six, self.name)
-        return {("kernel",): w.packed, ("kernel_scale",): w.scale, ("kernel_global_scale",): w.global_scale[..., 0, 0]}
+        return {("kernel_packed",): w.packed, ("kernel_scale",): w.scale, ("kernel_global_scale",): w.global_scale[..., 0, 0]}
 
     @property
     def ndim(self) -> int:
@@ -559,7 +559,7 @@ class NVFP4Weight(nnx.Module):
 
     def get_value(self) -> Float[Array, "... K N"]:
         global_scale = self.kernel_global_scale.get_value()[..., None, None]
-        w = NVFP4Array(self.kernel.get_value(), self.kernel_scale.get_value(), global_scale)
+        w = NVFP4Array(self.kernel_packed.get_value(), self.kernel_scale.get_value(), global_scale)
         return jnp.swapaxes(w.dequantize(self.dtype), -1, -2)
 
     def __jax_array__(self) -> Array:

@@ -20,10 +20,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from nvfp4jax import array as nvfp4_array
-from nvfp4jax import ops_xla
 from nvfp4jax import scaling as scaling_modes
 from nvfp4jax.array import NVFP4Array
-from nvfp4jax.ops_xla import Scaling, Spec
+from nvfp4jax.backends import xla
+from nvfp4jax.backends.xla import Scaling, Spec
 
 log = logging.getLogger("nvfp4jax")
 
@@ -34,21 +34,21 @@ def _hopper(name: str) -> Callable:
     """An implementation by the Hopper kernels; imported where it is first used, since it needs Mosaic GPU."""
 
     def call(*args):
-        from nvfp4jax import ops_hopper
+        from nvfp4jax.backends import hopper
 
-        return getattr(ops_hopper, name)(*args)
+        return getattr(hopper, name)(*args)
 
     return call
 
 
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
-    "quantize": {"xla": ops_xla.quantize, "hopper": _hopper("quantize")},
-    "quantize_weight": {"xla": ops_xla.quantize_weight, "hopper": _hopper("quantize_weight")},
-    "matmul": {"xla": ops_xla.matmul, "hopper": _hopper("matmul")},
-    "grouped_matmul": {"xla": ops_xla.grouped_matmul, "hopper": _hopper("grouped_matmul")},
-    "grouped_swiglu": {"xla": ops_xla.grouped_swiglu, "hopper": _hopper("grouped_swiglu")},
-    "top_k_experts": {"xla": ops_xla.top_k_experts, "hopper": _hopper("top_k_experts")},
-    "experts": {"xla": ops_xla.experts, "hopper": _hopper("experts")},
+    "quantize": {"xla": xla.quantize, "hopper": _hopper("quantize")},
+    "quantize_weight": {"xla": xla.quantize_weight, "hopper": _hopper("quantize_weight")},
+    "matmul": {"xla": xla.matmul, "hopper": _hopper("matmul")},
+    "grouped_matmul": {"xla": xla.grouped_matmul, "hopper": _hopper("grouped_matmul")},
+    "grouped_swiglu": {"xla": xla.grouped_swiglu, "hopper": _hopper("grouped_swiglu")},
+    "top_k_experts": {"xla": xla.top_k_experts, "hopper": _hopper("top_k_experts")},
+    "experts": {"xla": xla.experts, "hopper": _hopper("experts")},
 }
 
 
@@ -104,8 +104,8 @@ def _quantized_weight(w: Array | NVFP4Array, spec: Spec) -> NVFP4Array:
 
 
 def _decoded_activation(x, spec, scaling, group_sizes=None) -> Array:
-    operand, row_scale = ops_xla.quantize_activation(x, spec, scaling, group_sizes)
-    return ops_xla.scaled(operand.astype(jnp.float32), row_scale)
+    operand, row_scale = xla.quantize_activation(x, spec, scaling, group_sizes)
+    return xla.scaled(operand.astype(jnp.float32), row_scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -122,12 +122,12 @@ def _matmul_bwd(spec, saved, dy):
     dy = dy.astype(jnp.float32)
     decoded = _quantized_weight(w, spec).dequantize(jnp.float32)
     flat = dy.reshape(-1, dy.shape[-1])
-    dx = _no_cotangent(x) if isinstance(x, NVFP4Array) else ops_xla.dot(dy, decoded.T).astype(x.dtype)
+    dx = _no_cotangent(x) if isinstance(x, NVFP4Array) else xla.dot(dy, decoded.T).astype(x.dtype)
     if isinstance(w, NVFP4Array):
         dw = _no_cotangent(w)
     else:
         rows = _decoded_activation(x, spec, scaling).reshape(flat.shape[0], -1)
-        dw = ops_xla.dot(flat.T, rows.T).astype(w.dtype)
+        dw = xla.dot(flat.T, rows.T).astype(w.dtype)
     dbias = None if bias is None else flat.sum(0).astype(bias.dtype)
     return dx, dw, dbias, _no_cotangent(scaling)
 
@@ -161,7 +161,7 @@ def _grouped_cotangents(spec, x, w, quantized: NVFP4Array, group_sizes, scaling,
 
 
 def _grouped_dx(dy: Array, w: NVFP4Array, group_sizes: Array) -> Array:
-    return ops_xla.grouped(dy, group_sizes, w.shape[-1], lambda e: (ops_xla.one_expert(w, e).dequantize(jnp.float32).T, None))
+    return xla.grouped(dy, group_sizes, w.shape[-1], lambda e: (xla.one_expert(w, e).dequantize(jnp.float32).T, None))
 
 
 def _grouped_dw(dy: Array, rows: Array, group_sizes: Array) -> Array:
@@ -171,7 +171,7 @@ def _grouped_dw(dy: Array, rows: Array, group_sizes: Array) -> Array:
 
     def group(e):
         mine = jnp.where(((ids == e) & inside)[:, None], dy, jnp.float32(0))
-        return ops_xla.dot(mine.T, rows.T)
+        return xla.dot(mine.T, rows.T)
 
     return lax.map(group, jnp.arange(group_sizes.shape[0], dtype=ids.dtype))
 
@@ -199,9 +199,9 @@ def _swiglu_fwd(spec, x, w, group_sizes, scaling):
 
 def _swiglu_bwd(spec, saved, dy):
     x, w, group_sizes, scaling = saved
-    flat = ops_xla.merge_halves(_quantized_swiglu_weight(w, spec))
+    flat = xla.merge_halves(_quantized_swiglu_weight(w, spec))
     wide = dataclasses.replace(spec, out_dtype=jnp.dtype(jnp.float32))
-    both = ops_xla.grouped_matmul(x, flat, group_sizes, wide, scaling)
+    both = xla.grouped_matmul(x, flat, group_sizes, wide, scaling)
     _, silu_vjp = jax.vjp(lambda both: jax.nn.silu(both[:, : both.shape[1] // 2]) * both[:, both.shape[1] // 2 :], both)
     (dboth,) = silu_vjp(dy.astype(jnp.float32))
     return _grouped_cotangents(spec, x, w, flat, group_sizes, scaling, dboth)
@@ -223,7 +223,7 @@ def _experts_bwd(spec, saved, dy):
     x, expert_ids, weights, gate_up, down, scalings = saved
     spec = dataclasses.replace(spec, implementation="xla")
     products = [lambda x, w, sizes, spec, scaling, f=f: f(spec, x, w, sizes, scaling) for f in (_grouped_swiglu, _grouped_matmul)]
-    _, vjp = jax.vjp(lambda x, w: ops_xla.experts(x, expert_ids, w, gate_up, down, spec, scalings, products), x, weights)
+    _, vjp = jax.vjp(lambda x, w: xla.experts(x, expert_ids, w, gate_up, down, spec, scalings, products), x, weights)
     dx, dweights = vjp(dy)
     return dx, _no_cotangent(expert_ids), dweights, *map(_no_cotangent, (gate_up, down, scalings))
 

@@ -22,17 +22,17 @@ class Rule:
 
     module_path: a regular expression for `re.fullmatch` on the path joined by '/', e.g. r"layers/\\d+/mlp/.*"; the first
         rule that matches a layer decides.
-    activation: None (weights only), "static", "delayed", "tensor", "tensor_pow2", "token"; for experts also "expert".
+    scaling: None (weights only), "static", "delayed", "tensor", "tensor_pow2", "token"; for experts also "expert".
     four_over_six, weight_four_over_six: None, "mae" or "mse", for activations and for weights.
     skip: leave the layers in floating point.
     implementation: passed to the layer's operations.
 
-    A raw Param of 3 axes [E, K, N] in a module that nobody registered is taken by a rule with activation=None that matches
+    A raw Param of 3 axes [E, K, N] in a module that nobody registered is taken by a rule with scaling=None that matches
     the Param's own path: its weights only, decoded where they are read.
     """
 
     module_path: str
-    activation: str | None = "token"
+    scaling: str | None = "token"
     four_over_six: str | None = None
     weight_four_over_six: str | None = None
     skip: bool = False
@@ -51,7 +51,7 @@ _converters: dict[type, Callable[..., nnx.Module]] = {
 
 
 def register(module_type: type[nnx.Module]) -> Callable[[Callable[..., nnx.Module]], Callable[..., nnx.Module]]:
-    """Teaches `quantize_model` a layer of yours: decorate `convert(layer, *, name, activation, four_over_six,
+    """Teaches `quantize_model` a layer of yours: decorate `convert(layer, *, name, scaling, four_over_six,
     weight_four_over_six, implementation) -> nnx.Module`.
 
     The result may be one of this package's layers, or hold some. If `quantize_params` is to requantize it, it has their
@@ -122,7 +122,7 @@ def quantize_model(model: nnx.Module, rules: Sequence[Rule]) -> nnx.Module:
         new = node
         if isinstance(node, nnx.Variable):
             if len(node.shape) == 3 and isinstance(node, nnx.Param):
-                rule = decide(name, lambda rule: rule.activation is None)
+                rule = decide(name, lambda rule: rule.scaling is None)
                 if rule is not None and not rule.skip:
                     new = layers.NVFP4Weight(node, name=name, weight_four_over_six=rule.weight_four_over_six)
             done[id(node)] = new
@@ -154,7 +154,7 @@ def quantize_model(model: nnx.Module, rules: Sequence[Rule]) -> nnx.Module:
     return result
 
 
-def with_activation(qmodel: nnx.Module, activation: str | None) -> nnx.Module:
+def with_scaling(qmodel: nnx.Module, scaling: str | None) -> nnx.Module:
     """A model with the weights of `qmodel`, shared, whose NVFP4 layers treat their input in another mode.
 
     "static" keeps the input scales that there are and leaves the others to `nvfp4jax.calibrate`; "delayed" starts with an empty
@@ -162,8 +162,8 @@ def with_activation(qmodel: nnx.Module, activation: str | None) -> nnx.Module:
     """
     result = nnx.merge(*nnx.split(qmodel))
     for layer in scaled_layers(result).values():
-        if layer.activation != activation:
-            layers.set_activation(layer, activation)
+        if layer.scaling != scaling:
+            layers.set_scaling(layer, scaling)
     return result
 
 

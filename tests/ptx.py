@@ -7,12 +7,13 @@ reductions and matches demand whole warps. Approximate instructions are off by u
 """
 import re
 
+import aot
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from nvfp4jax.kernels import aot, mosaic
+from nvfp4jax.kernels.hopper import mosaic
 
 U32, F32, BF16 = np.uint32, np.float32, ml_dtypes.bfloat16
 SPACE = 1 << 32  # bytes between two global buffers

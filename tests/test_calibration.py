@@ -21,7 +21,7 @@ from nvfp4jax.checkpoint.convert import Calibration, Selection, quantize_folder
 from nvfp4jax.layers import InputAmax
 
 NAMES = ("qwen3-tiny", "qwen3-moe-tiny")
-STATIC = Rule(r"layers/.*(_proj|experts)", activation="static")
+STATIC = Rule(r"layers/.*(_proj|experts)", scaling="static")
 
 
 def prompts(name):
@@ -79,7 +79,7 @@ def test_scales_are_those_of_a_float64_model(name):
             assert layer.mlp.gate_proj.input_scale[...] == layer.mlp.up_proj.input_scale[...]
     # The models given are as they were, the weights shared, and nothing of the pass is left in the result.
     assert before.keys() == leaves(qmodel).keys() and not any("input_scale" in path for path in before)
-    assert calibrated.layers[0].self_attn.o_proj.kernel.get_value() is qmodel.layers[0].self_attn.o_proj.kernel.get_value()
+    assert calibrated.layers[0].self_attn.o_proj.kernel_packed.get_value() is qmodel.layers[0].self_attn.o_proj.kernel_packed.get_value()
     assert not jax.tree.leaves(nnx.state((calibrated, qmodel, model), InputAmax))
     stacked = nvfp4jax.calibrate(models.stack_layers(qmodel), batches_of(name), float_model=models.stack_layers(model))
     for path, value in scales_by_module(models.unstack_layers(stacked)).items():
@@ -93,10 +93,10 @@ def test_an_nvfp4_model_is_calibrated_on_its_decoded_weights(scan):
     stored = folders.tensors(folder)
     weights = {key: value.astype(np.float64) for key, value in stored.items() if value.dtype == ml_dtypes.bfloat16}
     weights |= {key: folders.decoded(folder, key.removesuffix(".weight")) for key in stored if stored[key].dtype == np.uint8}
-    model = load_model(folder, jnp.float32, activation="token", scan_layers=scan)
-    calibrated = nvfp4jax.calibrate(nvfp4jax.with_activation(model, "static"), batches_of(name))
+    model = load_model(folder, jnp.float32, scaling="token", scan_layers=scan)
+    calibrated = nvfp4jax.calibrate(nvfp4jax.with_scaling(model, "static"), batches_of(name))
     check_against_oracle(models.unstack_layers(calibrated) if scan else calibrated, weights, name)
-    assert model.layers[0].self_attn.q_proj.activation == "token"
+    assert model.layers[0].self_attn.q_proj.scaling == "token"
 
 
 class Readers(nnx.Module):
@@ -130,7 +130,7 @@ class Readers(nnx.Module):
         return y[..., :1] + z.reshape(x.shape)[..., :1], cache
 
 
-READERS = [Rule("spare", activation="token"), Rule("six", activation="static", four_over_six="mse"), Rule(".*", activation="static")]
+READERS = [Rule("spare", scaling="token"), Rule("six", scaling="static", four_over_six="mse"), Rule(".*", scaling="static")]
 IDS, MASK = np.array([[0, 0, 3, 5], [7, 9, 11, 5]]), np.array([[0, 0, 1, 1], [1, 1, 1, 0]])
 
 
@@ -178,7 +178,7 @@ def test_scales_to_the_bit(floats, headroom, sharded):
         gate, up = (np.asarray(p[...], np.float64)[1:3].swapaxes(1, 2) for p in (source.gate_proj, source.up_proj))
     gate, up = (np.einsum("th,eih->eti", tokens, w) for w in (gate, up))
     np.testing.assert_allclose(down, np.full(4, headroom * np.abs(gate / (1 + np.exp(-gate)) * up).max() / 2688), rtol=1e-5)
-    assert calibrated.spare.input_scale is None and calibrated.spare.activation == "token"
+    assert calibrated.spare.input_scale is None and calibrated.spare.scaling == "token"
     # A second pass replaces the scales; layers that are not static take no part.
     with jax.numpy_dtype_promotion("standard"):
         again = nvfp4jax.calibrate(calibrated, [IDS[:1, 2:3]])
@@ -211,11 +211,11 @@ def test_near_lengths_and_new_weights_share_a_program():
 def test_what_cannot_be_calibrated():
     model, qmodel = readers()
     batch = [(IDS, MASK)]
-    unreached = nvfp4jax.with_activation(qmodel, "static")
+    unreached = nvfp4jax.with_scaling(qmodel, "static")
     other = nnx.Sequential(nnx.Linear(64, 32, rngs=nnx.Rngs(0)))
     cases = [
         (unreached, batch, {}, r"spare: input: no token of the prompts reached it \(its amax is 0\.0\)"),
-        (nvfp4jax.with_activation(qmodel, "token"), batch, {}, "no layer of the model has activation='static'"),
+        (nvfp4jax.with_scaling(qmodel, "token"), batch, {}, "no layer of the model has scaling='static'"),
         (qmodel, [], {}, "no batch of prompts"),
         (qmodel, batch, dict(headroom=0.5), "headroom=0.5: a finite factor of at least 1"),
         (qmodel, batch, dict(headroom=float("nan")), "headroom=nan"),
@@ -247,7 +247,7 @@ def small(tmp_path_factory):
     path = tmp_path_factory.mktemp("calibrated")
     config = folders.small_config()
     folders.write(path / "source", config, folders.small_weights(config))
-    quantize_folder(path / "source", path / "orbax", Selection(activation="static"), calibration=Calibration(ROWS, 1.25))
+    quantize_folder(path / "source", path / "orbax", Selection(scaling="static"), calibration=Calibration(ROWS, 1.25))
     for output in ("modelopt", "compressed-tensors"):
         quantize_folder(path / "orbax", path / output, output=output)
     floats = load_model(path / "source")
@@ -275,13 +275,13 @@ def test_every_format_keeps_the_scales(small):
     """Equal bits in Orbax and ModelOpt; compressed-tensors stores the reciprocal, rounded once each way."""
     path, calibrated = small
     assert_same(load_model(path / "orbax"), calibrated)
-    assert_same(load_model(path / "modelopt", activation="static"), calibrated)
+    assert_same(load_model(path / "modelopt", scaling="static"), calibrated)
     np.testing.assert_array_equal(logits(load_model(path / "orbax")), logits(calibrated))
-    np.testing.assert_array_equal(logits(load_model(path / "modelopt", activation="static")), logits(calibrated))
+    np.testing.assert_array_equal(logits(load_model(path / "modelopt", scaling="static")), logits(calibrated))
     scales = scales_by_module(calibrated)
     stored, inverse = stored_scales(path / "modelopt"), stored_scales(path / "compressed-tensors", "input_global_scale")
     assert len(stored) == 4 * 2 + 3 + 3 * 3 and stored.keys() == inverse.keys()
-    back = scales_by_module(load_model(path / "compressed-tensors", activation="static"))
+    back = scales_by_module(load_model(path / "compressed-tensors", scaling="static"))
     for module, value in stored.items():
         experts, _, rest = module.partition(".experts.")
         key = module if not rest else f"{experts}.experts.{'down' if 'down' in rest else 'gate_up'}"
@@ -290,7 +290,7 @@ def test_every_format_keeps_the_scales(small):
         assert inverse[module].tobytes() == (np.float32(1) / scale).tobytes() and inverse[module].shape == (1,)
         returned = back[key] if not rest else back[key][int(rest[0])]
         assert returned.tobytes() == (np.float32(1) / inverse[module]).tobytes()
-    ours, theirs = logits(load_model(path / "compressed-tensors", activation="static")), logits(calibrated)
+    ours, theirs = logits(load_model(path / "compressed-tensors", scaling="static")), logits(calibrated)
     assert np.linalg.norm(ours - theirs) < 0.02 * np.linalg.norm(theirs)
     config = lambda name: json.loads((path / name / "config.json").read_text())["quantization_config"]  # noqa: E731
     assert config("modelopt")["quant_algo"] == "NVFP4"
@@ -314,7 +314,7 @@ def test_float_weights_straight_into_the_other_formats(small, tmp_path, output):
     name = {"modelopt": "input_scale", "compressed-tensors": "input_global_scale"}[output]
     ours, theirs = stored_scales(tmp_path / "out", name), stored_scales(path / output, name)
     assert ours.keys() == theirs.keys() and all(ours[key].tobytes() == theirs[key].tobytes() for key in ours)
-    load_model(tmp_path / "out", activation="static")
+    load_model(tmp_path / "out", scaling="static")
 
 
 def test_packed_folders_without_scales_get_them(small, tmp_path):
@@ -326,13 +326,13 @@ def test_packed_folders_without_scales_get_them(small, tmp_path):
     config |= {"quant_algo": "W4A16_NVFP4", "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}
     source = folders.copy(path / "modelopt", tmp_path / "source", drop | kv, {"quantization_config": config})
     with pytest.raises(ValueError, match="has no input_scale"):
-        load_model(source, activation="static")
-    expected = nvfp4jax.calibrate(nvfp4jax.with_activation(load_model(source), "static"), ROWS)
-    quantize_folder(source, tmp_path / "orbax", Selection(activation="static"), calibration=Calibration(ROWS))
+        load_model(source, scaling="static")
+    expected = nvfp4jax.calibrate(nvfp4jax.with_scaling(load_model(source), "static"), ROWS)
+    quantize_folder(source, tmp_path / "orbax", Selection(scaling="static"), calibration=Calibration(ROWS))
     assert_same(load_model(tmp_path / "orbax"), expected)
     # Anew, on other prompts, from Orbax to Orbax and ModelOpt.
     other = Calibration(ROWS[1:], 2.0)
-    quantize_folder(tmp_path / "orbax", tmp_path / "anew", Selection(activation="static"), calibration=other)
+    quantize_folder(tmp_path / "orbax", tmp_path / "anew", Selection(scaling="static"), calibration=other)
     anew = nvfp4jax.calibrate(expected, ROWS[1:], headroom=2.0)
     assert_same(load_model(tmp_path / "anew"), anew)
     quantize_folder(tmp_path / "orbax", tmp_path / "mo", output="modelopt", calibration=other)
@@ -344,17 +344,17 @@ def test_packed_folders_without_scales_get_them(small, tmp_path):
         assert key in drop or one[key].tobytes() == before[key].tobytes(), key
     config = json.loads((tmp_path / "mo" / "config.json").read_text())["quantization_config"]
     assert config["quant_algo"] == "NVFP4" and config["kv_cache_scheme"]["num_bits"] == 8
-    assert_same(load_model(tmp_path / "mo", activation="static"), anew)
+    assert_same(load_model(tmp_path / "mo", scaling="static"), anew)
 
 
 def test_calibrations_that_make_no_sense(small, tmp_path):
     path, _ = small
     for source, selection, output, options, message in [
-        ("source", Selection(activation=None), "orbax", Calibration(ROWS), "activation=None quantizes no activation"),
+        ("source", Selection(scaling=None), "orbax", Calibration(ROWS), "scaling=None quantizes no activation"),
         ("source", Selection(), "modelopt", Calibration(ROWS, 0.1), "headroom=0.1"),
         ("source", Selection(), "modelopt", Calibration([np.full((1, 3), 64)]), "outside the vocabulary"),
         ("orbax", Selection(), "orbax", Calibration(ROWS), "an Orbax checkpoint already"),
-        ("orbax", Selection(activation="tensor"), "modelopt", Calibration(ROWS), "modes cannot be chosen"),
+        ("orbax", Selection(scaling="tensor"), "modelopt", Calibration(ROWS), "modes cannot be chosen"),
     ]:
         with pytest.raises(ValueError, match=message):
             quantize_folder(path / source, tmp_path / "out", selection, output=output, calibration=options)

@@ -96,10 +96,10 @@ def test_calibration_prompts(run, tmp_path):
     source = folders.write(tmp_path / "source", config, folders.small_weights(config))
     save_tokenizer(source)
     (tmp_path / "prompts.txt").write_text("w1 w2 w3\n\nw9\n" + "w5 w400 w17 w6 w8 w9 w10\n" * 9)
-    common = ("quantize", "--model-dir", source, "--activation", "static", "--calibration-headroom", 1.5)
+    common = ("quantize", "--model-dir", source, "--scaling", "static", "--calibration-headroom", 1.5)
     run(*common, "--save-dir", tmp_path / "a", "--calibration-prompts", tmp_path / "prompts.txt", "--calibration-token-ids", "77 78 79")
     prompts = [[1, 2, 3], [9], [5, 400, 17, 6, 8, 9, 10], [77, 78, 79]]
-    quantize_folder(source, tmp_path / "b", Selection(activation="static"), calibration=Calibration([np.array([p]) for p in prompts], 1.5))
+    quantize_folder(source, tmp_path / "b", Selection(scaling="static"), calibration=Calibration([np.array([p]) for p in prompts], 1.5))
     found, expected = leaves(load_model(tmp_path / "a")), leaves(load_model(tmp_path / "b"))
     assert found.keys() == expected.keys() and sum("input_scale" in path for path in found) == 4 + 4 + 3 + 2
     for path in found:
@@ -107,7 +107,7 @@ def test_calibration_prompts(run, tmp_path):
     text = run("inspect", tmp_path / "a")
     assert "te-exact/static" in text
     run("quantize", "--model-dir", tmp_path / "a", "--save-dir", tmp_path / "mo", "--output", "modelopt", "--calibration-token-ids", "1,2")
-    assert leaves(load_model(tmp_path / "mo", activation="static")).keys() == found.keys()
+    assert leaves(load_model(tmp_path / "mo", scaling="static")).keys() == found.keys()
 
 
 def test_rollout_of_text(run, tmp_path, quantized):
@@ -138,17 +138,17 @@ BAD = {
     "empty folder": (["inspect", "{tmp}/empty"], "config.json"),
     "truncated": (["inspect", "{tmp}/cut"], "model.safetensors.*truncated"),
     "save-dir exists": (["quantize", "--model-dir", str(MOE / "bf16"), "--save-dir", "{tmp}/empty"], "exists already"),
-    "unknown mode": (["quantize", "--model-dir", str(MOE / "bf16"), "--save-dir", "{tmp}/x", "--activation", "fast"], "--activation fast: one of"),
+    "unknown mode": (["quantize", "--model-dir", str(MOE / "bf16"), "--save-dir", "{tmp}/x", "--scaling", "fast"], "--scaling fast: one of"),
     "exclude nothing": (["quantize", "--model-dir", str(MOE / "bf16"), "--save-dir", "{tmp}/x", "--exclude", "zzz"], "'zzz' matches no layer"),
     "architecture": (["quantize", "--model-dir", "{tmp}/llama", "--save-dir", "{tmp}/x"], "architectures"),
-    "static": ([*QUANTIZE, "--activation", "static"], "calibrate on some prompts .--calibration-prompts."),
+    "static": ([*QUANTIZE, "--scaling", "static"], "calibrate on some prompts .--calibration-prompts."),
     "no calibration file": ([*QUANTIZE, "--calibration-prompts", "{tmp}/absent.txt"], "--calibration-prompts .*absent.txt: cannot be read"),
     "empty calibration file": ([*QUANTIZE, "--calibration-prompts", "{tmp}/none.txt"], "none.txt: no prompt in it"),
     "calibration text": ([*QUANTIZE, "--calibration-prompts", "{tmp}/one.txt"], "tokenizer.json.*pass --calibration-token-ids"),
     "calibration ids": ([*QUANTIZE, "--calibration-token-ids", "1,x"], "--calibration-token-ids '1,x': integers"),
     "headroom alone": ([*QUANTIZE, "--calibration-headroom", "2"], "--calibration-headroom: without --calibration-prompts"),
     "headroom": ([*QUANTIZE, "--calibration-token-ids", "1", "--calibration-headroom", "0.5"], "headroom=0.5: a finite factor"),
-    "nothing to scale": ([*QUANTIZE, "--activation", "none", "--calibration-token-ids", "1"], "activation=None quantizes no activation"),
+    "nothing to scale": ([*QUANTIZE, "--scaling", "none", "--calibration-token-ids", "1"], "scaling=None quantizes no activation"),
     "usage": (["quantize", "--model-dir", "x"], "save-dir"),
     "no such option": (["rollout", "--nonsense"], "nonsense"),
     "no such command": (["train"], "train"),

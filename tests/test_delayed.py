@@ -62,7 +62,7 @@ def carried(layer):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_linear(key, dtype):
-    layer = nvfp4jax.NVFP4Linear.from_float(nnx.Linear(96, 40, use_bias=False, param_dtype=dtype, rngs=nnx.Rngs(key)), activation="delayed")
+    layer = nvfp4jax.NVFP4Linear.from_float(nnx.Linear(96, 40, use_bias=False, param_dtype=dtype, rngs=nnx.Rngs(key)), scaling="delayed")
     assert layer.input_amax.shape == (16,) and not layer.input_amax[...].any()
     call, seen = carried(layer)
     simulation, w = Simulation(), decode(layer.weight())
@@ -81,7 +81,7 @@ def test_linear(key, dtype):
         assert np.isnan(np.asarray(y, np.float32)[1, 2]).all()
     assert call._cache_size() == 1
     # Eager calls bring the layer itself up to date; the first is an online one, to the bit.
-    tensor = nvfp4jax.with_activation(layer, "tensor")
+    tensor = nvfp4jax.with_scaling(layer, "tensor")
     x = jax.random.normal(key, (4, 96), dtype)
     np.testing.assert_array_equal(layer(x), tensor(x))
     assert layer.input_amax[0] == jnp.abs(x.astype(jnp.float32)).max() and tensor.input_amax is None
@@ -92,7 +92,7 @@ def test_experts(key):
     """One history for what gate and up read, one for what down reads, of all experts together."""
     e, h, i, t, k = 5, 64, 32, 11, 2
     float_layer = nvfp4jax.Experts(e, h, i, rngs=nnx.Rngs(key))
-    layer = nvfp4jax.NVFP4Experts.from_float(float_layer, activation="delayed")
+    layer = nvfp4jax.NVFP4Experts.from_float(float_layer, scaling="delayed")
     gate_up, down = (decode(w) for w in layer.weights())
     call, seen = carried(layer)
     first, second = Simulation(), Simulation()
@@ -120,8 +120,8 @@ def test_experts(key):
 
 def test_gradients_go_straight_through(key):
     """As those of the online mode where the scale is the same; the history is brought up to date on the way."""
-    delayed = nvfp4jax.NVFP4Linear.from_float(nnx.Linear(64, 32, rngs=nnx.Rngs(key)), activation="delayed")
-    online = nvfp4jax.with_activation(delayed, "tensor")
+    delayed = nvfp4jax.NVFP4Linear.from_float(nnx.Linear(64, 32, rngs=nnx.Rngs(key)), scaling="delayed")
+    online = nvfp4jax.with_scaling(delayed, "tensor")
     x = jax.random.normal(key, (4, 64))
     loss = nnx.jit(nnx.value_and_grad(lambda layer, x: (layer(x) ** 2).sum(), argnums=(nnx.DiffState(0, nnx.filterlib.PathContains("bias")), 1)))
     value, (dlayer, dx) = loss(delayed, x)
@@ -167,10 +167,10 @@ def test_generate_carries_the_history(chunks, graph):
     mask = np.ones_like(ids)
     mask[0, :4] = 0
     with nnx.set_graph_mode(graph):
-        model = nvfp4jax.quantize_model(Speaker(nnx.Rngs(0)), Rule("head", activation="delayed"))
+        model = nvfp4jax.quantize_model(Speaker(nnx.Rngs(0)), Rule("head", scaling="delayed"))
         sizes = np.abs(np.asarray(model.table[...])).max(1)
         settings = dict(temperature=1.0, num_samples=2, **(dict(weights=Source(), swap_every=3) if chunks else {}))
-        stop = int(generate(nvfp4jax.with_activation(model, "token"), ids, mask, max_new_tokens=9, temperature=1.0, key=jax.random.key(0)).tokens[0, 2])
+        stop = int(generate(nvfp4jax.with_scaling(model, "token"), ids, mask, max_new_tokens=9, temperature=1.0, key=jax.random.key(0)).tokens[0, 2])
         simulation, programs = Simulation(), None
         for n in range(3):
             out = generate(model, ids, mask, max_new_tokens=9, stop_tokens=[stop], key=jax.random.key(n), **settings)
@@ -193,7 +193,7 @@ def test_generate_carries_the_history(chunks, graph):
 
 def test_stacked_layers_have_a_history_each():
     name = "qwen3-moe-tiny"
-    model = nvfp4jax.quantize_model(loading.load(name), Rule("layers/.*(_proj|experts)", activation="delayed"))
+    model = nvfp4jax.quantize_model(loading.load(name), Rule("layers/.*(_proj|experts)", scaling="delayed"))
     stacked = models.stack_layers(model)
     ids, mask = loading.reference(name)["input_ids"], loading.reference(name)["attention_mask"]
     out = [generate(m, ids, mask, max_new_tokens=4) for m in (model, stacked)]
@@ -210,7 +210,7 @@ def test_checkpoints_and_reloads_leave_the_history_alone(tmp_path):
     folder = DATA / "qwen3-tiny" / "bf16"
     config = json.loads((folder / "config.json").read_text())
     floats = load_model(folder)
-    model = models.stack_layers(nvfp4jax.quantize_model(floats, Rule(r"layers/.*", activation="delayed")))
+    model = models.stack_layers(nvfp4jax.quantize_model(floats, Rule(r"layers/.*", scaling="delayed")))
     ids = np.arange(12).reshape(2, 6) + 3
     generate(model, ids, max_new_tokens=2)
 
@@ -225,7 +225,7 @@ def test_checkpoints_and_reloads_leave_the_history_alone(tmp_path):
     publish(tmp_path / "steps", 2, floats, config)
     assert not [path for path in orbax.read_folder(tmp_path / "steps" / "1").shapes if "amax" in path]
     loaded = load_model(tmp_path / "steps" / "1", scan_layers=True)
-    assert loaded.layers[0].mlp.up_proj.activation == "delayed"
+    assert loaded.layers[0].mlp.up_proj.scaling == "delayed"
     assert len(history(loaded)) == len(before) and not any(leaf.any() for leaf in history(loaded))
     nnx.update(model, orbax.restore_state(tmp_path / "steps" / "1", model))
     reader = Reader(tmp_path / "steps", model)
@@ -244,7 +244,7 @@ def test_checkpoints_and_reloads_leave_the_history_alone(tmp_path):
 
 def test_generate_on_a_mesh():
     """Weights on eight devices, histories that begin on one: no complaint, no second program, the history of one device."""
-    model = nvfp4jax.quantize_model(Speaker(nnx.Rngs(0)), Rule("head", activation="delayed"))
+    model = nvfp4jax.quantize_model(Speaker(nnx.Rngs(0)), Rule("head", scaling="delayed"))
     ids = np.arange(1, 17).reshape(2, 8)
     single = nnx.merge(*nnx.split(model))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -261,11 +261,11 @@ def test_generate_on_a_mesh():
 
 
 def test_modes_of_a_model_that_is_swapped_already(key):
-    model = nvfp4jax.quantize_model(nnx.Sequential(nnx.Linear(32, 32, rngs=nnx.Rngs(key))), Rule(".*", activation="tensor"))
+    model = nvfp4jax.quantize_model(nnx.Sequential(nnx.Linear(32, 32, rngs=nnx.Rngs(key))), Rule(".*", scaling="tensor"))
     x = jax.random.normal(key, (4, 32))
     tensor = model(x)
-    with_token = nvfp4jax.with_activation(model, "token")
-    assert model.layers[0].activation == "tensor" and with_token.layers[0].kernel.get_value() is model.layers[0].kernel.get_value()
-    np.testing.assert_array_equal(nvfp4jax.with_activation(with_token, "tensor")(x), tensor)
-    with pytest.raises(ValueError, match="layers/0: activation='expert' is not one of None, static, .*, delayed"):
-        nvfp4jax.with_activation(model, "expert")
+    with_token = nvfp4jax.with_scaling(model, "token")
+    assert model.layers[0].scaling == "tensor" and with_token.layers[0].kernel_packed.get_value() is model.layers[0].kernel_packed.get_value()
+    np.testing.assert_array_equal(nvfp4jax.with_scaling(with_token, "tensor")(x), tensor)
+    with pytest.raises(ValueError, match="layers/0: scaling='expert' is not one of None, static, .*, delayed"):
+        nvfp4jax.with_scaling(model, "expert")

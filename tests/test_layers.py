@@ -51,18 +51,18 @@ class Net(nnx.Module):
         return self.head(x) + jnp.einsum("btk,ekn->bt", x, self.raw[...])[..., None]
 
 
-RULES = [Rule("head", skip=True), Rule("raw", activation=None), Rule(".*", activation="token")]
+RULES = [Rule("head", skip=True), Rule("raw", scaling=None), Rule(".*", scaling="token")]
 
 
-@pytest.mark.parametrize("activation", [None, "tensor", "tensor_pow2", "token"])
+@pytest.mark.parametrize("scaling", [None, "tensor", "tensor_pow2", "token"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear(key, activation, bias):
+def test_linear(key, scaling, bias):
     layer = nnx.Linear(96, 40, use_bias=bias, bias_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(key))
     x = jax.random.normal(key, (2, 5, 96))
-    q = nvfp4jax.NVFP4Linear.from_float(layer, activation=activation)
-    assert (q.kernel.shape, q.kernel_scale.shape, q.kernel_global_scale.shape) == ((40, 48), (40, 6), ())
+    q = nvfp4jax.NVFP4Linear.from_float(layer, scaling=scaling)
+    assert (q.kernel_packed.shape, q.kernel_scale.shape, q.kernel_global_scale.shape) == ((40, 48), (40, 6), ())
     y = q(x).reshape(10, 40)
-    a = np.asarray(x, np.float64) if activation is None else decode(quantize(x, scaling=activation))
+    a = np.asarray(x, np.float64) if scaling is None else decode(quantize(x, scaling=scaling))
     if bias:
         y = y - layer.bias[...][None]
     assert np.abs(np.asarray(y) - a.reshape(10, 96) @ decode(quantize_weight(layer.kernel[...].T)).T).max() < 1e-4
@@ -88,7 +88,7 @@ EINSUMS = [
 @pytest.mark.parametrize("string, kernel, bias, shape", EINSUMS)
 def test_einsum_is_the_same_einsum_on_decoded_operands(key, string, kernel, bias, shape):
     layer = nnx.Einsum(string, kernel, bias, bias_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(key))
-    q = nvfp4jax.NVFP4Einsum.from_float(layer, activation=None)
+    q = nvfp4jax.NVFP4Einsum.from_float(layer, scaling=None)
     x = jax.random.normal(key, shape)
     # The same float layer with the decoded weight put back, letter by letter.
     letters = string.split(",")[1].split("->")[0]
@@ -105,7 +105,7 @@ def test_einsum_is_the_same_einsum_on_decoded_operands(key, string, kernel, bias
 @pytest.mark.parametrize("inputs, outputs, axis, shape", [(32, (4, 8), -1, (2, 3, 32)), ((4, 8), 24, (-2, -1), (2, 3, 4, 8)), ((4, 8), (3, 5), (0, 2), (4, 6, 8))])
 def test_linear_general(key, inputs, outputs, axis, shape):
     layer = nnx.LinearGeneral(inputs, outputs, axis=axis, bias_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(key))
-    q = nvfp4jax.NVFP4LinearGeneral.from_float(layer, activation=None)
+    q = nvfp4jax.NVFP4LinearGeneral.from_float(layer, scaling=None)
     w = decode(q.weight())
     reference = nnx.clone(layer)
     reference.kernel = nnx.Param(jnp.asarray(w.T.reshape(layer.kernel.shape), jnp.float32))
@@ -121,32 +121,32 @@ def test_einsums_that_are_no_matmul_are_refused(string, kernel):
         nvfp4jax.NVFP4Einsum.from_float(nnx.Einsum(string, kernel, rngs=nnx.Rngs(0)), name="mlp/up")
 
 
-@pytest.mark.parametrize("activation", [None, "static", "tensor", "tensor_pow2", "token", "expert"])
-def test_experts(key, activation):
+@pytest.mark.parametrize("scaling", [None, "static", "tensor", "tensor_pow2", "token", "expert"])
+def test_experts(key, scaling):
     """Both matmuls of an expert against float64: each activation decoded as its mode says, rows of one expert together."""
     e, h, i, t, k = 5, 64, 32, 11, 2
     layer = nvfp4jax.Experts(e, h, i, rngs=nnx.Rngs(key))
     x = jax.random.normal(key, (t, h))
     ids = jnp.stack([jax.random.permutation(jax.random.fold_in(key, n), e)[:k] for n in range(t)]).astype(jnp.int32)
     weights = jax.nn.softmax(jax.random.normal(key, (t, k)))
-    kw = dict(input_scales=(jnp.full(e, 0.0012), jnp.full(e, 0.002))) if activation == "static" else {}
-    y = nvfp4jax.NVFP4Experts.from_float(layer, activation=activation, **kw)(x, ids, weights)
+    kw = dict(input_scales=(jnp.full(e, 0.0012), jnp.full(e, 0.002))) if scaling == "static" else {}
+    y = nvfp4jax.NVFP4Experts.from_float(layer, scaling=scaling, **kw)(x, ids, weights)
     q = nvfp4jax.NVFP4Experts.from_float(layer)
     gate_up, down = (decode(w) for w in q.weights())
 
     def act(rows, owners, which):
-        if activation is None:
+        if scaling is None:
             return np.asarray(rows, np.float64)
-        if activation == "static":
+        if scaling == "static":
             from nvfp4jax.array import quantize_static
 
             return decode(quantize_static(rows, kw["input_scales"][which][0]))
-        if activation == "expert":
+        if scaling == "expert":
             out = np.zeros(rows.shape)
             for one in set(owners):
                 out[owners == one] = decode(quantize(rows[np.flatnonzero(owners == one)]))
             return out
-        return decode(quantize(rows, scaling=activation))
+        return decode(quantize(rows, scaling=scaling))
 
     owners = np.asarray(ids).ravel()
     rows = act(x[np.repeat(np.arange(t), k)], owners, 0)
@@ -155,7 +155,7 @@ def test_experts(key, activation):
     out = np.einsum("mi,mhi->mh", act(hidden, owners, 1), down[owners]).reshape(t, k, h)
     expected = (out * np.asarray(weights, np.float64)[..., None]).sum(1)
     # A value next to a rounding boundary of the second quantization may fall on its other side.
-    assert np.linalg.norm(y - expected) / np.linalg.norm(expected) < (1e-5 if activation is None else 0.03)
+    assert np.linalg.norm(y - expected) / np.linalg.norm(expected) < (1e-5 if scaling is None else 0.03)
     assert np.median(np.abs(y - expected)) < 1e-5 * np.abs(expected).max()
     reference = layer(x, ids, weights)
     assert np.linalg.norm(y - reference) / np.linalg.norm(reference) < 0.4
@@ -168,11 +168,11 @@ def test_padding_takes_no_part_in_an_amax(key):
     valid = jnp.array([[False, True, True, True], [True, True, True, False]])
     noisy = jnp.where(valid[..., None], x, x * 1e6)
     ids, weights = jax.random.randint(key, (8, 2), 0, 3), jnp.full((8, 2), 0.5)
-    for activation in ("tensor", "tensor_pow2", "token", "expert"):
-        q = nvfp4jax.NVFP4Experts.from_float(experts, activation=activation)
+    for scaling in ("tensor", "tensor_pow2", "token", "expert"):
+        q = nvfp4jax.NVFP4Experts.from_float(experts, scaling=scaling)
         calls = [lambda x, q=q: q(x.reshape(8, 64), ids, weights).reshape(x.shape)]
-        if activation != "expert":
-            calls.append(nvfp4jax.NVFP4Linear.from_float(layer, activation=activation))
+        if scaling != "expert":
+            calls.append(nvfp4jax.NVFP4Linear.from_float(layer, scaling=scaling))
         for call in calls:
 
             def masked(x, call=call):
@@ -181,7 +181,7 @@ def test_padding_takes_no_part_in_an_amax(key):
 
             masked, plain = jax.jit(masked), jax.jit(lambda x, call=call: call(x))
             np.testing.assert_array_equal(np.asarray(masked(noisy))[valid], np.asarray(masked(x))[valid])
-            if activation in ("tensor", "expert"):
+            if scaling in ("tensor", "expert"):
                 assert (np.asarray(plain(noisy))[valid] != np.asarray(plain(x))[valid]).any()
 
 
@@ -197,7 +197,7 @@ def test_swap(key):
     with jax.numpy_dtype_promotion("standard"):  # Flax's own layers promote
         y, exact = (np.asarray(jax.jit(m.__call__)(x), np.float32) for m in (q, net))
     assert np.isfinite(y).all() and 0.01 < np.linalg.norm(y - exact) / np.linalg.norm(exact) < 0.6
-    np.testing.assert_allclose(decode(NVFP4Array(q.raw.kernel[...], q.raw.kernel_scale[...], q.raw.kernel_global_scale[...][:, None, None])).swapaxes(1, 2), q.raw[...].astype(jnp.float32), rtol=0.01)
+    np.testing.assert_allclose(decode(NVFP4Array(q.raw.kernel_packed[...], q.raw.kernel_scale[...], q.raw.kernel_global_scale[...][:, None, None])).swapaxes(1, 2), q.raw[...].astype(jnp.float32), rtol=0.01)
 
 
 def test_quantize_params_is_the_offline_route(key):
@@ -242,14 +242,14 @@ def test_stacks_of_layers_quantize_each_layer_alone(key):
 
 def test_rules(key):
     net = Net(nnx.Rngs(key))
-    q = nvfp4jax.quantize_model(net, [Rule("blocks/1", skip=True), Rule(r"blocks/\d", activation="tensor_pow2", four_over_six="mse")])
+    q = nvfp4jax.quantize_model(net, [Rule("blocks/1", skip=True), Rule(r"blocks/\d", scaling="tensor_pow2", four_over_six="mse")])
     assert type(q.blocks[1]) is nnx.Linear and type(q.split) is nnx.LinearGeneral
-    assert (q.blocks[0].activation, q.blocks[0].four_over_six) == ("tensor_pow2", "mse")
+    assert (q.blocks[0].scaling, q.blocks[0].four_over_six) == ("tensor_pow2", "mse")
     for rules, message in (
         ([Rule("block/.*")], r"rule 'block/\.\*' matches no layer .* the layers are: blocks/0, "),
         ([Rule(".*"), Rule("head")], "rule 'head' matches no layer that an earlier rule has not taken"),
         ([Rule("(")], r"rule '\(' is no regular expression"),
-        ([Rule("head", activation="row")], "head: activation='row' is not one of"),
+        ([Rule("head", scaling="row")], "head: scaling='row' is not one of"),
     ):
         with pytest.raises(ValueError, match=message):
             nvfp4jax.quantize_model(net, rules)
@@ -276,24 +276,24 @@ def test_a_layer_of_ones_own(key):
             return x @ self.w[...]
 
     class MineNVFP4(nnx.Module):
-        def __init__(self, layer, name, activation):
+        def __init__(self, layer, name, scaling):
             q = quantize_weight(layer.w[...].T)
-            self.activation = activation
+            self.scaling = scaling
             self.packed, self.scale, self.global_scale = nnx.Param(q.packed), nnx.Param(q.scale), nnx.Param(q.global_scale)
 
         def __call__(self, x):
-            return nvfp4jax.matmul(x, NVFP4Array(self.packed[...], self.scale[...], self.global_scale[...]), scaling=self.activation)
+            return nvfp4jax.matmul(x, NVFP4Array(self.packed[...], self.scale[...], self.global_scale[...]), scaling=self.scaling)
 
     model = nnx.Sequential(Mine(jax.random.normal(key, (32, 16))))
     with pytest.raises(ValueError, match="matches no layer"):
         nvfp4jax.quantize_model(model, [Rule(".*")])
 
     @nvfp4jax.register(Mine)
-    def convert(layer, *, name, activation, **options):
-        return MineNVFP4(layer, name, activation)
+    def convert(layer, *, name, scaling, **options):
+        return MineNVFP4(layer, name, scaling)
 
     x = jax.random.normal(key, (4, 32))
-    y = nvfp4jax.quantize_model(model, [Rule(".*", activation=None)])(x)
+    y = nvfp4jax.quantize_model(model, [Rule(".*", scaling=None)])(x)
     check(y, np.asarray(x, np.float64), decode(quantize_weight(model.layers[0].w[...].T)))
 
 
@@ -349,11 +349,11 @@ def test_shardings_follow_the_weight():
         with jax.set_mesh(mesh):
             layer = nnx.Linear(64, 32, use_bias=False, rngs=nnx.Rngs(0), kernel_metadata={"out_sharding": ("fsdp", "tp")})
             q = nvfp4jax.NVFP4Linear.from_float(layer)
-            assert tuple(q.kernel.get_metadata()["out_sharding"]) == ("tp", "fsdp")
+            assert tuple(q.kernel_packed.get_metadata()["out_sharding"]) == ("tp", "fsdp")
             assert tuple(q.kernel_scale.get_metadata()["out_sharding"]) == ("tp", "fsdp")
-            assert nnx.get_partition_spec(nnx.state(q))["kernel"].get_value() == jax.sharding.PartitionSpec("tp", "fsdp")
+            assert nnx.get_partition_spec(nnx.state(q))["kernel_packed"].get_value() == jax.sharding.PartitionSpec("tp", "fsdp")
         plain = nvfp4jax.NVFP4Linear.from_float(nnx.Linear(64, 32, use_bias=False, rngs=nnx.Rngs(0)))
-        np.testing.assert_array_equal(np.asarray(q.kernel[...]), plain.kernel[...])
+        np.testing.assert_array_equal(np.asarray(q.kernel_packed[...]), plain.kernel_packed[...])
 
 
 def test_raw_weight_reads_like_a_param(key):

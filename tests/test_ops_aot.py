@@ -1,12 +1,12 @@
 """What dispatch puts around the Hopper kernels compiles for an H200 with no GPU, layer by layer of a model, without a fallback."""
 
+import aot
 import jax
 import jax.numpy as jnp
 import pytest
 
 import nvfp4jax
 from nvfp4jax.array import NVFP4Array
-from nvfp4jax.kernels import aot
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(not aot.available(), reason="needs the extra `aot`")]
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16

@@ -108,7 +108,7 @@ def test_experts_keep_a_rows_bits(key):
 def test_delayed_layer(key):
     """The history that a layer on the kernels keeps is the XLA path's, to the bit, and their results agree."""
     layer = nnx.Linear(448, 200, use_bias=False, param_dtype=BF16, dtype=BF16, rngs=nnx.Rngs(key))
-    both = [nvfp4jax.NVFP4Linear.from_float(layer, activation="delayed", implementation=name) for name in ("hopper", "xla")]
+    both = [nvfp4jax.NVFP4Linear.from_float(layer, scaling="delayed", implementation=name) for name in ("hopper", "xla")]
     call = nnx.jit(lambda q, x: q(x))
     for n, step in enumerate((0, 3, 3, -2, -4, *[-4] * 15, 1)):
         x = jax.random.normal(jax.random.fold_in(key, n), (5, 448), BF16) * jnp.asarray(2.0**step, BF16)
@@ -124,7 +124,7 @@ def test_calibration():
     ids = np.load(folder / "reference.npz")["input_ids"]
     model, scales = nvfp4jax.load_model(folder, scan_layers=True), []
     for name in ("hopper", "xla"):
-        rules = [Rule("lm_head|.*/mlp/gate", skip=True), Rule(".*", activation="static", implementation=name)]
+        rules = [Rule("lm_head|.*/mlp/gate", skip=True), Rule(".*", scaling="static", implementation=name)]
         q = nvfp4jax.calibrate(nvfp4jax.quantize_model(model, rules), [ids])
         scales.append(jax.tree.leaves(nnx.state(q, lambda path, _: path[-1].endswith("input_scale"))))
     assert len(scales[0]) >= 4
@@ -141,7 +141,7 @@ def test_rollout(scan_layers):
     model = nvfp4jax.load_model(folder, scan_layers=scan_layers)
     outs = []
     for name in ("hopper", "xla"):
-        q = nvfp4jax.quantize_model(model, [Rule("lm_head|.*/mlp/gate", skip=True), Rule(".*", activation="token", implementation=name)])
+        q = nvfp4jax.quantize_model(model, [Rule("lm_head|.*/mlp/gate", skip=True), Rule(".*", scaling="token", implementation=name)])
         logits = jax.jit(lambda ids, q=q: q(ids, jnp.arange(24)[None] * jnp.ones((3, 1), jnp.int32), None, mask)[0])(jnp.asarray(ids))
         out = nvfp4jax.generate(q, ids, mask, max_new_tokens=16)
         assert np.isfinite(out.logprobs).all()

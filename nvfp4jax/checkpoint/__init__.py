@@ -14,7 +14,7 @@ __all__ = ["CheckpointError", "load_model"]
 def load_model(directory: str | Path, dtype: jnp.dtype = jnp.bfloat16, **options) -> nnx.Module:
     """A model from a Hugging Face folder (`huggingface.load_model`) or an Orbax folder of ours (`orbax.load_model`).
 
-    options: activation, scan_layers; for Hugging Face folders also rules. CheckpointError (a ValueError) names the file and tensor.
+    options: scaling, scan_layers; for Hugging Face folders also rules. CheckpointError (a ValueError) names the file and tensor.
     """
     if orbax.exists(directory):
         return orbax.load_model(directory, dtype, **options)

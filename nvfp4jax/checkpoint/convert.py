@@ -34,7 +34,7 @@ from nvfp4jax.checkpoint.formats import BF16, BLOCK, E4M3, Checkpoint, PackedWei
 from nvfp4jax.checkpoint.huggingface import module_name, quantizable
 from nvfp4jax.checkpoint.safetensors import CheckpointError, TensorInfo, Writer, read_header
 from nvfp4jax.layers import WEIGHTS, Experts, NVFP4Experts, NVFP4Linear
-from nvfp4jax.swap import Rule, path_string, quantize_model, scaled_layers, with_activation
+from nvfp4jax.swap import Rule, path_string, quantize_model, scaled_layers, with_scaling
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Selection:
 
     keep_first_n, keep_last_n: layers that stay in floating point. exclude: regular expressions, searched in the module's path
     ('layers/0/mlp/up_proj') and in its checkpoint name ('model.layers.0.mlp.up_proj'). experts_only: nothing but experts.
-    four_over_six, activation_four_over_six: None, "mae" or "mse". activation: the mode that the result's layers run in.
+    four_over_six, activation_four_over_six: None, "mae" or "mse". scaling: the mode that the result's layers run in.
     """
 
     keep_first_n: int = 0
@@ -65,13 +65,13 @@ class Selection:
     exclude: tuple[str, ...] = ()
     experts_only: bool = False
     four_over_six: str | None = None
-    activation: str | None = "token"
+    scaling: str | None = "token"
     activation_four_over_six: str | None = None
 
     @property
     def selects(self) -> bool:
         """Whether it says anything about which layers, or how weights are rounded."""
-        return dataclasses.replace(self, activation="token", activation_four_over_six=None) != Selection()
+        return dataclasses.replace(self, scaling="token", activation_four_over_six=None) != Selection()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Calibration:
 
 def _calibrated(qmodel: nnx.Module, calibration: Calibration, float_model: nnx.Module | None = None) -> dict[str, np.ndarray]:
     """Input scales f32 [] by checkpoint module, of all NVFP4 layers."""
-    static = with_activation(qmodel, "static")
+    static = with_scaling(qmodel, "static")
     modules = scaled_layers(static)
     scales: dict[str, np.ndarray] = {}
     found = input_scales(static, calibration.batches, headroom=calibration.headroom, float_model=float_model)
@@ -138,7 +138,7 @@ def rules_for(model: nnx.Module, selection: Selection) -> list[Rule]:
         raise ValueError("the selection leaves no layer to quantize")
     return [
         *rules,
-        Rule(".*", activation=selection.activation, four_over_six=selection.activation_four_over_six,
+        Rule(".*", scaling=selection.scaling, four_over_six=selection.activation_four_over_six,
              weight_four_over_six=selection.four_over_six),
     ]  # fmt: skip
 
@@ -497,8 +497,8 @@ def quantize_folder(
     if output not in OUTPUTS:
         raise ValueError(f"output={output!r}: one of {', '.join(OUTPUTS)}")
     orbax.refuse_existing(save_dir)
-    if calibration is not None and selection.activation is None:
-        raise ValueError("calibration: activation=None quantizes no activation, so there is nothing to scale")
+    if calibration is not None and selection.scaling is None:
+        raise ValueError("calibration: scaling=None quantizes no activation, so there is nothing to scale")
     if orbax.exists(source):
         return _export(source, save_dir, selection, output, calibration, progress)
     checkpoint = formats.open_checkpoint(source)
@@ -509,19 +509,19 @@ def quantize_folder(
         raise CheckpointError(f"{source}: the weights are NVFP4 already ({module_name(packed[0])}, ...); only the activation mode can be chosen")
     if packed:
         rules = [
-            Rule(re.escape(path_string(path)), activation=selection.activation, four_over_six=selection.activation_four_over_six)
+            Rule(re.escape(path_string(path)), scaling=selection.scaling, four_over_six=selection.activation_four_over_six)
             for path in packed
         ]
     else:
         rules = rules_for(model, selection)
-        if selection.activation == "static" and calibration is None:
-            raise CheckpointError(f"{source}: activation='static' needs input scales, which this folder has not; calibrate on some prompts "
+        if selection.scaling == "static" and calibration is None:
+            raise CheckpointError(f"{source}: scaling='static' needs input scales, which this folder has not; calibrate on some prompts "
                                   "(--calibration-prompts), or use an online mode")
     calibrated: dict[str, np.ndarray] = {}
     if calibration is not None:
         progress(0, 1, "calibration")
         if packed:
-            weights_only = [dataclasses.replace(rule, activation=None) for rule in rules]
+            weights_only = [dataclasses.replace(rule, scaling=None) for rule in rules]
             calibrated = _calibrated(huggingface.load_model(source, rules=weights_only), calibration)
         else:
             calibrated = _calibrated(quantize_model(model, rules), calibration, huggingface.load_model(source))
@@ -540,7 +540,7 @@ def quantize_folder(
             _to_orbax(checkpoint, qmodel, rules, working / "orbax", progress)
         else:
             report = _run_units(units, working, progress)
-            weight_only = checkpoint.quantization.weight_only and not calibrated if packed else selection.activation is None
+            weight_only = checkpoint.quantization.weight_only and not calibrated if packed else selection.scaling is None
             kv = checkpoint.quantization.kv_cache if method == "modelopt" else None
             _finish_folder(working, checkpoint.config, method, qmodel, weight_only, kv)
             if output == "orbax":
@@ -589,10 +589,10 @@ def _export(
     source: Path, save_dir: Path, selection: Selection, output: str, calibration: Calibration | None, progress: Progress
 ) -> list[dict[str, Any]]:
     """An Orbax folder of ours into ModelOpt or compressed-tensors files; with a calibration, into Orbax too, in static mode."""
-    to_static = calibration is not None and selection.activation == "static"
+    to_static = calibration is not None and selection.scaling == "static"
     if output == "orbax" and not to_static:
         raise CheckpointError(f"{source}: an Orbax checkpoint already; choose output modelopt or compressed-tensors")
-    if selection.selects or (selection.activation != "token" and not to_static):
+    if selection.selects or (selection.scaling != "token" and not to_static):
         raise CheckpointError(f"{source}: the weights are quantized already; layers and modes cannot be chosen any more")
     folder = orbax.read_folder(source)
     metadata = folder.metadata
@@ -634,12 +634,12 @@ def _export(
             with Writer(path, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}) as writer:
                 for name, tensor in tensors.items():
                     writer.write(name, tensor)
-        weight_only = not any(isinstance(m, NVFP4Linear | NVFP4Experts) and m.activation is not None for _, m in modules)
+        weight_only = not any(isinstance(m, NVFP4Linear | NVFP4Experts) and m.scaling is not None for _, m in modules)
         kv = metadata.get("kv_cache") if method == "modelopt" else None
         _finish_folder(working, metadata["config"], method, qmodel, weight_only and not extras, kv)
         if output == "orbax":
             checkpoint = formats.open_checkpoint(working)
-            static = huggingface.with_input_scales(with_activation(qmodel, "static"))
+            static = huggingface.with_input_scales(with_scaling(qmodel, "static"))
             _to_orbax(checkpoint, static, orbax.rules_of(static), working / "orbax", progress)
         _publish(working, save_dir, source, report, output)
     except BaseException:  # nothing here is worth resuming
@@ -660,15 +660,15 @@ def _export_module(
         packed[weight_name] = PackedWeight(values, scale, np.asarray(global_scale), input_scale)
 
     if isinstance(module, NVFP4Linear):
-        add(name, leaves.pop("kernel"), leaves.pop("kernel_scale"), leaves.pop("kernel_global_scale"), leaves.pop("input_scale", None))
+        add(name, leaves.pop("kernel_packed"), leaves.pop("kernel_scale"), leaves.pop("kernel_global_scale"), leaves.pop("input_scale", None))
     elif isinstance(module, NVFP4Experts):
         for e in range(module.num_experts):
             for half, projection in enumerate(("gate_proj", "up_proj")):
                 given = leaves.get("gate_up_input_scale")
-                add(f"{name}.{e}.{projection}", leaves["gate_up"][e, half], leaves["gate_up_scale"][e, half],
+                add(f"{name}.{e}.{projection}", leaves["gate_up_packed"][e, half], leaves["gate_up_scale"][e, half],
                     leaves["gate_up_global_scale"][e], None if given is None else given[e])  # fmt: skip
             given = leaves.get("down_input_scale")
-            add(f"{name}.{e}.down_proj", leaves["down"][e], leaves["down_scale"][e], leaves["down_global_scale"][e],
+            add(f"{name}.{e}.down_proj", leaves["down_packed"][e], leaves["down_scale"][e], leaves["down_global_scale"][e],
                 None if given is None else given[e])  # fmt: skip
         leaves = {}
     elif isinstance(module, Experts):

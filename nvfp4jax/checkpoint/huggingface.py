@@ -80,7 +80,7 @@ def _quantize(w: np.ndarray, layer: nnx.Module, name: str) -> PackedWeight:
 def _input_scale(weights: Sequence[PackedWeight], checkpoint: Checkpoint, name: str) -> np.ndarray:
     """The input scale of weights that see the same activation: the largest."""
     if any(w.input_scale is None for w in weights):
-        raise CheckpointError(f"{checkpoint.directory}: {name!r} has no input_scale, which activation='static' needs; calibrate on some "
+        raise CheckpointError(f"{checkpoint.directory}: {name!r} has no input_scale, which scaling='static' needs; calibrate on some "
                               "prompts (see nvfp4jax.calibrate), or use an online mode")
     return np.asarray(np.max([w.input_scale for w in weights]), np.float32)
 
@@ -96,11 +96,11 @@ def _linear(checkpoint: Checkpoint, path: Sequence[Any], layer: NVFP4Linear) -> 
     name = module_name(path)
     w = formats.read_weight(checkpoint, name, (layer.out_features, layer.in_features))
     leaves = {}
-    if layer.activation == "static":
+    if layer.scaling == "static":
         leaves["input_scale"] = _input_scale([w] if isinstance(w, PackedWeight) else [PackedWeight(w, w, w)], checkpoint, name)
     if not isinstance(w, PackedWeight):
         w = _quantize(w, layer, name)
-    return leaves | {"kernel": w.packed, "kernel_scale": w.scale, "kernel_global_scale": w.global_scale}
+    return leaves | {"kernel_packed": w.packed, "kernel_scale": w.scale, "kernel_global_scale": w.global_scale}
 
 
 def gate_up(checkpoint: Checkpoint, experts: str, index: int, shape: tuple[int, int, int], notes: Notes):
@@ -116,19 +116,19 @@ def _experts(checkpoint: Checkpoint, path: Sequence[Any], layer: NVFP4Experts, n
     name, e, h, i = module_name(path), layer.num_experts, layer.hidden, layer.intermediate
     _check_size(checkpoint, name, (e, h, i))
     leaves = {
-        "gate_up": np.empty((e, 2, i, h // 2), np.uint8),
+        "gate_up_packed": np.empty((e, 2, i, h // 2), np.uint8),
         "gate_up_scale": np.empty((e, 2, i, h // BLOCK), E4M3),
         "gate_up_global_scale": np.empty((e,), np.float32),
-        "down": np.empty((e, h, i // 2), np.uint8),
+        "down_packed": np.empty((e, h, i // 2), np.uint8),
         "down_scale": np.empty((e, h, i // BLOCK), E4M3),
         "down_global_scale": np.empty((e,), np.float32),
     }
-    if layer.activation == "static":
+    if layer.scaling == "static":
         leaves |= {"gate_up_input_scale": np.empty((e,), np.float32), "down_input_scale": np.empty((e,), np.float32)}
     for index in range(e):
         gate, up = gate_up(checkpoint, name, index, (e, i, h), notes)
         down = formats.read_expert(checkpoint, name, "down_proj", index, (e, h, i))
-        if layer.activation == "static":
+        if layer.scaling == "static":
             read = [w if isinstance(w, PackedWeight) else PackedWeight(w, w, w) for w in (gate, up, down)]
             leaves["gate_up_input_scale"][index] = _input_scale(read[:2], checkpoint, f"{name}.{index}.gate_proj")
             leaves["down_input_scale"][index] = _input_scale(read[2:], checkpoint, f"{name}.{index}.down_proj")
@@ -138,9 +138,9 @@ def _experts(checkpoint: Checkpoint, path: Sequence[Any], layer: NVFP4Experts, n
         if not isinstance(down, PackedWeight):
             down = _quantize(down, layer, f"{name}.{index}.down_proj")
         for half, w in enumerate((gate, up)):
-            leaves["gate_up"][index, half], leaves["gate_up_scale"][index, half] = w.packed, w.scale
+            leaves["gate_up_packed"][index, half], leaves["gate_up_scale"][index, half] = w.packed, w.scale
         leaves["gate_up_global_scale"][index] = gate.global_scale
-        leaves["down"][index], leaves["down_scale"][index] = down.packed, down.scale
+        leaves["down_packed"][index], leaves["down_scale"][index] = down.packed, down.scale
         leaves["down_global_scale"][index] = down.global_scale
     return leaves
 
@@ -186,14 +186,14 @@ def owning_modules(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Module]]:
 
 
 def abstract_model(
-    checkpoint: Checkpoint, dtype: jnp.dtype, *, activation: str | None = None, rules: Sequence[Rule] = ()
+    checkpoint: Checkpoint, dtype: jnp.dtype, *, scaling: str | None = None, rules: Sequence[Rule] = ()
 ) -> nnx.Module:
     """The model that the folder makes, without values: layers it stores in NVFP4 swapped, and those that `rules` name."""
     model = models.build(checkpoint.config, dtype)
     layers = quantizable(model)
     packed = {path for path, module in layers.items() if is_packed(checkpoint, path, module)}
     decided = {path for path in packed if any(re.fullmatch(rule.module_path, path_string(path)) for rule in rules)}
-    rules = [*rules, *(Rule(re.escape(path_string(path)), activation=activation) for path in layers if path in packed - decided)]
+    rules = [*rules, *(Rule(re.escape(path_string(path)), scaling=scaling) for path in layers if path in packed - decided)]
     if not rules:
         return model
     qmodel = quantize_model(model, rules)
@@ -205,9 +205,9 @@ def abstract_model(
 def with_input_scales(qmodel: nnx.Module) -> nnx.Module:
     """The abstract model itself, with (abstract) input scales in static layers that have none."""
     for _, layer in owning_modules(qmodel):
-        if isinstance(layer, NVFP4Linear) and layer.activation == "static" and layer.input_scale is None:
+        if isinstance(layer, NVFP4Linear) and layer.scaling == "static" and layer.input_scale is None:
             layer.input_scale = nnx.Param(jax.ShapeDtypeStruct((), jnp.float32))
-        if isinstance(layer, NVFP4Experts) and layer.activation == "static" and layer.gate_up_input_scale is None:
+        if isinstance(layer, NVFP4Experts) and layer.scaling == "static" and layer.gate_up_input_scale is None:
             for name in ("gate_up_input_scale", "down_input_scale"):
                 setattr(layer, name, nnx.Param(jax.ShapeDtypeStruct((layer.num_experts,), jnp.float32)))
     return qmodel
@@ -249,14 +249,14 @@ def load_model(
     directory: str | Path,
     dtype: jnp.dtype = jnp.bfloat16,
     *,
-    activation: str | None = None,
+    scaling: str | None = None,
     scan_layers: bool = False,
     rules: Sequence[Rule] | None = None,
 ) -> nnx.Module:
     """A model with the weights of a Hugging Face folder, on the default device.
 
     dtype: of the activations and of the weights that stay in floating point; float32 computes exact products.
-    activation: how layers that the folder stores in NVFP4 treat their input: None (weights only: the exact decode), "static" (the
+    scaling: how layers that the folder stores in NVFP4 treat their input: None (weights only: the exact decode), "static" (the
         folder's input scales), "delayed", "tensor", "tensor_pow2", "token", and "expert" for experts.
     scan_layers: stack layers of equal structure, so that compile time does not grow with depth.
     rules: quantize while loading, expert by expert: as `quantize_model` and `quantize_params` afterwards, to the bit. For layers
@@ -265,7 +265,7 @@ def load_model(
     CheckpointError, one line that names the file and tensor, for anything missing, truncated, misshapen, not finite or unknown.
     """
     checkpoint = formats.open_checkpoint(directory)
-    model = abstract_model(checkpoint, dtype, activation=activation, rules=rules or ())
+    model = abstract_model(checkpoint, dtype, scaling=scaling, rules=rules or ())
     notes = Notes()
     values: dict[tuple, Any] = {}
     packed = []

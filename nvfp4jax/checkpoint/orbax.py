@@ -303,7 +303,7 @@ def recipe_id(rules: Sequence[Rule]) -> str:
     taken = [rule for rule in rules if not rule.skip]
     if not taken:
         return "float"
-    modes = sorted({str(rule.activation).lower() for rule in taken})
+    modes = sorted({str(rule.scaling).lower() for rule in taken})
     extras = sorted({f"+{side}46-{kind}-256" for rule in taken for side, kind in (("w", rule.weight_four_over_six), ("a", rule.four_over_six)) if kind})
     return f"te-exact/{','.join(modes)}{''.join(extras)}"
 
@@ -331,31 +331,31 @@ def save_model(path: str | Path, model: nnx.Module, config: Mapping[str, Any], *
     save(path, nnx.state(model, WEIGHTS), full)
 
 
-def abstract_model(path: Path, metadata: Mapping[str, Any], dtype: jnp.dtype | None = None, activation: str | None = None) -> nnx.Module:
+def abstract_model(path: Path, metadata: Mapping[str, Any], dtype: jnp.dtype | None = None, scaling: str | None = None) -> nnx.Module:
     """The unrolled, abstract model that a folder's metadata describe."""
     config, stored = metadata.get("config"), metadata.get("dtype")
     if not isinstance(config, dict) or stored not in ("bfloat16", "float32", "float16"):
         raise CheckpointError(f"{path}: the metadata have no model config and dtype; restore it into a state of your own")
     rules = rules_from_json(metadata.get("rules", []), str(path))
-    if activation is not None:
-        rules = [dataclasses.replace(rule, activation=activation) for rule in rules]
+    if scaling is not None:
+        rules = [dataclasses.replace(rule, scaling=scaling) for rule in rules]
     model = models.build(config, dtype or stored)
     return huggingface.with_input_scales(quantize_model(model, rules)) if rules else model
 
 
-def load_model(path: str | Path, dtype: jnp.dtype | None = None, *, activation: str | None = None, scan_layers: bool = False) -> nnx.Module:
+def load_model(path: str | Path, dtype: jnp.dtype | None = None, *, scaling: str | None = None, scan_layers: bool = False) -> nnx.Module:
     """The model in a folder of ours, on the default device; no other input is needed.
 
-    dtype: of activations and float weights, as stored where None. activation: for all NVFP4 layers, as stored where None.
+    dtype: of activations and float weights, as stored where None. scaling: for all NVFP4 layers, as stored where None.
     """
     folder = read_folder(path)
     path = folder.path
     stored = abstract_model(path, folder.metadata)
-    model = abstract_model(path, folder.metadata, dtype, activation)
+    model = abstract_model(path, folder.metadata, dtype, scaling)
     leaves = restore_leaves(folder, flatten(nnx.state(stored, WEIGHTS)))
     wanted = flatten(nnx.state(model, WEIGHTS))
     if extra := [name for name in wanted if name not in leaves]:
-        raise CheckpointError(f"{path}: {extra[0]} is not in the folder, which activation={activation!r} needs; use an online mode")
+        raise CheckpointError(f"{path}: {extra[0]} is not in the folder, which scaling={scaling!r} needs; use an online mode")
     values = {path: leaves[path_string(path)].astype(variable.dtype) for path, variable in nnx.to_flat_state(nnx.state(model, WEIGHTS))}
     model = huggingface.fill(model, values)
     return models.stack_layers(model) if scan_layers else model

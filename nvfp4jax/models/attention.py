@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from nvfp4jax.ops_xla import product_operands
+from nvfp4jax.backends.xla import product_operands
 
 
 @jax.tree_util.register_dataclass

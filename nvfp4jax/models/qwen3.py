@@ -12,7 +12,8 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
-from nvfp4jax import layers, ops, ops_xla, scaling
+from nvfp4jax import layers, ops, scaling
+from nvfp4jax.backends import xla
 from nvfp4jax.models import attention, stacking
 from nvfp4jax.models.attention import KVCache, LayerCache, RMSNorm, StepInputs
 
@@ -348,7 +349,7 @@ class Qwen3(nnx.Module):
         table = self.embed_tokens.embedding[...].astype(x.dtype)
         return jnp.einsum(
             "bth,vh->btv",
-            *ops_xla.product_operands(x, table),
+            *xla.product_operands(x, table),
             precision=self.dtypes.precision,
             preferred_element_type=jnp.float32,
         )

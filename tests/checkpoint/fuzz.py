@@ -153,7 +153,7 @@ class Target:
         tracemalloc.start()
         try:
             if rng.random() < deep:
-                huggingface.load_model(folder, activation=rng.choice([None, "token", "static"]))
+                huggingface.load_model(folder, scaling=rng.choice([None, "token", "static"]))
             else:
                 formats.open_checkpoint(folder)
                 for info in read_folder(folder).values():

@@ -91,8 +91,8 @@ def test_modelopt_to_compressed_tensors_equals_its_public_converter(tmp_path, na
     for tensor in ours:
         assert ours[tensor].reshape(theirs[tensor].shape).tobytes() == theirs[tensor].tobytes(), tensor
     assert_same(load_model(tmp_path / "out"), load_model(DATA / name / "compressed-tensors-nvfp4"))
-    quantize_folder(DATA / name / "compressed-tensors-nvfp4", tmp_path / "orbax", Selection(activation="static"))
-    assert_same(load_model(tmp_path / "orbax"), load_model(tmp_path / "out", activation="static"))
+    quantize_folder(DATA / name / "compressed-tensors-nvfp4", tmp_path / "orbax", Selection(scaling="static"))
+    assert_same(load_model(tmp_path / "orbax"), load_model(tmp_path / "out", scaling="static"))
 
 
 @pytest.mark.parametrize("output", ["modelopt", "compressed-tensors"])
@@ -113,7 +113,7 @@ def test_exports_of_float_weights(tmp_path, output):
     assert scale("mlp.experts.4.gate_proj") == scale("mlp.experts.4.up_proj") != scale("mlp.experts.5.up_proj")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == output and config["hidden_size"] == 128
-    model = load_model(tmp_path / "out", activation="token")
+    model = load_model(tmp_path / "out", scaling="token")
     assert isinstance(model.layers[3].self_attn.q_proj, nnx.Linear) and isinstance(model.layers[0].self_attn.o_proj, nnx.Linear)
 
 
@@ -240,8 +240,8 @@ def test_bad_input_leaves_nothing(tmp_path):
         (good, Selection(exclude=("(",)), "orbax", "no regular expression"),
         (good, Selection(keep_first_n=2), "orbax", "leaves no layer"),
         (good, Selection(keep_first_n=-1), "orbax", "negative"),
-        (good, Selection(activation="static"), "orbax", "static.*input scales"),
-        (good, Selection(activation="nonsense"), "orbax", "activation='nonsense'"),
+        (good, Selection(scaling="static"), "orbax", "static.*input scales"),
+        (good, Selection(scaling="nonsense"), "orbax", "scaling='nonsense'"),
         (good, Selection(four_over_six="l1"), "orbax", "four_over_six='l1'"),
         (MOE / "modelopt-nvfp4", Selection(keep_first_n=1), "orbax", "NVFP4 already"),
     ]:

@@ -83,12 +83,12 @@ def test_nvfp4_weights_decode_exactly(name, form):
 def test_the_bytes_are_the_checkpoints_own():
     model, stored = load_model(MOE / "modelopt-nvfp4"), folders.tensors(MOE / "modelopt-nvfp4")
     q = model.layers[2].self_attn.q_proj
-    assert np.asarray(q.kernel[...]).tobytes() == stored["model.layers.2.self_attn.q_proj.weight"].tobytes()
+    assert np.asarray(q.kernel_packed[...]).tobytes() == stored["model.layers.2.self_attn.q_proj.weight"].tobytes()
     assert np.asarray(q.kernel_scale[...]).tobytes() == stored["model.layers.2.self_attn.q_proj.weight_scale"].tobytes()
     experts = model.layers[1].mlp.experts
     for half, projection in enumerate(("gate_proj", "up_proj")):
         module = f"model.layers.1.mlp.experts.5.{projection}"
-        assert np.asarray(experts.gate_up[...])[5, half].tobytes() == stored[f"{module}.weight"].tobytes()
+        assert np.asarray(experts.gate_up_packed[...])[5, half].tobytes() == stored[f"{module}.weight"].tobytes()
         assert np.asarray(experts.gate_up_global_scale[...])[5] == stored[f"{module}.weight_scale_2"]
 
 
@@ -111,7 +111,7 @@ def test_logits_are_those_of_the_decoded_weights(tmp_path):
 def test_static_mode_takes_the_folders_input_scales(form, name, inverse):
     stored = folders.tensors(MOE / form)
     scale = lambda module: np.float32(1) / stored[f"{module}.{name}"] if inverse else stored[f"{module}.{name}"]  # noqa: E731
-    model = load_model(MOE / form, activation="static")
+    model = load_model(MOE / form, scaling="static")
     assert model.layers[0].self_attn.k_proj.input_scale[...] == scale("model.layers.0.self_attn.k_proj")
     experts = model.layers[3].mlp.experts
     for e in range(8):
@@ -130,27 +130,27 @@ def test_static_mode_without_input_scales_names_the_layer(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     assert formats.open_checkpoint(folder).quantization.weight_only
     with pytest.raises(CheckpointError, match=r"'model.layers.0.mlp.experts.0.gate_proj' has no input_scale.*online"):
-        load_model(folder, activation="static")
-    assert np.isfinite(logits(load_model(folder, activation="token"))).all()
+        load_model(folder, scaling="static")
+    assert np.isfinite(logits(load_model(folder, scaling="token"))).all()
 
 
 def test_quantize_on_load_equals_quantize_params():
     rules = [nvfp4jax.Rule("lm_head", skip=True), nvfp4jax.Rule(r"layers/0/.*", weight_four_over_six="mse"),
-             nvfp4jax.Rule(r"layers/[1-3]/mlp/experts", activation="expert")]  # fmt: skip
+             nvfp4jax.Rule(r"layers/[1-3]/mlp/experts", scaling="expert")]  # fmt: skip
     model = load_model(MOE / "bf16", rules=rules)
     floats = load_model(MOE / "bf16")
     qmodel = nvfp4jax.quantize_model(floats, rules)
     assert_same(model, qmodel)
     nnx.update(qmodel, nvfp4jax.quantize_params(nnx.state(floats), qmodel))
     assert_same(model, qmodel)
-    assert model.layers[1].mlp.experts.activation == "expert" and isinstance(model.layers[1].self_attn.q_proj, nnx.Linear)
+    assert model.layers[1].mlp.experts.scaling == "expert" and isinstance(model.layers[1].self_attn.q_proj, nnx.Linear)
     with pytest.raises(ValueError, match="matches no layer"):
         load_model(MOE / "bf16", rules=[nvfp4jax.Rule("nothing")])
 
 
 def test_rules_choose_the_mode_of_packed_layers():
-    model = load_model(MOE / "modelopt-nvfp4", activation="token", rules=[nvfp4jax.Rule(r"layers/\d+/mlp/experts", activation="tensor")])
-    assert model.layers[0].mlp.experts.activation == "tensor" and model.layers[0].self_attn.q_proj.activation == "token"
+    model = load_model(MOE / "modelopt-nvfp4", scaling="token", rules=[nvfp4jax.Rule(r"layers/\d+/mlp/experts", scaling="tensor")])
+    assert model.layers[0].mlp.experts.scaling == "tensor" and model.layers[0].self_attn.q_proj.scaling == "token"
     with pytest.raises(CheckpointError, match="layers.0.mlp.experts.*cannot be followed"):
         load_model(MOE / "modelopt-nvfp4", rules=[nvfp4jax.Rule(r"layers/0/mlp/experts", skip=True)])
 
@@ -211,7 +211,7 @@ def test_fused_packed_experts(tmp_path, transposed, separator):
                 target = f"{prefix}.{name}" if separator == "_" and kind == "weight" else f"{prefix}.{name}{separator}{kind}"
                 change[target] = value
     folder = folders.copy(MOE / "modelopt-nvfp4", tmp_path / "fused", change)
-    assert_same(load_model(folder, activation="static"), load_model(MOE / "modelopt-nvfp4", activation="static"))
+    assert_same(load_model(folder, scaling="static"), load_model(MOE / "modelopt-nvfp4", scaling="static"))
 
 
 def test_gate_and_up_of_different_scales_are_reconciled_and_told_once(tmp_path, caplog):

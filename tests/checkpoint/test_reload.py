@@ -148,22 +148,23 @@ def to_metadata(**values):
     return lambda leaves, metadata: metadata.update(values)
 
 
-Q = "layers/1/self_attn/q_proj/kernel"
+K = "layers/1/self_attn/q_proj/kernel"
+Q = f"{K}_packed"
 FAULTS = {
     "missing key": (drop, "norm/scale is missing"),
     "extra key": (add, "norm/bias is not expected"),
     "wrong shape": (replace(Q, lambda x: x[:16]), rf"{Q} has shape \(16, 16\), expected \(32, 16\)"),
     "wrong dtype": (replace("norm/scale", lambda x: x.astype(jnp.float32)), "norm/scale has dtype float32, expected bfloat16"),
     "codes as int8": (replace(Q, lambda x: x.astype(jnp.int8)), f"{Q} has dtype int8"),
-    "transposed scale": (replace(f"{Q}_scale", jnp.transpose), rf"{Q}_scale has shape \(2, 32\)"),
-    "transposed codes": (replace("layers/0/mlp/down_proj/kernel", lambda x: x.reshape(24, -1).T.reshape(x.shape)), "down_proj/kernel: its bytes do not match"),
-    "rolled scales": (replace(f"{Q}_scale", lambda x: x[::-1]), f"{Q}_scale: its bytes do not match"),
-    "inverted scale": (replace(f"{Q}_global_scale", lambda x: jnp.float32(1) / x, True), "global scale that is .* the inverse"),
+    "transposed scale": (replace(f"{K}_scale", jnp.transpose), rf"{K}_scale has shape \(2, 32\)"),
+    "transposed codes": (replace("layers/0/mlp/down_proj/kernel_packed", lambda x: x.reshape(24, -1).T.reshape(x.shape)), "down_proj/kernel_packed: its bytes do not match"),
+    "rolled scales": (replace(f"{K}_scale", lambda x: x[::-1]), f"{K}_scale: its bytes do not match"),
+    "inverted scale": (replace(f"{K}_global_scale", lambda x: jnp.float32(1) / x, True), "global scale that is .* the inverse"),
     "inverted input of a live scale": (replace("layers/2/mlp/experts/down_global_scale", lambda x: jnp.float32(1) / x, True), "inverse|inverted"),
-    "NaN global scale": (replace(f"{Q}_global_scale", lambda x: x * jnp.float32(jnp.nan), True), f"{Q}_global_scale: a global scale"),
-    "infinite global scale": (replace(f"{Q}_global_scale", lambda x: x + jnp.float32(jnp.inf), True), f"{Q}_global_scale: a global scale"),
-    "zero global scale": (replace(f"{Q}_global_scale", lambda x: x * jnp.float32(0), True), f"{Q}_global_scale: a global scale"),
-    "NaN block scale": (replace(f"{Q}_scale", lambda x: x.at[3, 1].set(jnp.float8_e4m3fn(jnp.nan)), True), f"{Q}_scale: a NaN block scale"),
+    "NaN global scale": (replace(f"{K}_global_scale", lambda x: x * jnp.float32(jnp.nan), True), f"{K}_global_scale: a global scale"),
+    "infinite global scale": (replace(f"{K}_global_scale", lambda x: x + jnp.float32(jnp.inf), True), f"{K}_global_scale: a global scale"),
+    "zero global scale": (replace(f"{K}_global_scale", lambda x: x * jnp.float32(0), True), f"{K}_global_scale: a global scale"),
+    "NaN block scale": (replace(f"{K}_scale", lambda x: x.at[3, 1].set(jnp.float8_e4m3fn(jnp.nan)), True), f"{K}_scale: a NaN block scale"),
     "NaN weight": (replace("norm/scale", lambda x: x.at[3].set(jnp.bfloat16(jnp.nan)), True), "norm/scale: a value that is NaN"),
     "infinite weight": (replace("lm_head/kernel", lambda x: x.at[3, 4].set(jnp.bfloat16(jnp.inf)), True), "lm_head/kernel: a value"),
     "format version": (to_metadata(format_version=9), "format version 9"),

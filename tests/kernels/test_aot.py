@@ -1,9 +1,8 @@
+import aot
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-
-from nvfp4jax.kernels import aot
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(not aot.available(), reason="needs jax-cuda13-plugin and -pjrt")]
 

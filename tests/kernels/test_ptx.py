@@ -1,12 +1,12 @@
 """The CPU runner of PTX finds what it is there to find."""
+import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
 import ptx
 import pytest
 
-from nvfp4jax.kernels import aot
-from nvfp4jax.kernels import mosaic as mg
+from nvfp4jax.kernels.hopper import mosaic as mg
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(not aot.available(), reason="needs jax-cuda13-plugin and -pjrt")]
 

@@ -283,7 +283,7 @@ def test_padding_takes_no_part_in_an_nvfp4_amax(name, scan):
     ref = loading.reference(name)
     mask = ref["attention_mask"]
     rules = [nvfp4jax.Rule(r".*/gate", skip=True)] if scan else []
-    model = nvfp4jax.quantize_model(loading.load(name), [*rules, nvfp4jax.Rule(r"layers/.*", activation="tensor")])
+    model = nvfp4jax.quantize_model(loading.load(name), [*rules, nvfp4jax.Rule(r"layers/.*", scaling="tensor")])
     model = models.stack_layers(model) if scan else model
     table = model.embed_tokens.embedding
     table.set_value(table.get_value().at[5].set(jax.nn.one_hot(3, 128)))  # a loud token: one channel, 11.3 once normed

@@ -14,7 +14,7 @@ from nvfp4jax import models
 
 RULES = [
     nvfp4jax.Rule(r"layers/0/.*|lm_head|.*/gate", skip=True),  # keeps the first layer
-    nvfp4jax.Rule(r"layers/.*", activation="token"),
+    nvfp4jax.Rule(r"layers/.*", scaling="token"),
 ]
 
 
@@ -42,8 +42,8 @@ def test_round_trip(graph):
         assert_same(nnx.state(model), before)  # neither touched the model it was given
         assert back.layers[2].self_attn.q_proj.name == "layers/2/self_attn/q_proj"
         assert stacked.layers[1].self_attn.q_proj.name == "layers/1-3/self_attn/q_proj"
-        codes = stacked.layers[1].mlp.experts.gate_up.get_value()
-        np.testing.assert_array_equal(codes[2], model.layers[3].mlp.experts.gate_up.get_value())
+        codes = stacked.layers[1].mlp.experts.gate_up_packed.get_value()
+        np.testing.assert_array_equal(codes[2], model.layers[3].mlp.experts.gate_up_packed.get_value())
         with pytest.raises(ValueError, match="stacked already"):
             models.stack_layers(stacked)
 
@@ -102,8 +102,8 @@ def test_scanned_equals_unrolled():
     )
     rules = [
         nvfp4jax.Rule(r".*/gate|lm_head", skip=True),
-        nvfp4jax.Rule(r".*/self_attn/.*", activation="static"),
-        nvfp4jax.Rule(r".*/experts", activation="expert"),
+        nvfp4jax.Rule(r".*/self_attn/.*", scaling="static"),
+        nvfp4jax.Rule(r".*/experts", scaling="expert"),
     ]
     model = nvfp4jax.quantize_model(models.build(config, jnp.float32, rngs=nnx.Rngs(0)), rules)
     for i, layer in enumerate(model.layers):
@@ -124,7 +124,7 @@ def test_scanned_equals_unrolled():
     np.testing.assert_allclose(*logits, atol=1e-4)
     # Layers in another order are another model: each layer's place counts.
     swapped = models.stack_layers(model)
-    codes = swapped.layers[0].mlp.experts.down
+    codes = swapped.layers[0].mlp.experts.down_packed
     codes.set_value(codes.get_value()[::-1])
     assert np.abs(logits_of(swapped) - logits[1]).max() > 1e-2
 

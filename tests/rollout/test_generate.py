@@ -150,7 +150,7 @@ class Bigram(Unigram):
 
 def test_any_models_nvfp4_layers_see_valid_rows_alone():
     """Padding and finished rows, both loud, change no bit of a per-tensor scaled layer in a foreign model."""
-    model = nvfp4jax.quantize_model(Bigram(nnx.Rngs(0)), nvfp4jax.Rule("head", activation="tensor"))
+    model = nvfp4jax.quantize_model(Bigram(nnx.Rngs(0)), nvfp4jax.Rule("head", scaling="tensor"))
     ids = np.arange(1, 49).reshape(3, 16) % 31 + 1
     settings = dict(max_new_tokens=16, temperature=1.0, key=jax.random.key(0))
     base = generate(model, ids, **settings)  # 16 is a bucket: no padding, and no row ends
@@ -241,7 +241,7 @@ def test_finished_rows_leave_the_amax():
     """Per-tensor scales: once row 1 has stopped, row 0 goes on bit for bit as it does beside a row of nothing."""
     name = "qwen3-tiny"
     ids, mask = prompts(name)
-    model = nvfp4jax.quantize_model(model_of(name, True), nvfp4jax.Rule(r"layers/.*", activation="tensor"))
+    model = nvfp4jax.quantize_model(model_of(name, True), nvfp4jax.Rule(r"layers/.*", scaling="tensor"))
     graphdef, params, tokens, valid, controls, settings = rollout_arguments(model, ids, mask, 8, temperature=1.0)
     prefill = jax.jit(decoding.prefill, static_argnums=(0, 6))
     decode = jax.jit(decoding.decode, static_argnums=(0, 5))
@@ -474,7 +474,7 @@ def test_new_weights_in_flight_against_an_oracle(scan):
 def test_chunks_with_nothing_to_swap_are_the_undivided_rollout(name):
     """Whatever the chunks, the bits of one rollout; the versions name the weights that served; padding has none."""
     ids, mask = prompts(name)
-    model = nvfp4jax.quantize_model(model_of(name, True), nvfp4jax.Rule(r"layers/.*", activation="tensor"))
+    model = nvfp4jax.quantize_model(model_of(name, True), nvfp4jax.Rule(r"layers/.*", scaling="tensor"))
     common = dict(
         max_new_tokens=11, temperature=1.0, num_samples=2, key=jax.random.key(2), return_experts="moe" in name
     )

@@ -8,80 +8,18 @@
 `top_k_experts` gives a token to a warp, which finds one maximum after another. `route` is one launch of a CTA, or of one cluster
 where a CTA's lanes are fewer than the slots: a stable counting sort. Each warp counts its stretch of slots by expert, the counts
 of (expert, CTA, warp) are added up in that order, each warp places its slots. `combine` adds a token's k rows in slot order. No
-atomics: the order of every sum and of every row follows from the inputs. `..._xla` are the same in plain jnp, for any device, and
-the tests' reference.
+atomics: the order of every sum and of every row follows from the inputs. `nvfp4jax.routing` is the same in plain jnp.
 """
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from nvfp4jax.kernels import mosaic as mg
+from nvfp4jax.kernels.hopper import mosaic as mg
+from nvfp4jax.routing import Routing, check_combine, check_route, check_top_k
 
 WARP = 32
 MAX_EXPERTS = 1024  # of top_k_experts: 32 logits a lane
-
-
-class Routing(NamedTuple):
-    """token_of_row i32 [T*k]: the token whose slot each sorted row is; row_of_slot i32 [T, k]: its inverse, -1 for tokens
-    that are not valid; group_sizes i32 [E]: rows of each expert. Rows past sum(group_sizes) belong to no expert."""
-
-    token_of_row: jax.Array
-    row_of_slot: jax.Array
-    group_sizes: jax.Array
-
-
-def _check_route(expert_ids, valid):
-    if expert_ids.ndim != 2 or expert_ids.dtype != jnp.int32:
-        raise ValueError(f"route: expert_ids must be i32 [T, k], got {expert_ids.dtype}{expert_ids.shape}")
-    if valid is not None and valid.shape != expert_ids.shape[:1]:
-        raise ValueError(f"route: valid has shape {valid.shape}; expert_ids of shape {expert_ids.shape} wants {expert_ids.shape[:1]}")
-
-
-def _check_combine(rows, routing, weights):
-    if rows.ndim != 2 or rows.shape[0] != weights.size or routing.row_of_slot.shape != weights.shape:
-        raise ValueError(f"combine: rows {rows.shape}, weights {weights.shape} and routing of {routing.row_of_slot.shape} do not match: "
-                         "want [T*k, H], [T, k], [T, k]")
-
-
-def _check_top_k(logits, k):
-    if not logits.ndim or logits.dtype != jnp.float32 or not 0 < k <= logits.shape[-1]:
-        raise ValueError(f"top_k_experts: wants float32 logits [..., E] and 0 < k <= E, got {logits.dtype}{logits.shape} and k={k}")
-
-
-# --- plain jnp -------------------------------------------------------------------------------------------------------
-
-def top_k_experts_xla(logits, k: int, *, normalize: bool):
-    """`top_k_experts` in plain jnp, by the order of the probabilities."""
-    _check_top_k(logits, k)
-    weights, ids = lax.top_k(jax.nn.softmax(logits, axis=-1), k)
-    return weights / weights.sum(-1, keepdims=True) if normalize else weights, ids
-
-
-def route_xla(expert_ids, num_experts: int, valid=None) -> Routing:
-    """`route` in plain jnp."""
-    _check_route(expert_ids, valid)
-    tokens, k = expert_ids.shape
-    known = (expert_ids >= 0) & (expert_ids < num_experts)
-    known = known if valid is None else known & valid[:, None]
-    ids = jnp.where(known, expert_ids, jnp.int32(num_experts)).reshape(-1)
-    order = jnp.argsort(ids, stable=True).astype(jnp.int32)
-    row_of_slot = jnp.zeros_like(order).at[order].set(jnp.arange(tokens * k, dtype=jnp.int32)).reshape(tokens, k)
-    sizes = jnp.bincount(ids, length=num_experts + 1)[:num_experts].astype(jnp.int32)
-    return Routing(order // jnp.int32(k), jnp.where(known, row_of_slot, jnp.int32(-1)), sizes)
-
-
-def combine_xla(rows, routing: Routing, weights, *, out_dtype=jnp.bfloat16):
-    """`combine` in plain jnp."""
-    _check_combine(rows, routing, weights)
-    total = jnp.zeros((weights.shape[0], rows.shape[1]), jnp.float32)
-    for j in range(weights.shape[1]):
-        row = routing.row_of_slot[:, j, None]
-        product = rows[jnp.maximum(row[:, 0], jnp.int32(0))].astype(jnp.float32) * weights[:, j, None].astype(jnp.float32)
-        total = jnp.where(row >= 0, total + product, total)
-    return total.astype(out_dtype)
 
 
 # --- the router's choice ---------------------------------------------------------------------------------------------
@@ -156,7 +94,7 @@ def top_k_experts(logits, k: int, *, normalize: bool):
     same float32, the order is that of the logits. A token whose largest logit is NaN or infinite has NaN weights and ids
     0 .. k-1. NotImplementedError for k > 32 or E > 1024.
     """
-    _check_top_k(logits, k)
+    check_top_k(logits, k)
     *lead, experts = logits.shape
     tokens = math.prod(lead)
     if k > WARP or experts > MAX_EXPERTS:
@@ -337,7 +275,7 @@ def route(expert_ids, num_experts: int, valid=None) -> Routing:
     expert_ids: i32 [T, k]; an id outside 0..num_experts-1 counts as no expert. valid: bool [T]; slots of tokens that are
     not valid count in no group, and their rows come last. NotImplementedError where the counts do not fit the shared memory.
     """
-    _check_route(expert_ids, valid)
+    check_route(expert_ids, valid)
     tokens, k = expert_ids.shape
     n = tokens * k
     if n == 0:
@@ -399,11 +337,11 @@ def combine(rows, routing: Routing, weights, *, out_dtype=jnp.bfloat16):
     rows: bfloat16 or float32 [T*k, H], H a multiple of 8; weights: bfloat16 or float32 [T, k]. Slots of no expert add
     nothing, whatever their rows hold; a token that is not valid gets zeros. -> out_dtype (bfloat16 or float32) [T, H].
     """
-    _check_combine(rows, routing, weights)
+    check_combine(rows, routing, weights)
     (tokens, k), hidden, dtypes = weights.shape, rows.shape[1], (jnp.bfloat16, jnp.float32)
     if hidden % 8 or rows.dtype not in dtypes or weights.dtype not in dtypes or out_dtype not in dtypes:
         raise NotImplementedError(f"combine: rows {rows.dtype}{rows.shape}, weights {weights.dtype}, out {jnp.dtype(out_dtype)}: H must "
-                                  "be a multiple of 8, dtypes bfloat16 or float32; use combine_xla")
+                                  "be a multiple of 8, dtypes bfloat16 or float32; use nvfp4jax.routing.combine")
     if tokens == 0:
         return jnp.zeros((0, hidden), out_dtype)
     warps, single, single_out, weight_single = 4, *(d == jnp.float32 for d in (rows.dtype, out_dtype, weights.dtype))

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import aot
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -11,8 +12,7 @@ import ptx_hopper
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from nvfp4jax.kernels import aot, mosaic
-from nvfp4jax.kernels import grouped_hopper as grouped
+from nvfp4jax.kernels.hopper import grouped, mosaic
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 # (experts, output channels of gate, hidden) of a model's expert layer; down is the transpose.

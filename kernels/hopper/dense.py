@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from nvfp4jax.kernels import mosaic as mo
+from nvfp4jax.kernels.hopper import mosaic as mo
 
 SMS = 132
 STEP = 256  # K of a pipeline step: 128 bytes of codes and 16 of scales a row
@@ -200,7 +200,7 @@ def _narrow(n, k, m, *, slices, tiles, tokens, per_row, bias_dtype, out_dtype, s
     memory, stages = _narrow_memory(k, tokens, slices, tiles)
     resident = memory != "steps"  # the weights are
     if wgs * 4 != warps or warps > 24 or not stages:
-        raise NotImplementedError(f"dense_hopper: no schedule for weights [{n}, {k}] at M={m}")
+        raise NotImplementedError(f"dense: no schedule for weights [{n}, {k}] at M={m}")
     # x by whole 8-row groups in one copy where M allows it, else a 64-chunk a copy: the same bytes in another order.
     x_tiled = (m <= 8 or m % 8 == 0) and memory != "weights"
     chunks = STEP // 64
@@ -569,7 +569,7 @@ def _split(n, k, m, *, slices, wgs, tokens, per_row, bias_dtype, out_dtype, stac
     pitch = _pitch(rows)
     share = tokens // slices  # tokens whose sums a CTA finishes
     if share * slices != tokens or stages < 2 and not resident:
-        raise NotImplementedError(f"dense_hopper: no schedule for weights [{n}, {k}] at M={m}, tiles of {tokens} tokens")
+        raise NotImplementedError(f"dense: no schedule for weights [{n}, {k}] at M={m}, tiles of {tokens} tokens")
     x_stages = max(stages, -(-pitch * 4 // (STEP * 2)))  # the sums take the place of the tokens
     chunks = _chunks(tokens)
 
@@ -734,7 +734,7 @@ def _wide(n, k, m, *, slices, wgs, tokens, paired, per_row, bias_dtype, out_dtyp
     box = rows * STEP // 2 + tokens * STEP * 2 + (0 if blocked else rows * 16)
     stages = min(8, (mo.SHARED_MEMORY - 2048 - (2 * rows * 128 if blocked else 0)) // box)
     if stages < 2:
-        raise NotImplementedError(f"dense_hopper: no schedule for weights [{n}, {k}] at M={m}, tiles of {tokens} tokens")
+        raise NotImplementedError(f"dense: no schedule for weights [{n}, {k}] at M={m}, tiles of {tokens} tokens")
     chunks = _chunks(tokens)
     scale_pitch = -(-tokens // 32) * 32  # floats of a tile's row scales: TMA writes to multiples of 128 bytes
     consumer_registers, producer_registers = mo.register_budget(wgs)
@@ -981,23 +981,23 @@ def _matmul(operand, row_scale, packed, scale, global_scale, bias, out_dtype, la
     lead, (n, half) = packed.shape[:-2], packed.shape[-2:]
     k = 2 * half
     if len(lead) != stacked or operand.ndim != 2 or operand.shape[1] != k:
-        raise ValueError(f"dense_hopper.matmul: operand {operand.shape} and packed {packed.shape} want [M, K] and "
+        raise ValueError(f"dense.matmul: operand {operand.shape} and packed {packed.shape} want [M, K] and "
                          f"[{'layers, ' * stacked}N, K/2]; flatten leading axes, and give `layer` for stacked weights")
     m = operand.shape[0]
     if k % 64:
-        raise NotImplementedError(f"dense_hopper.matmul: K must be a multiple of 64, got K={k} of packed {packed.shape}")
+        raise NotImplementedError(f"dense.matmul: K must be a multiple of 64, got K={k} of packed {packed.shape}")
     if m == 0 or n == 0:
-        raise NotImplementedError(f"dense_hopper.matmul: nothing to do for M={m}, N={n}")
+        raise NotImplementedError(f"dense.matmul: nothing to do for M={m}, N={n}")
     if operand.dtype != jnp.bfloat16 or packed.dtype != jnp.uint8 or scale.dtype != jnp.float8_e4m3fn:
-        raise ValueError(f"dense_hopper.matmul: want a bfloat16 operand, uint8 codes and float8_e4m3fn scales, got "
+        raise ValueError(f"dense.matmul: want a bfloat16 operand, uint8 codes and float8_e4m3fn scales, got "
                          f"{operand.dtype}, {packed.dtype}, {scale.dtype}")
     if row_scale.shape not in ((), (m, 1)) or global_scale.shape != lead or (
             bias is not None and bias.shape not in ((n,), (*lead, n))):
-        raise ValueError(f"dense_hopper.matmul: row_scale {row_scale.shape} wants [] or {(m, 1)}, global_scale "
+        raise ValueError(f"dense.matmul: row_scale {row_scale.shape} wants [] or {(m, 1)}, global_scale "
                          f"{global_scale.shape} wants {lead}, bias {None if bias is None else bias.shape} {(n,)} or {(*lead, n)}")
     if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float32) or (
             bias is not None and bias.dtype not in (jnp.bfloat16, jnp.float32)):
-        raise NotImplementedError(f"dense_hopper.matmul: out_dtype {out_dtype} and bias must be bfloat16 or float32")
+        raise NotImplementedError(f"dense.matmul: out_dtype {out_dtype} and bias must be bfloat16 or float32")
     words, scales = mo.as_words(packed, scale)
     if scales.shape[-1] % 4:  # TMA wants rows of whole 16 bytes: a copy of the scales, where K is no multiple of 256
         scales = jnp.pad(scales, [(0, 0)] * (scales.ndim - 1) + [(0, -scales.shape[-1] % 4)])

@@ -1,10 +1,11 @@
-"""kernels/dense_hopper.py against float64 products of the decoded operands.
+"""kernels/hopper/dense.py against float64 products of the decoded operands.
 
 On the CPU: the schedules under the Mosaic GPU interpreter with its race detector, and what the compiler says of the
 kernels for an H200. With `-m gpu`: results on a Hopper GPU.
 """
 import functools
 
+import aot
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -13,7 +14,8 @@ import ptx_hopper
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from nvfp4jax.kernels import aot, dense_hopper, mosaic
+from nvfp4jax.kernels.hopper import dense as dense_hopper
+from nvfp4jax.kernels.hopper import mosaic
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 

@@ -1,4 +1,4 @@
-"""The operations on Hopper GPUs, by the kernels of `nvfp4jax.kernels`: same signatures as their twins in `ops_xla`.
+"""The operations on Hopper GPUs, by the kernels of `nvfp4jax.kernels`: same signatures as their twins in `xla`.
 
 A kernel reads an activation as its decoded operand (qvalue * scale in bfloat16, K permuted) and a row scale, and the weight in
 the checkpoint's own layout. NotImplementedError says what a kernel does not support.
@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 from nvfp4jax import scaling as scaling_modes
 from nvfp4jax.array import NVFP4Array
-from nvfp4jax.kernels import dense_hopper, grouped_hopper, quantize_hopper, routing
-from nvfp4jax.kernels.mosaic import permute_k
-from nvfp4jax.ops_xla import Scaling, Spec
+from nvfp4jax.backends.xla import Scaling, Spec
+from nvfp4jax.kernels.hopper import dense, grouped, routing
+from nvfp4jax.kernels.hopper import quantize as quantizer
+from nvfp4jax.kernels.hopper.mosaic import permute_k
 
 
 def operand(x, spec: Spec, scaling: Scaling, group_sizes=None, route: routing.Routing | None = None) -> tuple[jax.Array, jax.Array]:
@@ -35,13 +36,13 @@ def operand(x, spec: Spec, scaling: Scaling, group_sizes=None, route: routing.Ro
         if scale.ndim:  # one an expert, given to each of its rows; their sort comes first
             x, rows = gathered(x), None
             scale = scale[scaling_modes.group_ids(group_sizes, x.shape[0])][:, None]
-        return quantize_hopper.operand(x, four_over_six=spec.four_over_six, global_scale=scale, rows=rows)
+        return quantizer.operand(x, four_over_six=spec.four_over_six, global_scale=scale, rows=rows)
     mode, amax = spec.scaling, scaling.amax
     if mode == "expert":  # one amax an expert, given to each of its rows; their sort comes first
         x, rows = gathered(x), None
         mode, amax = "token", scaling_modes.expert_amax(x, group_sizes, scaling.valid) if amax is None else amax
     valid = scaling.valid if mode != "token" else None
-    return quantize_hopper.operand(x, scaling=mode, four_over_six=spec.four_over_six, amax=amax, valid=valid, rows=rows)
+    return quantizer.operand(x, scaling=mode, four_over_six=spec.four_over_six, amax=amax, valid=valid, rows=rows)
 
 
 def _flat(x, spec: Spec, scaling: Scaling) -> tuple:
@@ -67,7 +68,7 @@ def _global_scale(w: NVFP4Array, axes: int) -> jax.Array:
 
 def quantize(x, amax, valid, spec: Spec) -> NVFP4Array:
     flat, scaling, lead = _flat(x, spec, Scaling(amax, valid))
-    packed, scale, global_scale = quantize_hopper.quantize(
+    packed, scale, global_scale = quantizer.quantize(
         flat, scaling=spec.scaling, four_over_six=spec.four_over_six, amax=scaling.amax, valid=scaling.valid
     )
     wide = lambda v: v.reshape(*lead, v.shape[-1])  # noqa: E731
@@ -75,13 +76,13 @@ def quantize(x, amax, valid, spec: Spec) -> NVFP4Array:
 
 
 def quantize_weight(w, spec: Spec) -> NVFP4Array:
-    return NVFP4Array(*quantize_hopper.quantize_weight(w.astype(jnp.bfloat16), four_over_six=spec.weight_four_over_six))
+    return NVFP4Array(*quantizer.quantize_weight(w.astype(jnp.bfloat16), four_over_six=spec.weight_four_over_six))
 
 
 def matmul(x, w: NVFP4Array, bias, spec: Spec, scaling: Scaling) -> jax.Array:
     x, scaling, lead = _flat(x, spec, scaling)
     rows, row_scale = operand(x, spec, scaling)
-    y = dense_hopper.matmul(
+    y = dense.matmul(
         rows, row_scale, w.packed, w.scale, _global_scale(w, 0), bias=bias, out_dtype=spec.out_dtype, layer=w.layer
     )
     return y.reshape(*lead, y.shape[-1])
@@ -94,7 +95,7 @@ def _inside(y: jax.Array, group_sizes: jax.Array) -> jax.Array:
 
 def grouped_matmul(x, w: NVFP4Array, group_sizes, spec: Spec, scaling: Scaling) -> jax.Array:
     rows, row_scale = operand(x, spec, scaling, group_sizes)
-    y = grouped_hopper.matmul(
+    y = grouped.matmul(
         rows, row_scale, w.packed, w.scale, _global_scale(w, 1), group_sizes, out_dtype=spec.out_dtype, layer=w.layer
     )
     return _inside(y, group_sizes)
@@ -103,7 +104,7 @@ def grouped_matmul(x, w: NVFP4Array, group_sizes, spec: Spec, scaling: Scaling) 
 def grouped_swiglu(x, w: NVFP4Array, group_sizes, spec: Spec, scaling: Scaling) -> jax.Array:
     _bfloat16_result(spec)
     rows, row_scale = operand(x, spec, scaling, group_sizes)
-    y = grouped_hopper.gate_up(rows, row_scale, w.packed, w.scale, _global_scale(w, 1), group_sizes, layer=w.layer)
+    y = grouped.gate_up(rows, row_scale, w.packed, w.scale, _global_scale(w, 1), group_sizes, layer=w.layer)
     return _inside(y, group_sizes)
 
 
@@ -124,11 +125,11 @@ def experts(x, expert_ids, weights, gate_up: NVFP4Array, down: NVFP4Array, spec:
     of_rows = lambda s: s if s.valid is None else dataclasses.replace(s, valid=s.valid[route.token_of_row])  # noqa: E731
     first = of_rows(first) if spec.scaling == "expert" else first
     rows, row_scale = operand(x, spec, first, route.group_sizes, route)
-    h = grouped_hopper.gate_up(
+    h = grouped.gate_up(
         rows, row_scale, gate_up.packed, gate_up.scale, _global_scale(gate_up, 1), route.group_sizes, layer=gate_up.layer
     )
     rows, row_scale = operand(h, spec, of_rows(second), route.group_sizes)
-    y = grouped_hopper.matmul(
+    y = grouped.matmul(
         rows, row_scale, down.packed, down.scale, _global_scale(down, 1), route.group_sizes, layer=down.layer
     )
     return routing.combine(y, route, weights, out_dtype=spec.out_dtype)

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from nvfp4jax.kernels import mosaic
+from nvfp4jax.kernels.hopper import mosaic
 
 SMS = 132
 STEP = 256  # K of a pipeline step: a 128-byte row of packed codes

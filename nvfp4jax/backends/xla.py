@@ -13,9 +13,9 @@ from jax import lax
 from jaxtyping import Array
 
 from nvfp4jax import array as nvfp4_array
+from nvfp4jax import routing
 from nvfp4jax import scaling as scaling_modes
 from nvfp4jax.array import NVFP4Array
-from nvfp4jax.kernels import routing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,7 @@ def quantize_weight(w, spec: Spec) -> NVFP4Array:
 
 
 def top_k_experts(logits, k: int, normalize: bool) -> tuple[Array, Array]:
-    return routing.top_k_experts_xla(logits, k, normalize=normalize)
+    return routing.top_k_experts(logits, k, normalize=normalize)
 
 
 def experts(
@@ -185,8 +185,8 @@ def experts(
 ) -> Array:
     """products: the two grouped products, for who differentiates through them."""
     first, second = products
-    route = routing.route_xla(expert_ids, gate_up.shape[0])
+    route = routing.route(expert_ids, gate_up.shape[0])
     scalings = [s if s.valid is None else dataclasses.replace(s, valid=s.valid[route.token_of_row]) for s in scalings]
     h = first(x[route.token_of_row], gate_up, route.group_sizes, spec, scalings[0])
     y = second(h, down, route.group_sizes, spec, scalings[1])
-    return routing.combine_xla(y, route, weights, out_dtype=spec.out_dtype)
+    return routing.combine(y, route, weights, out_dtype=spec.out_dtype)

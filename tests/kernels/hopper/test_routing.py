@@ -1,4 +1,5 @@
 """Routing against numpy, on a GPU and from the PTX on the CPU; the plain jnp versions against the same."""
+import aot
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -7,10 +8,11 @@ import ptx
 import pytest
 
 from nvfp4jax import ops
-from nvfp4jax.kernels import aot, mosaic, routing
+from nvfp4jax import routing as plain
+from nvfp4jax.kernels.hopper import mosaic, routing
 
 needs_aot = pytest.mark.skipif(not aot.available(), reason="needs jax-cuda13-plugin and -pjrt")
-VERSIONS = {"gpu": (routing.route, routing.combine), "ptx": (routing.route, routing.combine), "xla": (routing.route_xla, routing.combine_xla)}
+VERSIONS = {"gpu": (routing.route, routing.combine), "ptx": (routing.route, routing.combine), "xla": (plain.route, plain.combine)}
 
 
 @pytest.fixture(params=[pytest.param("gpu", marks=pytest.mark.gpu), pytest.param("ptx", marks=[pytest.mark.aot, needs_aot]), "xla"])
@@ -71,7 +73,7 @@ def test_route(version, kind):
 def test_top_k_experts(version, normalize):
     """Ids are lax.top_k's of the logits, weights a float64 softmax; ties, -0, -infinity; NaN and infinity poison their token alone."""
     rng = np.random.default_rng()
-    f = routing.top_k_experts_xla if version == "xla" else routing.top_k_experts
+    f = plain.top_k_experts if version == "xla" else routing.top_k_experts
     shapes = [(1, 128, 8), (5, 128, 8), (3, 8, 2), (7, 300, 32), (2, 5, 5), (9, 64, 1)] + [(8192, 128, 8)] * (version == "gpu")
     if version == "ptx":
         shapes = [shapes[i] for i in rng.permutation(len(shapes))[:2]]
@@ -111,7 +113,7 @@ def test_top_k_experts_differentiates(version):
 
     for normalize in (False, True):
         got = loss(lambda x: ops.top_k_experts(x, 4, normalize=normalize, implementation=version))
-        want = loss(lambda x: routing.top_k_experts_xla(x, 4, normalize=normalize))
+        want = loss(lambda x: plain.top_k_experts(x, 4, normalize=normalize))
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 

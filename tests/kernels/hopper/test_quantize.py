@@ -5,6 +5,7 @@ Most tests run twice: on a GPU, and, on fewer and smaller inputs, on the CPU fro
 import functools
 import pathlib
 
+import aot
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -14,7 +15,8 @@ import pytest
 from jax import lax
 
 from nvfp4jax import array
-from nvfp4jax.kernels import aot, mosaic, quantize_hopper
+from nvfp4jax.kernels.hopper import mosaic
+from nvfp4jax.kernels.hopper import quantize as quantize_hopper
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "nvfp4_te_reference.npz"
 BF16, F32 = jnp.bfloat16, jnp.float32
