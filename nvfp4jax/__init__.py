@@ -1,41 +1,62 @@
 """NVFP4 for JAX: quantization with an online activation scale, Flax layers, GPU kernels, and a jitted rollout."""
 
-from nvfp4jax.array import NVFP4Array
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from nvfp4jax.array import NVFP4Array, QuantizedActivation
 from nvfp4jax.calibration import calibrate
-from nvfp4jax.checkpoint import CheckpointError, load_model
-from nvfp4jax.layers import (
-    Experts,
-    NVFP4Einsum,
-    NVFP4Experts,
-    NVFP4Linear,
-    NVFP4LinearGeneral,
-)
-from nvfp4jax.ops import experts, grouped_matmul, grouped_swiglu, matmul, quantize
+from nvfp4jax.layers import Experts, NVFP4Einsum, NVFP4Experts, NVFP4Linear, NVFP4LinearGeneral, feed, feed_gated, feed_norm, register
+from nvfp4jax.ops import experts, grouped_matmul, grouped_swiglu, matmul, quantize, quantize_activation, rms_norm, silu_mul
+from nvfp4jax.report import describe
+from nvfp4jax.requantize import quantize_params, straight_through
 from nvfp4jax.rollout import Rollout, generate
-from nvfp4jax.scaling import valid_rows
-from nvfp4jax.swap import Rule, quantize_model, quantize_params, register, with_scaling
+from nvfp4jax.scaling import Delayed, PerExpert, Static, Tensor, Token, valid_rows
+from nvfp4jax.swap import Rule, quantize_model
+
+if TYPE_CHECKING:
+    from nvfp4jax.checkpoint import CheckpointError, load_model
 
 __all__ = [
     "CheckpointError",
+    "Delayed",
     "Experts",
     "NVFP4Array",
     "NVFP4Einsum",
     "NVFP4Experts",
     "NVFP4Linear",
     "NVFP4LinearGeneral",
+    "PerExpert",
+    "QuantizedActivation",
     "Rollout",
     "Rule",
+    "Static",
+    "Tensor",
+    "Token",
     "calibrate",
+    "describe",
     "experts",
+    "feed",
+    "feed_gated",
+    "feed_norm",
     "generate",
     "grouped_matmul",
     "grouped_swiglu",
     "load_model",
     "matmul",
     "quantize",
+    "quantize_activation",
     "quantize_model",
     "quantize_params",
     "register",
+    "rms_norm",
+    "silu_mul",
+    "straight_through",
     "valid_rows",
-    "with_scaling",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Checkpoints bring Orbax with them: they are imported where they are first asked for."""
+    if name in ("CheckpointError", "load_model"):
+        return getattr(importlib.import_module("nvfp4jax.checkpoint"), name)
+    raise AttributeError(f"module 'nvfp4jax' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""NVFP4Array: packed codes, block scales and a global scale, and how arrays become one."""
+"""The two quantized values: NVFP4Array, packed, and QuantizedActivation, made once behind a norm and read by several matmuls."""
 
 import dataclasses
 
@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
-from nvfp4jax import numerics
+from nvfp4jax import numerics, pytree
 from nvfp4jax import scaling as scaling_modes
+from nvfp4jax.scaling import Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +22,15 @@ class NVFP4Array:
     global_scale: f32 [], [..., 1] for one a row, or with fewer axes, those of the leading axes: [E] or [E, 1, 1] for one an expert.
     layer: None, or an i32 scalar: the array is entry `layer` of a stack, and packed, scale and global_scale hold the whole
         stack in a leading axis. A kernel reads its layer in place; nothing is copied in front of it.
+    source: None, or the float array [..., K] that it was made of, to which gradients go (straight through the rounding). Only what is
+        made inside a trace has one; `dataclasses.replace(array, source=None)` lets it go.
     """
 
     packed: UInt8[Array, "... K2"]
     scale: Float[Array, "... K16"]
     global_scale: Float[Array, "..."]
     layer: Int[Array, ""] | None = None
+    source: Float[Array, "... K"] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,9 +46,8 @@ class NVFP4Array:
         """The same array without a stack around it."""
         if self.layer is None:
             return self
-        return NVFP4Array(
-            *(lax.dynamic_index_in_dim(v, self.layer, keepdims=False) for v in (self.packed, self.scale, self.global_scale))
-        )
+        leaves = (lax.dynamic_index_in_dim(v, self.layer, keepdims=False) for v in (self.packed, self.scale, self.global_scale))
+        return NVFP4Array(*leaves, source=self.source)
 
     @property
     def aligned_global_scale(self) -> Float[Array, "..."]:
@@ -57,9 +60,10 @@ class NVFP4Array:
         return numerics.decode_e2m1(numerics.unpack(self.select().packed)).astype(jnp.float4_e2m1fn)
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "... K"]:
-        """(qvalue * scale) * global_scale in float32, rounded to dtype."""
+        """(qvalue * scale) * global_scale in float32, rounded to dtype. A gradient goes to what was quantized, as it is."""
         array = self.select()
-        return (array.dequantize_blocks(jnp.float32) * array.aligned_global_scale).astype(dtype)
+        decoded = (array.dequantize_blocks(jnp.float32) * array.aligned_global_scale).astype(dtype)
+        return decoded if self.source is None else _straight_through(lax.stop_gradient(decoded), self.source)
 
     def dequantize_blocks(self, dtype: DTypeLike = jnp.bfloat16) -> Float[Array, "... K"]:
         """qvalue * scale, without the global scale: exact in bfloat16."""
@@ -67,20 +71,53 @@ class NVFP4Array:
         return numerics.dequantize(array.packed, lax.bitcast_convert_type(array.scale, jnp.uint8), dtype)
 
 
-_FIELDS = tuple(f.name for f in dataclasses.fields(NVFP4Array))
+pytree.register(NVFP4Array, "packed", "scale", "global_scale", "layer", "source")
 
 
-def _unflatten(_, leaves):
-    # Not through __init__: transformations put their own placeholders into the leaves.
-    array = object.__new__(NVFP4Array)
-    for name, leaf in zip(_FIELDS, leaves, strict=True):
-        object.__setattr__(array, name, leaf)
-    return array
+@dataclasses.dataclass(frozen=True)
+class QuantizedActivation:
+    """An activation as matmuls read it, made once (`ops.quantize_activation`, `rms_norm`, `silu_mul`) for all its readers.
+
+    operand: bfloat16 [..., K], qvalue * scale, exact; the order of K is that of the backend that made it. Where the mode is None it
+        is the activation itself, in its own dtype.
+    row_scale: f32 [] or [..., 1], its global scale, or None where the mode is None.
+    source: the float activation [..., K]: where gradients go. No inference program computes or keeps it for this.
+    carried: what the mode hands on to the next call (a history of amaxes), or None.
+    backend: the name of who made it.
+    """
+
+    operand: Float[Array, "... K"]
+    row_scale: Float[Array, "..."] | None
+    source: Float[Array, "... K"]
+    carried: Float[Array, "..."] | None = None
+    backend: str = "xla"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.operand.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.operand.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the activation that it stands for."""
+        return self.source.dtype
 
 
-jax.tree_util.register_pytree_with_keys(
-    NVFP4Array, lambda a: ([(jax.tree_util.GetAttrKey(n), getattr(a, n)) for n in _FIELDS], None), _unflatten
-)
+pytree.register(QuantizedActivation, "operand", "row_scale", "source", "carried")
+
+
+@jax.custom_jvp
+def _straight_through(value: Array, source: Array) -> Array:
+    """value, whose derivative is that of source."""
+    return value
+
+
+@_straight_through.defjvp
+def _(primals, tangents):
+    return primals[0], tangents[1].astype(primals[0].dtype)
 
 
 def check_k(k: int, what: str, shape: tuple[int, ...]) -> None:
@@ -90,55 +127,20 @@ def check_k(k: int, what: str, shape: tuple[int, ...]) -> None:
                          "among 16 elements, so pad K or leave this layer in bfloat16 (Rule(..., skip=True))")
 
 
-def check_four_over_six(kind: str | None) -> None:
-    if kind not in (None, "mae", "mse"):
-        raise ValueError(f"four_over_six={kind!r}: None, 'mae' or 'mse'")
-
-
-def quantize(
-    x: Float[Array, "... K"],
-    *,
-    scaling: str = "tensor",
-    four_over_six: str | None = None,
-    amax: Float[Array, "..."] | None = None,
-    valid: Bool[Array, "..."] | None = None,
-) -> NVFP4Array:
-    """`ops.quantize` in plain jnp: the implementation that every other is held to, bit for bit."""
-    check_quantize(x, scaling, four_over_six)
-    if amax is None:
-        amax = scaling_modes.activation_amax(x, scaling, valid)
-    return quantize_with_amax(x, jnp.asarray(amax, jnp.float32), pow2=scaling == "tensor_pow2", four_over_six=four_over_six)
-
-
-def check_quantize(x: Float[Array, "..."], scaling: str, four_over_six: str | None) -> None:
-    """What every implementation of `quantize` refuses."""
-    if x.ndim == 0:
-        raise ValueError("quantize needs at least one axis, got a scalar")
-    check_k(x.shape[-1], "quantize: x", x.shape)
-    check_four_over_six(four_over_six)
-    if scaling not in scaling_modes.ONLINE:
-        raise ValueError(f"scaling={scaling!r}: one of {', '.join(scaling_modes.ONLINE)}")
-
-
-def quantize_with_amax(
-    x: Float[Array, "... K"], amax: Float[Array, "..."], *, pow2: bool = False, four_over_six: str | None = None
-) -> NVFP4Array:
-    """`quantize` for an amax that broadcasts to x with a last axis of 1, or is a scalar."""
-    g, global_scale, amax = numerics.global_scales(amax, pow2=pow2, four_over_six=four_over_six is not None)
-    packed, bits = numerics.quantize_blocks(x, g, amax, four_over_six=four_over_six)
+def quantize(x: Float[Array, "... K"], request: Request) -> NVFP4Array:
+    """x -> NVFP4 as `request` says, in plain jnp: the implementation that every other is held to, bit for bit."""
+    kind = request.four_over_six
+    if request.global_scale is not None:
+        global_scale = jnp.asarray(request.global_scale, jnp.float32)
+        top = numerics.E2M1_MAX * (numerics.E4M3_MAX if kind is None else numerics.E4M3_MAX_FOUR_OVER_SIX)
+        g, amax = numerics.divide(1.0, global_scale), global_scale * jnp.float32(top)
+    else:
+        amax = request.amax
+        if amax is None:
+            amax = scaling_modes.row_amax(x) if request.per_row else scaling_modes.tensor_amax(x, request.valid)
+        g, global_scale, amax = numerics.global_scales(amax, pow2=request.pow2, four_over_six=kind is not None)
+    packed, bits = numerics.quantize_blocks(x, g, amax, four_over_six=kind)
     return NVFP4Array(packed, lax.bitcast_convert_type(bits, jnp.float8_e4m3fn), global_scale)
-
-
-def quantize_static(x: Float[Array, "... K"], input_scale: Float[Array, "..."], *, four_over_six: str | None = None) -> NVFP4Array:
-    """Quantizes with a given global scale (a checkpoint's `input_scale`: it multiplies, amax / 2688 by convention).
-
-    input_scale: f32 [] or broadcastable to x with a last axis of 1. Values beyond 2688 * input_scale saturate.
-    """
-    input_scale = jnp.asarray(input_scale, jnp.float32)
-    top = numerics.E2M1_MAX * (numerics.E4M3_MAX if four_over_six is None else numerics.E4M3_MAX_FOUR_OVER_SIX)
-    g = numerics.divide(1.0, input_scale)
-    packed, bits = numerics.quantize_blocks(x, g, input_scale * jnp.float32(top), four_over_six=four_over_six)
-    return NVFP4Array(packed, lax.bitcast_convert_type(bits, jnp.float8_e4m3fn), input_scale)
 
 
 def quantize_weight(w: Float[Array, "... N K"], *, four_over_six: str | None = None) -> NVFP4Array:
@@ -147,8 +149,6 @@ def quantize_weight(w: Float[Array, "... N K"], *, four_over_six: str | None = N
     Values are rounded to bfloat16 first, so that a trainer with float32 masters and a loader of the bfloat16 export get the
     same bits. NaN or infinity in a row gives that row NaN scales.
     """
-    check_k(w.shape[-1], "weight", w.shape)
-    check_four_over_six(four_over_six)
     w = w.astype(jnp.bfloat16)
     amax = scaling_modes.magnitude(w).max((-2, -1), keepdims=w.ndim > 2)
-    return quantize_with_amax(w, amax, four_over_six=four_over_six)
+    return quantize(w, Request(amax=amax, four_over_six=four_over_six))

@@ -15,9 +15,10 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from nvfp4jax import layers, numerics, scaling, swap
+from nvfp4jax import layers, numerics, swap
 from nvfp4jax.layers import InputAmax, LargestAmax
 from nvfp4jax.rollout.decoding import bucket, check_prompts, committed, token_positions
+from nvfp4jax.scaling import Calibrate, Static, current_valid, valid_rows
 from nvfp4jax.swap import Path, path_string
 
 Batch = ArrayLike | tuple[ArrayLike, ArrayLike | None]
@@ -28,7 +29,7 @@ def calibrate(
 ) -> nnx.Module:
     """A model with the weights of `qmodel`, shared, whose static layers have the input scales that `batches` call for.
 
-    qmodel: what `quantize_model` made with scaling="static", or any other after `with_scaling(qmodel, "static")`; called as
+    qmodel: what `quantize_model` made with scaling="static", or any other after `nnx.view(qmodel, scaling="static")`; called as
         `generate` calls it. Scales that its static layers have already are replaced; its other layers stay as they are.
     batches: each the token ids [B, T] of some prompts, or (ids, attention_mask [B, T]); what is masked takes no part.
     headroom: at least 1, times the largest amax seen: activations may grow by it before they saturate.
@@ -44,7 +45,7 @@ def calibrate(
         layer = modules[path]
         if isinstance(layer, layers.NVFP4Experts):
             scales = {name: jnp.broadcast_to(s[..., None], (*layer.lead, layer.num_experts)) for name, s in scales.items()}
-        layers.set_scaling(layer, "static", scales)
+        layers.set_scaling(layer, layer.scaling, scales)
     return result
 
 
@@ -57,10 +58,10 @@ def input_scales(
     """
     if not (math.isfinite(headroom) and headroom >= 1):
         raise ValueError(f"headroom={headroom}: a finite factor of at least 1")
-    static = {path: layer for path, layer in swap.scaled_layers(qmodel).items() if layer.scaling == "static"}
+    static = {path: layer for path, layer in swap.scaled_layers(qmodel).items() if isinstance(layer.scaling, Static)}
     if not static:
         raise ValueError("calibrate: no layer of the model has scaling='static'; swap with Rule(..., scaling='static'), or take "
-                         "nvfp4jax.with_scaling(model, 'static')")
+                         "flax.nnx.view(model, scaling='static')")
     model, watches = _watched(qmodel, static) if float_model is None else _watched_float(float_model, static)
     graphdef, none_yet, params = nnx.split(model, InputAmax, ...)
     params = jax.tree.map(committed, params)
@@ -77,7 +78,7 @@ def input_scales(
     found = {}
     for path, layer in static.items():
         amaxes = {name: getattr(watches[path], f"{name}_amax").get_value() for name in layer.inputs}
-        found[path] = {name: _scale(path_string(path), name, amax, headroom, layer.four_over_six) for name, amax in amaxes.items()}
+        found[path] = {name: _scale(path_string(path), name, amax, headroom, layer.scaling.four_over_six) for name, amax in amaxes.items()}
     return found
 
 
@@ -85,7 +86,7 @@ def input_scales(
 def _observe(graphdef: nnx.GraphDef, params: Mapping, seen: Mapping, ids: jax.Array, mask: jax.Array) -> nnx.State:
     """The amaxes of one batch, ids i32 [B, T], mask bool [B, T]; seen: zeros in their place."""
     model = nnx.merge(graphdef, params, seen)
-    with scaling.valid_rows(mask):
+    with valid_rows(mask):
         model(ids, token_positions(mask), model.init_cache(*ids.shape, None), mask)
     return nnx.state(model, InputAmax)
 
@@ -104,7 +105,7 @@ def _scale(layer: str, name: str, amax: jax.Array, headroom: float, four_over_si
 
 
 def _watch(observer: nnx.Module, layer: nnx.Module) -> nnx.Module:
-    """`observer` itself, with an amax to note for each input of the NVFP4 `layer`."""
+    """A float `observer` itself, with an amax to note for each input of the NVFP4 `layer`."""
     for name in layer.inputs:
         setattr(observer, f"{name}_amax", LargestAmax(jnp.zeros(layer.lead, jnp.float32)))
     return observer
@@ -112,20 +113,23 @@ def _watch(observer: nnx.Module, layer: nnx.Module) -> nnx.Module:
 
 def _watched(qmodel: nnx.Module, static: Mapping[Path, nnx.Module]) -> tuple[nnx.Module, dict[Path, nnx.Module]]:
     """A copy that shares the weights and quantizes no activation; the layers that take notes, by path."""
-    model = swap.with_scaling(qmodel, None)
-    return model, {path: _watch(layer, static[path]) for path, layer in swap.scaled_layers(model).items() if path in static}
+    model = nnx.view(qmodel, scaling=None)
+    watched = {path: layer for path, layer in swap.scaled_layers(model).items() if path in static}
+    for layer in watched.values():
+        layers.set_scaling(layer, Calibrate())
+    return model, watched
 
 
 class _Watched(nnx.Module):
     """A float layer, its input noted on the way in, in the dtype that the layer computes in."""
 
-    def __init__(self, layer: nnx.Linear | nnx.LinearGeneral | nnx.Einsum):
-        self.layer = layer
+    def __init__(self, layer: nnx.Linear | nnx.LinearGeneral | nnx.Einsum, name: str):
+        self.layer, self.name = layer, name
 
     def __call__(self, inputs: jax.Array, *args, **kwargs) -> jax.Array:
         dtype = self.layer.dtype if self.layer.dtype is not None else jnp.promote_types(inputs.dtype, self.layer.kernel.dtype)
         rows = layers.contracted_last(self.layer, inputs).astype(dtype)
-        layers.see(self.input_amax, rows, scaling.current_valid_rows(rows.shape[:-1]))
+        layers.watch(self, "input", rows, current_valid(rows, self.name))
         return self.layer(inputs, *args, **kwargs)
 
 
@@ -139,7 +143,7 @@ def _watched_float(float_model: nnx.Module, static: Mapping[Path, nnx.Module]) -
         if not isinstance(found, kind):
             raise ValueError(f"{path_string(path)}: float_model has {type(found).__name__ if path in floats else 'nothing'} there, not "
                              "the layer that this one was made from; pass the model that was quantized, or calibrate without float_model")
-        watches[path] = _watch(found if isinstance(found, layers.Experts) else _Watched(found), layer)
+        watches[path] = _watch(found if isinstance(found, layers.Experts) else _Watched(found, path_string(path)), layer)
         if watches[path] is not found:
             wrapped[id(found)] = watches[path]
     _replace(model, wrapped, set())

@@ -1,5 +1,6 @@
 """The command line: quantize, rollout, inspect. Bad input ends with exit code 2 and one line on stderr."""
 
+import dataclasses
 import json
 import logging
 import re
@@ -17,10 +18,13 @@ MODES = ("none", "static", "delayed", "tensor", "tensor_pow2", "token", "expert"
 _CALIBRATION_BATCH = 8  # prompts in one forward pass
 
 
-def _activation(name: str) -> str | None:
+def _scaling(name: str, four_over_six: str | None = None) -> Any:
+    from nvfp4jax import scaling
+
     if name not in MODES:
         raise ValueError(f"--scaling {name}: one of {', '.join(MODES)}")
-    return None if name == "none" else name
+    mode = None if name == "none" else scaling.NAMES[name]
+    return mode if mode is None or four_over_six is None else dataclasses.replace(mode, four_over_six=four_over_six)
 
 
 @app.command()
@@ -36,7 +40,7 @@ def quantize(
     scaling: Annotated[
         str, typer.Option(help="Mode of the layers: none, static, delayed, tensor, tensor_pow2, token, expert.")
     ] = "token",
-    activation_four_over_six: Annotated[str | None, typer.Option(help="mse or mae: four-over-six for activations.")] = None,
+    scaling_four_over_six: Annotated[str | None, typer.Option(help="mse or mae: four-over-six for activations.")] = None,
     calibration_prompts: Annotated[
         Path | None, typer.Option(help="A file of prompts, one a line, to make input scales from (static mode, other serving stacks).")
     ] = None,
@@ -50,7 +54,7 @@ def quantize(
     from nvfp4jax.checkpoint import convert
 
     selection = convert.Selection(
-        keep_first_n, keep_last_n, tuple(exclude or ()), experts_only, four_over_six, _activation(scaling), activation_four_over_six
+        keep_first_n, keep_last_n, tuple(exclude or ()), experts_only, four_over_six, _scaling(scaling, scaling_four_over_six)
     )
     calibration = None
     if calibration_prompts is not None or calibration_token_ids:
@@ -166,7 +170,7 @@ def rollout(
     from nvfp4jax.rollout import generate
 
     rows, tokenizer = _prompt_rows(checkpoint, prompt or (), prompt_file, token_ids, ("--prompt", "--prompt-file", "--token-ids"))
-    options = {} if scaling is None else {"scaling": _activation(scaling)}
+    options = {} if scaling is None else {"scaling": _scaling(scaling)}
     model = load_model(checkpoint, scan_layers=scan_layers, **options)
     ids, mask = _padded(rows)
     result = generate(

@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 import nvfp4jax
-from nvfp4jax import Rule
-from nvfp4jax.array import NVFP4Array, quantize_static
+from nvfp4jax import Rule, Static, Token, ops
+from nvfp4jax.array import NVFP4Array
 from nvfp4jax.checkpoint import orbax
+from nvfp4jax.layers import set_scaling
 from nvfp4jax.rollout import rollout as jitted_rollout
 from nvfp4jax.rollout.decoding import token_positions
 from nvfp4jax.swap import quantized_layers
@@ -53,7 +54,7 @@ def one_level(qmodel: nnx.Module, model: nnx.Module) -> nnx.Module:
     for path, layer in quantized_layers(out).items():
 
         def store(name, matrix, layer=layer):
-            w = quantize_static(matrix.astype(jnp.bfloat16), jnp.float32(1))
+            w = ops.quantize(matrix.astype(jnp.bfloat16), Static(jnp.float32(1)))
             for suffix, value in (("_packed", w.packed), ("_scale", w.scale)):
                 param = getattr(layer, name + suffix)
                 param[...] = value.reshape(param.shape)
@@ -61,14 +62,13 @@ def one_level(qmodel: nnx.Module, model: nnx.Module) -> nnx.Module:
             scale[...] = jnp.ones_like(scale[...])
 
         turned = {name[-1]: jnp.swapaxes(floats[(*path, *name)].get_value(), -1, -2) for name in layer.float_names()}
-        layer.scaling = "static"
         if isinstance(layer, nvfp4jax.NVFP4Experts):
             store("gate_up", jnp.stack([turned["gate_proj"], turned["up_proj"]], -3))
             store("down", turned["down_proj"])
-            layer.gate_up_input_scale, layer.down_input_scale = (nnx.Param(jnp.ones_like(layer.gate_up_global_scale[...])) for _ in range(2))
+            set_scaling(layer, Static(jnp.ones_like(layer.gate_up_global_scale[...])))
         else:
             store("kernel", turned["kernel"])
-            layer.input_scale = nnx.Param(jnp.ones_like(layer.kernel_global_scale[...]))
+            set_scaling(layer, Static(jnp.ones_like(layer.kernel_global_scale[...])))
     return out
 
 
@@ -159,7 +159,7 @@ def main(
             r if r.skip else Rule(".*", scaling=scaling) for r in rules
         ]
         row("NVFP4" + (" (experts only)" if scaling == "expert" else ""), scaling or "bfloat16", nvfp4jax.quantize_model(half, rules))
-    best = [r if r.skip else Rule(".*", scaling="token", four_over_six="mse", weight_four_over_six="mse") for r in rules]
+    best = [r if r.skip else Rule(".*", scaling=Token(four_over_six="mse"), weight_four_over_six="mse") for r in rules]
     row("NVFP4, four over six", "token, four over six", nvfp4jax.quantize_model(half, best))
     row("one-level FP4", "one-level FP4", one_level(qmodel, half))
     console.print(table)
@@ -167,7 +167,7 @@ def main(
     table = Table("standard deviation", "NVFP4, online", "one-level FP4", title="relative error of a Gaussian tensor")
     for std in (1e-4, 1e-3, 1e-2, 1.0, 1e4):
         y = x * jnp.float32(std)
-        bare: NVFP4Array = quantize_static(y, jnp.float32(1))
+        bare: NVFP4Array = ops.quantize(y, Static(jnp.float32(1)))
         table.add_row(f"{std:g}", f"{relative(nvfp4jax.quantize(y).dequantize(), y):.4f}", f"{relative(bare.dequantize(), y):.4f}")
     console.print(table)
     say("done")

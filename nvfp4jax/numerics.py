@@ -217,3 +217,13 @@ def dequantize(
     codes = unpack(packed)
     values = decode_e2m1(codes).reshape(*scale_bits.shape, BLOCK) * decode_e4m3(scale_bits)[..., None]
     return values.reshape(codes.shape).astype(dtype)
+
+
+def rms_norm(x, weight, eps):
+    v = as_float32(x)
+    v = v * lax.rsqrt(jnp.mean(v * v, axis=-1, keepdims=True) + jnp.float32(eps))
+    return v.astype(x.dtype) * weight.astype(x.dtype).reshape((1,) * (x.ndim - 1) + weight.shape)
+
+
+def silu_mul(gate, up):
+    return jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up

@@ -1,45 +1,231 @@
-"""Which amax an activation is scaled by: the modes of the online scale, and the mask that keeps padding out of it."""
+"""How an activation gets its global scale: one frozen value a mode, and the strings that stand for them.
+
+    None                              activations stay as they are (weights only)
+    "token"       Token()             one amax a row: a row's bits do not depend on its batch
+    "tensor"      Tensor()            one amax over the valid rows of this call
+    "tensor_pow2" Tensor(pow2=True)   the same, its global scale rounded up to a power of two
+    "expert"      PerExpert()         one amax over the rows of each expert (experts alone)
+    "static"      Static(scale)       a checkpoint's or a calibration's input scale
+    "delayed"     Delayed(history)    the largest amax of the last 16 calls: a baseline to compare with
+
+The one file that knows the modes. `resolve` turns a value into a `Request`, which is all that a quantizer needs to know.
+"""
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from nvfp4jax import numerics
+from nvfp4jax import numerics, pytree
 
-# Modes any matmul knows; experts add "expert", layers add "static", "delayed" and None.
-ONLINE = ("tensor", "tensor_pow2", "token")
 HISTORY = 16  # calls that a delayed amax looks back on
 
-_valid_rows: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("valid_rows", default=None)
+# Tensor(pow2=True): a power of two more or less in the global scale moves a block's E4M3 scale by an exponent, exactly, as long as
+# that scale is normal: block amax / (6 * global_scale) >= 2**-6. The global scale is below 2 * amax / (6 * top), top the E4M3 maximum
+# in use, so a block whose amax is at least amax / (2**5 * top) keeps its bits: 32 * 448, or 32 * 256 with four-over-six.
+POW2_RANGE = {None: 14336, "mae": 8192, "mse": 8192}
+
+FourOverSix = Literal["mae", "mse"]
 
 
-@contextlib.contextmanager
-def valid_rows(mask: Bool[Array, "..."] | None) -> Iterator[None]:
-    """Inside, NVFP4 layers leave the rows where `mask` is False out of every amax: padding and finished sequences.
+def check_four_over_six(kind: str | None, what: str = "four_over_six") -> None:
+    """A ValueError unless kind is None, "mae" or "mse" (arXiv 2512.02010)."""
+    if kind not in (None, "mae", "mse"):
+        raise ValueError(f"{what}={kind!r}: None, 'mae' or 'mse'")
 
-    mask: bool, one entry a row (token) of the activations, e.g. [B, T]; None masks nothing. A layer applies it where the
-    number of its rows equals the mask's size, so a model needs no argument for it. Meant for use while tracing.
+
+@dataclasses.dataclass(frozen=True)
+class _Mode:
+    """four_over_six: None, "mae" or "mse": a block may map its amax to 4 instead of 6 (arXiv 2512.02010)."""
+
+    four_over_six: FourOverSix | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        check_four_over_six(self.four_over_six, f"{type(self).__name__}: four_over_six")
+
+
+@dataclasses.dataclass(frozen=True)
+class Token(_Mode):
+    """One amax a row, of this call. A row's codes depend on nothing but the row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor(_Mode):
+    """One amax over the valid rows of this call.
+
+    pow2: the global scale is rounded up to a power of two. A row's bits then depend on its neighbours only in blocks whose amax lies
+        below 1/14336 of the call's (1/8192 with four-over-six; `POW2_RANGE`), whose scales are E4M3 denormals.
+    axes: names of mesh axes that hold other rows, under `jax.shard_map`: the amax is the largest over them (`lax.pmax`).
     """
-    token = _valid_rows.set(mask)
-    try:
-        yield
-    finally:
-        _valid_rows.reset(token)
+
+    pow2: bool = False
+    axes: tuple[str, ...] = ()
 
 
-def current_valid_rows(lead: tuple[int, ...]) -> jax.Array | None:
-    """The mask of the enclosing `valid_rows`, in the shape `lead` of an activation's rows; None where none applies."""
-    mask = _valid_rows.get()
-    if mask is None:
+@dataclasses.dataclass(frozen=True)
+class PerExpert(_Mode):
+    """One amax over the valid rows of each expert. For experts alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Static(_Mode):
+    """A global scale from before the call.
+
+    scale: f32 [], for experts also [E]; it multiplies (amax / 2688 by convention). None, in a rule or a layer: the checkpoint's or
+        a calibration's, which the layer keeps.
+    """
+
+    scale: Float[Array, "..."] | None = dataclasses.field(default=None, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Delayed(_Mode):
+    """The largest amax of the calls before (this call's, where there is none): TransformerEngine's delayed scaling with
+    `amax_compute_algo="max"`, but for the first call, which has a scale of 1 there.
+
+    history: f32 [16], the amaxes of the last calls, newest first, 0 where there was none. None, in a rule or a layer: the layer's.
+    """
+
+    history: Float[Array, "H"] | None = dataclasses.field(default=None, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrate(_Mode):
+    """Nothing is quantized; the largest amax of all calls is noted, for `nvfp4jax.calibrate`.
+
+    largest: f32 [], of the calls before. None, in a layer: the layer's.
+    """
+
+    largest: Float[Array, ""] | None = dataclasses.field(default=None, compare=False)
+
+
+Scaling = Token | Tensor | PerExpert | Static | Delayed | Calibrate
+Name = Literal["token", "tensor", "tensor_pow2", "expert", "static", "delayed"]
+
+NAMES: dict[str, Scaling] = {
+    "token": Token(),
+    "tensor": Tensor(),
+    "tensor_pow2": Tensor(pow2=True),
+    "expert": PerExpert(),
+    "static": Static(),
+    "delayed": Delayed(),
+}
+# The array that a mode carries through a call, by class: what a layer keeps in a Variable.
+CARRIED = {Static: "scale", Delayed: "history", Calibrate: "largest"}
+
+for _cls in (Token, Tensor, PerExpert, Static, Delayed, Calibrate):
+    pytree.register(_cls, *([CARRIED[_cls]] if _cls in CARRIED else []))
+
+
+def parse(scaling: Name | Scaling | None, what: str, *, experts: bool = True) -> Scaling | None:
+    """The value that a mode's name stands for; a value as it is. ValueError that names `what` for anything else.
+
+    experts: whether "expert" has a meaning there.
+    """
+    given = scaling
+    if isinstance(scaling, str) and scaling in NAMES:
+        scaling = NAMES[scaling]
+    if scaling is not None and not isinstance(scaling, Scaling) or isinstance(scaling, PerExpert) and not experts:
+        names = [n for n in NAMES if experts or n != "expert"]
+        raise ValueError(f"{what}: scaling={given!r} is not one of {', '.join(names)}, None, or their values (nvfp4jax.scaling)")
+    return scaling
+
+
+def name_of(scaling: Scaling | None) -> str | None:
+    """The string that stands for a mode, whatever else the value says."""
+    if scaling is None:
         return None
-    rows = 1
-    for size in lead:
-        rows *= size
-    return mask.reshape(lead) if mask.size == rows else None
+    if isinstance(scaling, Tensor):
+        return "tensor_pow2" if scaling.pow2 else "tensor"
+    return next(name for name, value in NAMES.items() if type(value) is type(scaling))
+
+
+def to_json(scaling: Scaling | None) -> str | dict | None:
+    """A mode, without the array that it carries, as a JSON value: its name, or a dict where there is more to say."""
+    name = name_of(scaling)
+    if name is None or scaling == NAMES[name]:
+        return name
+    more = {"four_over_six": scaling.four_over_six, "axes": list(getattr(scaling, "axes", ()))}
+    return {"name": name} | {key: value for key, value in more.items() if value}
+
+
+def from_json(value: Any) -> Scaling | None:
+    """The inverse of `to_json`; ValueError for anything that it does not give."""
+    if not isinstance(value, dict):
+        return parse(value, "scaling")
+    mode = parse(value.get("name"), "scaling")
+    more = {key: tuple(v) if key == "axes" else v for key, v in value.items() if key != "name"}
+    if mode is None or more.keys() - {"four_over_six", "axes"} or ("axes" in more and not isinstance(mode, Tensor)):
+        raise ValueError(f"scaling={str(value)[:80]} is not a mode")
+    return dataclasses.replace(mode, **more)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a quantizer is asked, for x [M, K]: the modes, reduced to what a kernel knows.
+
+    amax: f32 [] or [M, 1], given; or global_scale: f32 [] or [M, 1], given. Where neither is, the quantizer finds one amax a row
+    (per_row), or one over the rows that `valid` (bool [M], or None: all) marks.
+    """
+
+    amax: Array | None = None
+    global_scale: Array | None = None
+    valid: Array | None = None
+    per_row: bool = False
+    pow2: bool = False
+    four_over_six: FourOverSix | None = None
+
+
+pytree.register(Request, "amax", "global_scale", "valid")
+
+
+def resolve(
+    scaling: Scaling, x: Float[Array, "M K"], valid: Bool[Array, "M"] | None = None, group_sizes: Int[Array, "E"] | None = None
+) -> tuple[Request | None, Array | None]:
+    """(what a quantizer is asked for x, what the mode carries into the next call); None: x stays as it is; nothing is carried.
+
+    group_sizes: i32 [E], where the rows of x are sorted by expert.
+    """
+    kind = scaling.four_over_six
+    if isinstance(scaling, Token):
+        return Request(per_row=True, four_over_six=kind), None
+    if isinstance(scaling, Static):
+        scale = jnp.asarray(scaling.scale, jnp.float32)
+        if scale.ndim:
+            scale = scale[group_ids(group_sizes, x.shape[0])][:, None]
+        return Request(global_scale=scale, four_over_six=kind), None
+    if isinstance(scaling, PerExpert):
+        return Request(amax=expert_amax(x, group_sizes, valid), four_over_six=kind), None
+    if isinstance(scaling, Tensor):
+        if not scaling.axes:
+            return Request(valid=valid, pow2=scaling.pow2, four_over_six=kind), None
+        amax = lax.pmax(tensor_amax(x, valid), scaling.axes)
+        return Request(amax=amax, pow2=scaling.pow2, four_over_six=kind), None
+    amax = tensor_amax(x, valid)
+    if isinstance(scaling, Calibrate):
+        return None, jnp.maximum(scaling.largest, amax)
+    largest = scaling.history.max()
+    history = jnp.concatenate([amax[None], scaling.history[:-1]])
+    return Request(amax=jnp.where(largest > 0, largest, amax), four_over_six=kind), history
+
+
+def by_group(scaling: Scaling | None) -> bool:
+    """Whether the mode asks which expert a row goes to."""
+    return isinstance(scaling, PerExpert) or (isinstance(scaling, Static) and scaling.scale is not None and scaling.scale.ndim > 0)
+
+
+def reads_valid(scaling: Scaling | None) -> bool:
+    """Whether rows that are not valid would change the result of the others."""
+    return isinstance(scaling, Tensor | PerExpert | Delayed | Calibrate)
+
+
+# --- amaxes ------------------------------------------------------------------------------------------------------------
 
 
 def magnitude(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -48,33 +234,27 @@ def magnitude(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(jnp.isfinite(x), x, jnp.float32(0))
 
 
-def activation_amax(
-    x: Float[Array, "... K"], scaling: str, valid: Bool[Array, "..."] | None = None
-) -> Float[Array, "..."]:
-    """The amax that `scaling` asks for: f32 [] for "tensor" and "tensor_pow2", f32 [..., 1] for "token".
+def row_amax(x: Float[Array, "... K"]) -> Float[Array, "... 1"]:
+    return magnitude(x).max(-1, keepdims=True, initial=jnp.float32(0))
 
-    valid: bool x.shape[:-1]; rows where it is False take no part in a tensor's amax.
-    """
-    row_amax = magnitude(x).max(-1, keepdims=True, initial=jnp.float32(0))
-    if scaling == "token":
-        return row_amax
-    if scaling not in ONLINE:
-        raise ValueError(f"scaling={scaling!r}: one of {', '.join(ONLINE)}")
+
+def tensor_amax(x: Float[Array, "... K"], valid: Bool[Array, "..."] | None = None) -> Float[Array, ""]:
+    """The amax over the rows that `valid` (bool x.shape[:-1]) marks."""
+    rows = row_amax(x)
     if valid is not None:
-        if valid.shape != x.shape[:-1]:
-            raise ValueError(f"valid has shape {valid.shape}; x of shape {x.shape} needs {x.shape[:-1]}")
-        row_amax = jnp.where(valid[..., None], row_amax, jnp.float32(0))
-    return row_amax.max(initial=jnp.float32(0))
+        rows = jnp.where(valid[..., None], rows, jnp.float32(0))
+    return rows.max(initial=jnp.float32(0))
 
 
-def delayed_amax(history: Float[Array, "H"], amax: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, "H"]]:
-    """(the amax to scale a call by, the history after it): the largest of the calls before, this call's where there is none.
-
-    history: f32, the amaxes of the last calls, newest first, 0 where there was none. amax: f32 [], of this call.
-    TransformerEngine's delayed scaling (`amax_compute_algo="max"`), but for the first call, which has a scale of 1 there.
-    """
-    largest = history.max()
-    return jnp.where(largest > 0, largest, amax), jnp.concatenate([amax[None], history[:-1]])
+def expert_amax(
+    x: Float[Array, "M K"], group_sizes: Int[Array, "E"], valid: Bool[Array, "M"] | None = None
+) -> Float[Array, "M 1"]:
+    """One amax a group of rows, given back to each of its rows."""
+    rows = row_amax(x)[:, 0]
+    inside = jnp.arange(x.shape[0]) < group_sizes.sum()
+    rows = jnp.where(inside if valid is None else inside & valid, rows, jnp.float32(0))
+    ids = group_ids(group_sizes, x.shape[0])
+    return jax.ops.segment_max(rows, ids, num_segments=group_sizes.shape[0])[ids][:, None]
 
 
 def group_ids(group_sizes: Int[Array, "E"], rows: int) -> Int[Array, "M"]:
@@ -84,12 +264,54 @@ def group_ids(group_sizes: Int[Array, "E"], rows: int) -> Int[Array, "M"]:
     return jnp.minimum(ids, group_sizes.shape[0] - 1).astype(jnp.int32)
 
 
-def expert_amax(
-    x: Float[Array, "M K"], group_sizes: Int[Array, "E"], valid: Bool[Array, "M"] | None = None
-) -> Float[Array, "M 1"]:
-    """One amax a group of rows, given back to each of its rows ("expert" scaling)."""
-    row_amax = magnitude(x).max(-1, initial=jnp.float32(0))
-    inside = jnp.arange(x.shape[0]) < group_sizes.sum()
-    row_amax = jnp.where(inside if valid is None else inside & valid, row_amax, jnp.float32(0))
-    ids = group_ids(group_sizes, x.shape[0])
-    return jax.ops.segment_max(row_amax, ids, num_segments=group_sizes.shape[0])[ids][:, None]
+# --- the mask of a model that does not pass it -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    mask: jax.Array | None
+    cleared: bool  # None inside another mask
+    traced: bool  # entered while jax traced a program
+
+
+_rows: contextvars.ContextVar[_Rows | None] = contextvars.ContextVar("valid_rows", default=None)
+
+
+def _tracing() -> bool:
+    """Whether jax traces a program here: what it computes then is no value yet."""
+    return isinstance(jnp.zeros(()) + jnp.ones(()), jax.core.Tracer)
+
+
+@contextlib.contextmanager
+def valid_rows(mask: Bool[Array, "..."] | None) -> Iterator[None]:
+    """For models that do not pass `valid` to their layers: inside, rows where `mask` is False take no part in any amax.
+
+    mask: bool, of the shape of the activations without their last axis, e.g. [B, T]. A layer whose scaling reads it and whose input has
+    another shape is an error that names the layer, never a guess. Under `jit`, enter it in the traced function, with a traced mask.
+    """
+    outer = _rows.get()
+    cleared = mask is None and outer is not None and outer.mask is not None
+    token = _rows.set(_Rows(None if mask is None else jnp.asarray(mask, bool), cleared, _tracing()))
+    try:
+        yield
+    finally:
+        _rows.reset(token)
+
+
+def current_valid(x: Float[Array, "... K"], name: str) -> Bool[Array, "..."] | None:
+    """The mask of the enclosing `valid_rows` for x, the input of layer `name`; ValueError where it cannot be meant."""
+    rows = _rows.get()
+    if rows is None:
+        return None
+    if rows.cleared:
+        raise ValueError(f"{name}: valid_rows(None) inside valid_rows(mask) would let padding into this layer's amax; leave the inner one out, "
+                         "or give it the mask of the rows that count")
+    if rows.mask is None:
+        return None
+    if rows.mask.shape != x.shape[:-1]:
+        raise ValueError(f"{name}: the mask of valid_rows has shape {rows.mask.shape}, this layer's input of shape {tuple(x.shape)} needs "
+                         f"{tuple(x.shape[:-1])}; pass valid= to the layer, or enter valid_rows with a mask of that shape around it")
+    if not rows.traced and not isinstance(rows.mask, jax.core.Tracer) and _tracing():
+        raise ValueError(f"{name}: valid_rows was entered outside of jit, so its mask would be a constant of the compiled program; enter it in "
+                         "the jitted function, with the mask as an argument")
+    return rows.mask

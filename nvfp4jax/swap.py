@@ -1,4 +1,4 @@
-"""Swapping a model's layers for NVFP4 ones, and quantizing a new state for a model already swapped.
+"""Swapping a model's layers for NVFP4 ones.
 
 Plain module surgery: no sample input, no forward pass, no interception. The model given is left as it is.
 """
@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 from flax import nnx
 
-from nvfp4jax import layers
+from nvfp4jax import layers, ops, report
+from nvfp4jax import scaling as modes
+from nvfp4jax.ops import Implementation
+from nvfp4jax.scaling import FourOverSix, Name, Scaling
 
 Path = tuple[Any, ...]
 
@@ -22,8 +24,9 @@ class Rule:
 
     module_path: a regular expression for `re.fullmatch` on the path joined by '/', e.g. r"layers/\\d+/mlp/.*"; the first
         rule that matches a layer decides.
-    scaling: None (weights only), "static", "delayed", "tensor", "tensor_pow2", "token"; for experts also "expert".
-    four_over_six, weight_four_over_six: None, "mae" or "mse", for activations and for weights.
+    scaling: None (weights only), "static", "delayed", "tensor", "tensor_pow2", "token", for experts also "expert"; or a value of
+        `nvfp4jax.scaling`, e.g. Token(four_over_six="mse").
+    weight_four_over_six: None, "mae" or "mse".
     skip: leave the layers in floating point.
     implementation: passed to the layer's operations.
 
@@ -32,37 +35,25 @@ class Rule:
     """
 
     module_path: str
-    scaling: str | None = "token"
-    four_over_six: str | None = None
-    weight_four_over_six: str | None = None
+    scaling: Name | Scaling | None = "token"
+    weight_four_over_six: FourOverSix | None = None
     skip: bool = False
-    implementation: str | tuple[str, ...] | None = None
+    implementation: Implementation = None
+
+    def __post_init__(self):
+        if not isinstance(self.module_path, str):
+            raise ValueError(f"Rule: module_path={self.module_path!r} is no regular expression")
+        name = f"Rule({self.module_path!r})"
+        try:
+            re.compile(self.module_path)
+        except re.error as error:
+            raise ValueError(f"{name} is no regular expression: {error}") from error
+        object.__setattr__(self, "scaling", modes.parse(self.scaling, name))
+        modes.check_four_over_six(self.weight_four_over_six, f"{name}: weight_four_over_six")
+        object.__setattr__(self, "implementation", ops.check_implementation(self.implementation))
 
     def options(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("module_path", "skip")}
-
-
-_converters: dict[type, Callable[..., nnx.Module]] = {
-    nnx.Linear: layers.NVFP4Linear.from_float,
-    nnx.LinearGeneral: layers.NVFP4LinearGeneral.from_float,
-    nnx.Einsum: layers.NVFP4Einsum.from_float,
-    layers.Experts: layers.NVFP4Experts.from_float,
-}
-
-
-def register(module_type: type[nnx.Module]) -> Callable[[Callable[..., nnx.Module]], Callable[..., nnx.Module]]:
-    """Teaches `quantize_model` a layer of yours: decorate `convert(layer, *, name, scaling, four_over_six,
-    weight_four_over_six, implementation) -> nnx.Module`.
-
-    The result may be one of this package's layers, or hold some. If `quantize_params` is to requantize it, it has their
-    `float_names()` and `quantize_params(params)`.
-    """
-
-    def decorate(convert):
-        _converters[module_type] = convert
-        return convert
-
-    return decorate
 
 
 def children(node: Any) -> Iterator[tuple[Any, Any]]:
@@ -91,22 +82,24 @@ def path_string(path: Path) -> str:
     return "/".join(map(str, path))
 
 
-def quantize_model(model: nnx.Module, rules: Sequence[Rule]) -> nnx.Module:
+def quantize_model(model: nnx.Module, rules: Rule | Sequence[Rule]) -> nnx.Module:
     """A copy of `model` whose layers are swapped for NVFP4 ones as the first matching rule says.
 
-    Works on a model of arrays and on an abstract one (`nnx.eval_shape`); layers that two parents share stay shared.
+    Works on a model of arrays and on an abstract one (`nnx.eval_shape`); layers that two parents share stay shared, and a Param that two
+    layers share is found again by `quantize_params`. What was packed and what stayed is logged; `describe` returns it.
     ValueError for a rule that matches nothing, and for a layer that cannot be quantized, naming its path and shape.
     """
     rules = [rules] if isinstance(rules, Rule) else list(rules)
-    patterns = []
-    for rule in rules:
-        try:
-            patterns.append(re.compile(rule.module_path))
-        except re.error as error:
-            raise ValueError(f"rule {rule.module_path!r} is no regular expression: {error}") from error
+    if wrong := [rule for rule in rules if not isinstance(rule, Rule)]:
+        raise ValueError(f"quantize_model: {wrong[0]!r} is no Rule; write Rule({wrong[0]!r}) or Rule(r'.*')")
+    if not isinstance(model, nnx.Module):
+        raise ValueError(f"quantize_model: {type(model).__name__} is no nnx.Module; a Linen module or a tree of arrays cannot be swapped")
+    patterns = [re.compile(rule.module_path) for rule in rules]
     used = [False] * len(rules)
     done: dict[int, nnx.Module] = {}
     seen_layers: list[str] = []
+    copy = nnx.clone(model)
+    homes = {id(node): tuple(path) for path, node in nnx.iter_graph(copy) if isinstance(node, nnx.Variable)}
 
     def decide(path: str, wanted: Callable[[Rule], bool]) -> Rule | None:
         for i, (rule, pattern) in enumerate(zip(rules, patterns, strict=True)):
@@ -114,6 +107,16 @@ def quantize_model(model: nnx.Module, rules: Sequence[Rule]) -> nnx.Module:
                 used[i] = True
                 return rule
         return None
+
+    def converted(node: nnx.Module, path: Path, rule: Rule) -> nnx.Module:
+        name = path_string(path)
+        new = layers.CONVERTERS[type(node)](node, name=name or type(node).__name__, **rule.options())
+        if hasattr(new, "float_names"):
+            # Where a float state has what this layer is made of: a Param that is shared stands at the first of its places.
+            own = {names: _get(node, names) for names in new.float_names()}
+            homes_of = {names: homes.get(id(v), (*path, *names)) for names, v in own.items()}
+            new.float_paths = tuple((names, home) for names, home in homes_of.items() if home != (*path, *names))
+        return new
 
     def visit(node: Any, path: Path) -> Any:
         name = path_string(path)
@@ -127,12 +130,11 @@ def quantize_model(model: nnx.Module, rules: Sequence[Rule]) -> nnx.Module:
                     new = layers.NVFP4Weight(node, name=name, weight_four_over_six=rule.weight_four_over_six)
             done[id(node)] = new
             return new
-        convert = _converters.get(type(node))
-        if convert is not None:
+        if type(node) in layers.CONVERTERS:
             seen_layers.append(name)
             rule = decide(name, lambda rule: True)
             if rule is not None and not rule.skip:
-                new = convert(node, name=name or type(node).__name__, **rule.options())
+                new = converted(node, path, rule)
             done[id(node)] = new
             return new
         if isinstance(node, nnx.Module) and decide(name, lambda rule: False) is not None:
@@ -146,25 +148,27 @@ def quantize_model(model: nnx.Module, rules: Sequence[Rule]) -> nnx.Module:
                 set_child(node, key, replaced)
         return node
 
-    result = visit(nnx.clone(model), ())
+    result = visit(copy, ())
     unused = [rule.module_path for rule, u in zip(rules, used, strict=True) if not u]
     if unused:
-        some = ", ".join(seen_layers[:6]) + (", ..." if len(seen_layers) > 6 else "")
-        raise ValueError(f"rule {unused[0]!r} matches no layer that an earlier rule has not taken; the layers are: {some}")
+        raise ValueError(f"rule {unused[0]!r} matches no layer that an earlier rule has not taken; {_what_there_is(model, seen_layers)}")
+    report.log(report.describe(result), rules)
     return result
 
 
-def with_scaling(qmodel: nnx.Module, scaling: str | None) -> nnx.Module:
-    """A model with the weights of `qmodel`, shared, whose NVFP4 layers treat their input in another mode.
+def _get(node: Any, names: Path) -> Any:
+    for name in names:
+        node = getattr(node, name)
+    return node
 
-    "static" keeps the input scales that there are and leaves the others to `nvfp4jax.calibrate`; "delayed" starts with an empty
-    history, unless the layer has one. ValueError, naming the layer, for a mode that it does not know.
-    """
-    result = nnx.merge(*nnx.split(qmodel))
-    for layer in scaled_layers(result).values():
-        if layer.scaling != scaling:
-            layers.set_scaling(layer, scaling)
-    return result
+
+def _what_there_is(model: nnx.Module, seen: Sequence[str]) -> str:
+    if seen:
+        return f"the layers are: {', '.join(seen[:6])}{', ...' if len(seen) > 6 else ''}"
+    if quantized_layers(model):
+        return "the model is swapped already"
+    known = ", ".join(sorted(cls.__name__ for cls in layers.CONVERTERS))
+    return f"the model has no layer of a known class ({known}); teach it yours with nvfp4jax.register"
 
 
 def scaled_layers(model: nnx.Module) -> dict[Path, layers.NVFP4Linear | layers.NVFP4Experts]:
@@ -175,59 +179,3 @@ def scaled_layers(model: nnx.Module) -> dict[Path, layers.NVFP4Linear | layers.N
 def quantized_layers(model: nnx.Module) -> dict[Path, nnx.Module]:
     """The NVFP4 layers of a swapped model by path, registered ones with `quantize_params` among them."""
     return {tuple(path): m for path, m in nnx.iter_modules(model) if hasattr(m, "quantize_params") and hasattr(m, "float_names")}
-
-
-def quantize_params(state: nnx.State | nnx.Module | Mapping, qmodel: nnx.Module) -> nnx.State:
-    """The Params of `qmodel` made from the float state of the model it was swapped from. Pure: jit and donate at will.
-
-    state: `nnx.state(float_model)`, the model itself, or a nested dict of arrays with the same paths; any float dtype, weights
-        are rounded to bfloat16 before they are quantized, so that every source gives the bits of the offline route. A state
-        that `qmodel` has already (its own NVFP4 leaves) is taken as it is, layer by layer.
-    qmodel: what `quantize_model` made, with arrays or abstract; only its structure and static input scales are read.
-
-    Returns an nnx.State for `nnx.update(qmodel, ...)`. ValueError that names the path for a missing leaf or another shape.
-    """
-    given = _flatten(state)
-    target = dict(nnx.to_flat_state(nnx.state(qmodel, nnx.Param)))
-    made: dict[Path, jax.Array] = {}
-    for path, layer in quantized_layers(qmodel).items():
-        own = [p for p in target if p[: len(path)] == path]
-        sources = {name: (*path, *name) for name in layer.float_names()}
-        floats = {name: given.get(source) for name, source in sources.items()}
-        if all((*p,) in given and given[p].dtype == target[p].dtype for p in own):
-            continue  # quantized already
-        missing = [path_string(sources[name]) for name, value in floats.items() if value is None]
-        if missing:
-            raise ValueError(f"{path_string(path)}: the state has no {missing[0]}, which this NVFP4 layer is made from")
-        for name, value in layer.quantize_params(floats).items():
-            made[(*path, *name)] = value
-    out = {}
-    for path, variable in target.items():
-        value = made.get(path, given.get(path))
-        if value is None:
-            if path[-1].endswith("input_scale"):
-                value = variable.get_value()  # calibrated, not trained: it stays
-            else:
-                raise ValueError(f"the state has no {path_string(path)}, which the model needs")
-        if value.shape != variable.shape:
-            raise ValueError(f"{path_string(path)}: shape {tuple(value.shape)} in the state, {tuple(variable.shape)} in the model")
-        out[path] = variable.replace(value if value.dtype == variable.dtype else value.astype(variable.dtype))
-    return nnx.from_flat_state(out)
-
-
-def _flatten(state: nnx.State | nnx.Module | Mapping) -> dict[Path, jax.Array]:
-    if isinstance(state, nnx.Module):
-        state = nnx.state(state)
-    flat: dict[Path, jax.Array] = {}
-
-    def visit(node, path):
-        if isinstance(node, nnx.Variable):
-            flat[path] = node.get_value()
-        elif isinstance(node, Mapping | nnx.State):
-            for key in node:
-                visit(node[key], (*path, key))
-        else:
-            flat[path] = node
-
-    visit(state, ())
-    return flat

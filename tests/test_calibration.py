@@ -19,6 +19,7 @@ from nvfp4jax import Rule, calibration, models
 from nvfp4jax.checkpoint import load_model, orbax
 from nvfp4jax.checkpoint.convert import Calibration, Selection, quantize_folder
 from nvfp4jax.layers import InputAmax
+from nvfp4jax.scaling import Static, Token
 
 NAMES = ("qwen3-tiny", "qwen3-moe-tiny")
 STATIC = Rule(r"layers/.*(_proj|experts)", scaling="static")
@@ -94,9 +95,9 @@ def test_an_nvfp4_model_is_calibrated_on_its_decoded_weights(scan):
     weights = {key: value.astype(np.float64) for key, value in stored.items() if value.dtype == ml_dtypes.bfloat16}
     weights |= {key: folders.decoded(folder, key.removesuffix(".weight")) for key in stored if stored[key].dtype == np.uint8}
     model = load_model(folder, jnp.float32, scaling="token", scan_layers=scan)
-    calibrated = nvfp4jax.calibrate(nvfp4jax.with_scaling(model, "static"), batches_of(name))
+    calibrated = nvfp4jax.calibrate(nnx.view(model, scaling="static"), batches_of(name))
     check_against_oracle(models.unstack_layers(calibrated) if scan else calibrated, weights, name)
-    assert model.layers[0].self_attn.q_proj.scaling == "token"
+    assert model.layers[0].self_attn.q_proj.scaling == Token()
 
 
 class Readers(nnx.Module):
@@ -130,7 +131,7 @@ class Readers(nnx.Module):
         return y[..., :1] + z.reshape(x.shape)[..., :1], cache
 
 
-READERS = [Rule("spare", scaling="token"), Rule("six", scaling="static", four_over_six="mse"), Rule(".*", scaling="static")]
+READERS = [Rule("spare", scaling="token"), Rule("six", scaling=Static(four_over_six="mse")), Rule(".*", scaling="static")]
 IDS, MASK = np.array([[0, 0, 3, 5], [7, 9, 11, 5]]), np.array([[0, 0, 1, 1], [1, 1, 1, 0]])
 
 
@@ -178,7 +179,7 @@ def test_scales_to_the_bit(floats, headroom, sharded):
         gate, up = (np.asarray(p[...], np.float64)[1:3].swapaxes(1, 2) for p in (source.gate_proj, source.up_proj))
     gate, up = (np.einsum("th,eih->eti", tokens, w) for w in (gate, up))
     np.testing.assert_allclose(down, np.full(4, headroom * np.abs(gate / (1 + np.exp(-gate)) * up).max() / 2688), rtol=1e-5)
-    assert calibrated.spare.input_scale is None and calibrated.spare.scaling == "token"
+    assert calibrated.spare.input_scale is None and calibrated.spare.scaling == Token()
     # A second pass replaces the scales; layers that are not static take no part.
     with jax.numpy_dtype_promotion("standard"):
         again = nvfp4jax.calibrate(calibrated, [IDS[:1, 2:3]])
@@ -211,11 +212,11 @@ def test_near_lengths_and_new_weights_share_a_program():
 def test_what_cannot_be_calibrated():
     model, qmodel = readers()
     batch = [(IDS, MASK)]
-    unreached = nvfp4jax.with_scaling(qmodel, "static")
+    unreached = nnx.view(qmodel, scaling="static")
     other = nnx.Sequential(nnx.Linear(64, 32, rngs=nnx.Rngs(0)))
     cases = [
         (unreached, batch, {}, r"spare: input: no token of the prompts reached it \(its amax is 0\.0\)"),
-        (nvfp4jax.with_scaling(qmodel, "token"), batch, {}, "no layer of the model has scaling='static'"),
+        (nnx.view(qmodel, scaling="token"), batch, {}, "no layer of the model has scaling='static'"),
         (qmodel, [], {}, "no batch of prompts"),
         (qmodel, batch, dict(headroom=0.5), "headroom=0.5: a finite factor of at least 1"),
         (qmodel, batch, dict(headroom=float("nan")), "headroom=nan"),
@@ -230,7 +231,7 @@ def test_what_cannot_be_calibrated():
         for q, prompts_, options, message in cases:
             with pytest.raises(ValueError, match=message):
                 nvfp4jax.calibrate(q, prompts_, **options)
-        with pytest.raises(ValueError, match=r"static scaling needs input_scale \(see nvfp4jax.calibrate\)"):
+        with pytest.raises(ValueError, match=r"Static needs scale; .*nvfp4jax.calibrate"):
             qmodel.linear(jnp.ones((2, 64)))
         stacked = nvfp4jax.quantize_model(models.stack_layers(loading.load("qwen3-tiny")), STATIC)
         stacked.layers[0].input_layernorm.scale[...] = stacked.layers[0].input_layernorm.scale[...].at[2].set(0)
@@ -327,7 +328,7 @@ def test_packed_folders_without_scales_get_them(small, tmp_path):
     source = folders.copy(path / "modelopt", tmp_path / "source", drop | kv, {"quantization_config": config})
     with pytest.raises(ValueError, match="has no input_scale"):
         load_model(source, scaling="static")
-    expected = nvfp4jax.calibrate(nvfp4jax.with_scaling(load_model(source), "static"), ROWS)
+    expected = nvfp4jax.calibrate(nnx.view(load_model(source), scaling="static"), ROWS)
     quantize_folder(source, tmp_path / "orbax", Selection(scaling="static"), calibration=Calibration(ROWS))
     assert_same(load_model(tmp_path / "orbax"), expected)
     # Anew, on other prompts, from Orbax to Orbax and ModelOpt.

@@ -13,12 +13,12 @@ from models import loading
 from test_array import decode
 
 import nvfp4jax
-from nvfp4jax import Rule, models
-from nvfp4jax.array import quantize
+from nvfp4jax import Rule, models, quantize
 from nvfp4jax.checkpoint import load_model, orbax
 from nvfp4jax.checkpoint.reload import Reader, publish
 from nvfp4jax.layers import AmaxHistory, InputAmax
 from nvfp4jax.rollout import decoding, generate
+from nvfp4jax.scaling import Tensor
 
 # Octaves up and down, a spike that has to age out, a call of nothing but zeros.
 DRIFT = [0, 0.5, 1, 2, 3, 7, 3, 2, 1, 0, -1, -2, None, -3, -4, -4, -4, -4, -4, -4, -4, -4, -3, -3, -3]
@@ -81,7 +81,7 @@ def test_linear(key, dtype):
         assert np.isnan(np.asarray(y, np.float32)[1, 2]).all()
     assert call._cache_size() == 1
     # Eager calls bring the layer itself up to date; the first is an online one, to the bit.
-    tensor = nvfp4jax.with_scaling(layer, "tensor")
+    tensor = nnx.view(layer, scaling="tensor")
     x = jax.random.normal(key, (4, 96), dtype)
     np.testing.assert_array_equal(layer(x), tensor(x))
     assert layer.input_amax[0] == jnp.abs(x.astype(jnp.float32)).max() and tensor.input_amax is None
@@ -121,7 +121,7 @@ def test_experts(key):
 def test_gradients_go_straight_through(key):
     """As those of the online mode where the scale is the same; the history is brought up to date on the way."""
     delayed = nvfp4jax.NVFP4Linear.from_float(nnx.Linear(64, 32, rngs=nnx.Rngs(key)), scaling="delayed")
-    online = nvfp4jax.with_scaling(delayed, "tensor")
+    online = nnx.view(delayed, scaling="tensor")
     x = jax.random.normal(key, (4, 64))
     loss = nnx.jit(nnx.value_and_grad(lambda layer, x: (layer(x) ** 2).sum(), argnums=(nnx.DiffState(0, nnx.filterlib.PathContains("bias")), 1)))
     value, (dlayer, dx) = loss(delayed, x)
@@ -170,7 +170,7 @@ def test_generate_carries_the_history(chunks, graph):
         model = nvfp4jax.quantize_model(Speaker(nnx.Rngs(0)), Rule("head", scaling="delayed"))
         sizes = np.abs(np.asarray(model.table[...])).max(1)
         settings = dict(temperature=1.0, num_samples=2, **(dict(weights=Source(), swap_every=3) if chunks else {}))
-        stop = int(generate(nvfp4jax.with_scaling(model, "token"), ids, mask, max_new_tokens=9, temperature=1.0, key=jax.random.key(0)).tokens[0, 2])
+        stop = int(generate(nnx.view(model, scaling="token"), ids, mask, max_new_tokens=9, temperature=1.0, key=jax.random.key(0)).tokens[0, 2])
         simulation, programs = Simulation(), None
         for n in range(3):
             out = generate(model, ids, mask, max_new_tokens=9, stop_tokens=[stop], key=jax.random.key(n), **settings)
@@ -264,8 +264,8 @@ def test_modes_of_a_model_that_is_swapped_already(key):
     model = nvfp4jax.quantize_model(nnx.Sequential(nnx.Linear(32, 32, rngs=nnx.Rngs(key))), Rule(".*", scaling="tensor"))
     x = jax.random.normal(key, (4, 32))
     tensor = model(x)
-    with_token = nvfp4jax.with_scaling(model, "token")
-    assert model.layers[0].scaling == "tensor" and with_token.layers[0].kernel_packed.get_value() is model.layers[0].kernel_packed.get_value()
-    np.testing.assert_array_equal(nvfp4jax.with_scaling(with_token, "tensor")(x), tensor)
-    with pytest.raises(ValueError, match="layers/0: scaling='expert' is not one of None, static, .*, delayed"):
-        nvfp4jax.with_scaling(model, "expert")
+    with_token = nnx.view(model, scaling="token")
+    assert model.layers[0].scaling == Tensor() and with_token.layers[0].kernel_packed.get_value() is model.layers[0].kernel_packed.get_value()
+    np.testing.assert_array_equal(nnx.view(with_token, scaling="tensor")(x), tensor)
+    with pytest.raises(ValueError, match="layers/0: scaling='expert' is not one of token, .*delayed"):
+        nnx.view(model, scaling="expert")

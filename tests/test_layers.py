@@ -14,9 +14,10 @@ from test_array import decode
 from test_ops import check
 
 import nvfp4jax
-from nvfp4jax import Rule
-from nvfp4jax.array import NVFP4Array, quantize, quantize_weight
+from nvfp4jax import Rule, quantize
+from nvfp4jax.array import NVFP4Array, quantize_weight
 from nvfp4jax.layers import NVFP4Weight
+from nvfp4jax.scaling import Static, Tensor
 
 BF16 = jnp.bfloat16
 
@@ -138,9 +139,7 @@ def test_experts(key, scaling):
         if scaling is None:
             return np.asarray(rows, np.float64)
         if scaling == "static":
-            from nvfp4jax.array import quantize_static
-
-            return decode(quantize_static(rows, kw["input_scales"][which][0]))
+            return decode(nvfp4jax.quantize(rows, Static(kw["input_scales"][which][0])))
         if scaling == "expert":
             out = np.zeros(rows.shape)
             for one in set(owners):
@@ -170,16 +169,12 @@ def test_padding_takes_no_part_in_an_amax(key):
     ids, weights = jax.random.randint(key, (8, 2), 0, 3), jnp.full((8, 2), 0.5)
     for scaling in ("tensor", "tensor_pow2", "token", "expert"):
         q = nvfp4jax.NVFP4Experts.from_float(experts, scaling=scaling)
-        calls = [lambda x, q=q: q(x.reshape(8, 64), ids, weights).reshape(x.shape)]
+        calls = [lambda x, valid=None, q=q: q(x.reshape(8, 64), ids, weights, valid=None if valid is None else valid.reshape(-1)).reshape(x.shape)]
         if scaling != "expert":
-            calls.append(nvfp4jax.NVFP4Linear.from_float(layer, scaling=scaling))
+            linear = nvfp4jax.NVFP4Linear.from_float(layer, scaling=scaling)
+            calls.append(lambda x, valid=None, q=linear: q(x, valid=valid))
         for call in calls:
-
-            def masked(x, call=call):
-                with nvfp4jax.valid_rows(valid):
-                    return call(x)
-
-            masked, plain = jax.jit(masked), jax.jit(lambda x, call=call: call(x))
+            masked, plain = jax.jit(lambda x, call=call: call(x, valid=valid)), jax.jit(lambda x, call=call: call(x))
             np.testing.assert_array_equal(np.asarray(masked(noisy))[valid], np.asarray(masked(x))[valid])
             if scaling in ("tensor", "expert"):
                 assert (np.asarray(plain(noisy))[valid] != np.asarray(plain(x))[valid]).any()
@@ -203,7 +198,7 @@ def test_swap(key):
 def test_quantize_params_is_the_offline_route(key):
     net = Net(nnx.Rngs(key))
     q = nvfp4jax.quantize_model(net, RULES)
-    state, own = nnx.state(net, nnx.Param), nnx.state(q, nnx.Param)
+    state, own = nnx.state(net, nnx.Param), nnx.state(q)
     traced = []
 
     @jax.jit
@@ -242,17 +237,21 @@ def test_stacks_of_layers_quantize_each_layer_alone(key):
 
 def test_rules(key):
     net = Net(nnx.Rngs(key))
-    q = nvfp4jax.quantize_model(net, [Rule("blocks/1", skip=True), Rule(r"blocks/\d", scaling="tensor_pow2", four_over_six="mse")])
+    q = nvfp4jax.quantize_model(net, [Rule("blocks/1", skip=True), Rule(r"blocks/\d", scaling=Tensor(pow2=True, four_over_six="mse"))])
     assert type(q.blocks[1]) is nnx.Linear and type(q.split) is nnx.LinearGeneral
-    assert (q.blocks[0].scaling, q.blocks[0].four_over_six) == ("tensor_pow2", "mse")
+    assert q.blocks[0].scaling == Tensor(pow2=True, four_over_six="mse")
     for rules, message in (
         ([Rule("block/.*")], r"rule 'block/\.\*' matches no layer .* the layers are: blocks/0, "),
         ([Rule(".*"), Rule("head")], "rule 'head' matches no layer that an earlier rule has not taken"),
-        ([Rule("(")], r"rule '\(' is no regular expression"),
-        ([Rule("head", scaling="row")], "head: scaling='row' is not one of"),
     ):
         with pytest.raises(ValueError, match=message):
             nvfp4jax.quantize_model(net, rules)
+    for wrong, message in ((dict(module_path="("), r"Rule\('\('\) is no regular expression"), (dict(module_path=7), "module_path=7"),
+                           (dict(module_path="head", scaling="row"), r"Rule\('head'\): scaling='row' is not one of token"),
+                           (dict(module_path="head", weight_four_over_six="mze"), "weight_four_over_six='mze': None, 'mae' or 'mse'"),
+                           (dict(module_path="head", implementation="hoper"), "implementation='hoper': one of xla, hopper")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            Rule(**wrong)
     with pytest.raises(ValueError, match=r"layers/0 of shape \(8, 24\): the contraction axis K=24"):
         nvfp4jax.quantize_model(nnx.Sequential(nnx.Linear(24, 8, rngs=nnx.Rngs(0))), [Rule(".*")])
 
@@ -329,7 +328,7 @@ folder = %r
 model = nvfp4jax.load_model(folder, scan_layers=True)
 q = nvfp4jax.quantize_model(model, [Rule("lm_head|.*/mlp/gate", skip=True), Rule(".*")])
 made = jax.jit(lambda s: nvfp4jax.quantize_params(s, q))(nnx.state(model, nnx.Param))
-assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(nnx.state(q, nnx.Param))))
+assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(nnx.state(q))))
 out = nvfp4jax.generate(q, np.arange(8)[None] + 5, max_new_tokens=4)
 print(np.asarray(out.tokens).tolist())
 """

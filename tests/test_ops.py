@@ -1,6 +1,7 @@
 """Matmuls against float64 products of the decoded operands, dispatch, and gradients."""
 
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from test_array import decode
 import nvfp4jax
 from nvfp4jax import ops
 from nvfp4jax.array import NVFP4Array, quantize_weight
+from nvfp4jax.backends import xla
+from nvfp4jax.scaling import Static
 
 MODES = [None, "tensor", "tensor_pow2", "token"]
 
@@ -48,11 +51,9 @@ def test_matmul_takes_quantized_and_static_activations(key):
     for scaling in MODES[1:]:
         q = nvfp4jax.quantize(x, scaling=scaling)
         np.testing.assert_array_equal(nvfp4jax.matmul(q, w, out_dtype=jnp.float32), nvfp4jax.matmul(x, w, scaling=scaling))
-    s = jnp.float32(0.002)
-    from nvfp4jax.array import quantize_static
-
-    check(nvfp4jax.matmul(x, w, scaling="static", input_scale=s), decode(quantize_static(x, s)), decode(w))
-    with pytest.raises(ValueError, match="q_proj: static scaling needs input_scale"):
+    static = Static(jnp.float32(0.002))
+    check(nvfp4jax.matmul(x, w, scaling=static), decode(nvfp4jax.quantize(x, static)), decode(w))
+    with pytest.raises(ValueError, match="q_proj: Static needs scale"):
         nvfp4jax.matmul(x, w, scaling="static", name="q_proj")
 
 
@@ -220,13 +221,14 @@ def test_gradients_through_experts(key):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
 
 
-def test_dispatch(key, monkeypatch, caplog):
+def test_dispatch(key, monkeypatch, caplog, unchecked):
     x, w = jax.random.normal(key, (2, 32)), quantize_weight(jax.random.normal(key, (8, 32)))
 
     def refuses(*args):
         raise NotImplementedError("K=32 is too small")
 
-    monkeypatch.setitem(ops.IMPLEMENTATIONS["matmul"], "picky", refuses)
+    picky = types.SimpleNamespace(NAME="picky", activation=xla.activation, natural=xla.natural, matmul=refuses)
+    monkeypatch.setitem(ops.BACKENDS, "picky", lambda: picky)
     with pytest.raises(NotImplementedError, match="too small"):
         nvfp4jax.matmul(x, w, implementation="picky")
     for _ in range(2):
@@ -234,8 +236,8 @@ def test_dispatch(key, monkeypatch, caplog):
     assert [r.message for r in caplog.records] == ["matmul: picky does not apply (K=32 is too small); trying the next implementation"]
     with pytest.raises(ExceptionGroup, match="none of picky supports this case"):
         nvfp4jax.matmul(x, w, implementation=["picky"])
-    with pytest.raises(ValueError, match="no implementation 'triton'"):
-        nvfp4jax.matmul(x, w, implementation="triton")
+    with pytest.raises(ValueError, match="implementation='cuda': one of xla, hopper"):
+        nvfp4jax.matmul(x, w, implementation="cuda")
 
 
 def test_bad_shapes_name_the_layer(unchecked):

@@ -7,6 +7,7 @@ import pytest
 
 import nvfp4jax
 from nvfp4jax.array import NVFP4Array
+from nvfp4jax.scaling import Static
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(not aot.available(), reason="needs the extra `aot`")]
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
@@ -32,8 +33,8 @@ def test_experts(tokens, scaling):
 
     def f(x, ids, weights, *parts):
         one, two = NVFP4Array(*parts[:3]), NVFP4Array(*parts[3:])
-        scales = (jnp.ones(16), jnp.ones(16)) if scaling == "static" else None  # one an expert
-        return nvfp4jax.experts(x, ids, weights, one, two, scaling=scaling, input_scales=scales, implementation="hopper")
+        mode = (Static(jnp.ones(16)),) * 2 if scaling == "static" else scaling  # one an expert
+        return nvfp4jax.experts(x, ids, weights, one, two, scaling=mode, implementation="hopper")
 
     args = ((tokens, 320), BF16), ((tokens, 4), jnp.int32), ((tokens, 4), jnp.float32)
     clean(aot.compile(f, *args, *gate_up[:3], *down[:3]))

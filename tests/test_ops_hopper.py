@@ -1,5 +1,7 @@
 """The operations by the Hopper kernels against their XLA twins and float64, on a GPU: what dispatch adds around the kernels."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from test_ops import activation, check
 import nvfp4jax
 from nvfp4jax import Rule, array, ops
 from nvfp4jax.array import NVFP4Array
+from nvfp4jax.scaling import NAMES, Static
 
 pytestmark = pytest.mark.gpu
 BF16 = jnp.bfloat16
@@ -42,7 +45,7 @@ def test_quantize(key, scaling, four_over_six):
     valid = jax.random.bernoulli(key, 0.8, (3, 50))
     for kw in (dict(), dict(valid=valid), dict(amax=jnp.float32(3.3))):
         kw = kw if scaling != "token" else {k: v for k, v in kw.items() if k != "valid"}
-        f = lambda name: jax.jit(lambda x: nvfp4jax.quantize(x, scaling=scaling, four_over_six=four_over_six, implementation=name, **kw))(x)  # noqa: B023
+        f = lambda name: jax.jit(lambda x: nvfp4jax.quantize(x, scaling=dataclasses.replace(NAMES[scaling], four_over_six=four_over_six), implementation=name, **kw))(x)  # noqa: B023
         same_bits(f("hopper"), f("xla"))
 
 
@@ -85,7 +88,7 @@ def test_experts(key, scaling, tokens):
     e = args[3].shape[0]
     options = dict(scaling=scaling, valid=jnp.arange(tokens) != 3)
     if scaling == "static":  # one an expert
-        options["input_scales"] = tuple(jax.random.uniform(key, (e,), minval=1.0, maxval=2.0) * jnp.float32(4 / 2688) for _ in range(2))
+        options["scaling"] = tuple(Static(jax.random.uniform(key, (e,), minval=1.0, maxval=2.0) * jnp.float32(4 / 2688)) for _ in range(2))
     hopper, xla = (
         np.asarray(jax.jit(lambda *a, name=name: nvfp4jax.experts(*a, **options, implementation=name))(*args), np.float32)
         for name in ("hopper", "xla")

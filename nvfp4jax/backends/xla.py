@@ -1,10 +1,9 @@
-"""The operations in plain XLA, for any device, and what an operation is asked: the reference that the kernels are held to.
+"""The operations in plain XLA, for any device: the reference that the kernels are held to.
 
-An implementation takes arrays, a `Spec` of what is static and a `Scaling` of what is not. Activations and weights are decoded to
-bfloat16, exactly, and multiplied with float32 accumulation; the experts' weights one at a time.
+A backend is a module with these functions. Activations and weights are decoded to bfloat16, exactly, and multiplied with float32
+accumulation; the experts' weights one at a time. NotImplementedError says what a backend does not support.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -13,59 +12,96 @@ from jax import lax
 from jaxtyping import Array
 
 from nvfp4jax import array as nvfp4_array
-from nvfp4jax import routing
-from nvfp4jax import scaling as scaling_modes
-from nvfp4jax.array import NVFP4Array
+from nvfp4jax import numerics, routing
+from nvfp4jax.array import NVFP4Array, QuantizedActivation
+from nvfp4jax.routing import Routing
+from nvfp4jax.scaling import Request
+
+NAME = "xla"
+Operand = tuple[Array, Array | None]  # what a matmul reads of an activation: (operand, row scale)
 
 
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """What is static about a matmul: how the activation is quantized, and who is asked to compute."""
-
-    scaling: str | None
-    four_over_six: str | None
-    weight_four_over_six: str | None
-    out_dtype: jnp.dtype
-    implementation: str | tuple[str, ...] | None
-    name: str
+def quantize(x: Array, request: Request) -> NVFP4Array:
+    """x [M, K] as `request` says."""
+    return nvfp4_array.quantize(x, request)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Scaling:
-    """The arrays that go with a mode: a given amax, the mask of rows that count, a static input scale."""
-
-    amax: Array | None = None
-    valid: Array | None = None
-    input_scale: Array | None = None
+def quantize_weight(w: Array, four_over_six: str | None) -> NVFP4Array:
+    """w [..., N, K], one global scale a matrix."""
+    return nvfp4_array.quantize_weight(w, four_over_six=four_over_six)
 
 
-def quantize_activation(
-    x: Array | NVFP4Array, spec: Spec, scaling: Scaling, group_sizes: Array | None = None
-) -> tuple[Array, Array | None]:
-    """x -> (operand, row scale): the decoded qvalue * scale and the global scale (f32 [] or [..., 1]), or (x, None).
-
-    The operand is bfloat16, in which qvalue * scale is exact, so that a matmul of two operands errs only by accumulation.
-    """
-    if isinstance(x, NVFP4Array):
-        return x.dequantize_blocks(), x.global_scale
-    if spec.scaling is None:
-        return x, None
-    if spec.scaling == "static":
-        input_scale = scaling.input_scale
-        if group_sizes is not None and input_scale.ndim == 1:
-            input_scale = input_scale[scaling_modes.group_ids(group_sizes, x.shape[0])][:, None]
-        q = nvfp4_array.quantize_static(x, input_scale, four_over_six=spec.four_over_six)
+def activation(x: Array, request: Request | None, route: Routing | None = None) -> Operand:
+    """What a matmul reads of x [M, K]. request None: x as it is. route: of its tokens, to copy them to their experts' rows."""
+    if request is None:
+        operand, row_scale = x, None
     else:
-        amax = scaling.amax
-        if amax is None and spec.scaling == "expert":
-            amax = scaling_modes.expert_amax(x, group_sizes, scaling.valid)
-        elif amax is None:
-            amax = scaling_modes.activation_amax(x, spec.scaling, scaling.valid)
-        q = nvfp4_array.quantize_with_amax(
-            x, jnp.asarray(amax, jnp.float32), pow2=spec.scaling == "tensor_pow2", four_over_six=spec.four_over_six
-        )
+        q = quantize(x, request)
+        operand, row_scale = q.dequantize_blocks(), q.global_scale
+    if route is None:
+        return operand, row_scale
+    rows = route.token_of_row
+    return operand[rows], row_scale if row_scale is None or row_scale.ndim == 0 else row_scale[rows]
+
+
+def rms_norm(x: Array, weight: Array, eps: float, request: Request | None) -> Operand:
+    """What a matmul reads of `numerics.rms_norm(x, weight, eps)`."""
+    return activation(numerics.rms_norm(x, weight, eps), request)
+
+
+def silu_mul(gate: Array, up: Array, request: Request | None) -> Operand:
+    """What a matmul reads of `numerics.silu_mul(gate, up)`."""
+    return activation(numerics.silu_mul(gate, up), request)
+
+
+def packed(q: NVFP4Array) -> Operand:
+    """What a matmul reads of an activation that is an NVFP4Array."""
     return q.dequantize_blocks(), q.global_scale
+
+
+def natural(operand: Array) -> Array:
+    """The operand with K in its natural order."""
+    return operand
+
+
+def matmul(a: QuantizedActivation, w: NVFP4Array, bias: Array | None, out_dtype: jnp.dtype) -> Array:
+    """a [M, K] times w [N, K] transposed."""
+    w = w.select()
+    acc = scaled(dot(a.operand, w.dequantize_blocks()), a.row_scale, w.aligned_global_scale.reshape(-1))
+    if bias is not None:
+        acc = acc + bias.astype(jnp.float32)[None]
+    return acc.astype(out_dtype)
+
+
+def grouped_matmul(a: QuantizedActivation, w: NVFP4Array, group_sizes: Array, out_dtype: jnp.dtype) -> Array:
+    """a [M, K], rows sorted by group, each times its group's w [E, N, K] transposed; rows past the last group hold anything."""
+
+    def weight_of(e):
+        weight = one_expert(w, e)
+        return weight.dequantize_blocks(), weight.global_scale.reshape(-1)
+
+    return scaled(grouped(a.operand, group_sizes, w.shape[1], weight_of), a.row_scale).astype(out_dtype)
+
+
+def grouped_swiglu(a: QuantizedActivation, w: NVFP4Array, group_sizes: Array, out_dtype: jnp.dtype) -> Array:
+    """w [E, 2, I, K], gate first -> silu(a gate^T) * (a up^T), in float32 until the last rounding."""
+    gate, up = jnp.split(grouped_matmul(a, merge_halves(w), group_sizes, jnp.dtype(jnp.float32)), 2, -1)
+    return (jax.nn.silu(gate) * up).astype(out_dtype)
+
+
+def top_k_experts(logits: Array, k: int, normalize: bool) -> tuple[Array, Array]:
+    return routing.top_k_experts(logits, k, normalize=normalize)
+
+
+def route(expert_ids: Array, num_experts: int) -> Routing:
+    return routing.route(expert_ids, num_experts)
+
+
+def combine(rows: Array, route: Routing, weights: Array, out_dtype: jnp.dtype) -> Array:
+    return routing.combine(rows, route, weights, out_dtype=out_dtype)
+
+
+# --- what they are made of, and the gradients of every backend ---------------------------------------------------------
 
 
 def product_operands(*operands: Array) -> tuple[Array, ...]:
@@ -92,15 +128,6 @@ def scaled(acc: Array, *scales: Array | None) -> Array:
         if scale is not None:
             acc = acc * scale.reshape((1,) * (acc.ndim - scale.ndim) + scale.shape)
     return acc
-
-
-def matmul(x, w: NVFP4Array, bias, spec: Spec, scaling: Scaling) -> Array:
-    operand, row_scale = quantize_activation(x, spec, scaling)
-    w = w.select()
-    acc = scaled(dot(operand, w.dequantize_blocks()), row_scale, w.aligned_global_scale.reshape(-1))
-    if bias is not None:
-        acc = acc + bias.astype(jnp.float32).reshape((1,) * (acc.ndim - 1) + bias.shape)
-    return acc.astype(spec.out_dtype)
 
 
 def grouped(operand: Array, group_sizes: Array, out: int, weight_of: Callable[[Array], tuple[Array, Array | None]]) -> Array:
@@ -142,23 +169,6 @@ def one_expert(w: NVFP4Array, e: Array) -> NVFP4Array:
     return NVFP4Array(*(lax.dynamic_slice(v, (w.layer, e, 0, 0), (1, 1, *v.shape[2:]))[0, 0] for v in leaves))
 
 
-def grouped_matmul(x, w: NVFP4Array, group_sizes, spec: Spec, scaling: Scaling) -> Array:
-    operand, row_scale = quantize_activation(x, spec, scaling, group_sizes)
-
-    def weight_of(e):
-        weight = one_expert(w, e)
-        return weight.dequantize_blocks(), weight.global_scale.reshape(-1)
-
-    return scaled(grouped(operand, group_sizes, w.shape[1], weight_of), row_scale).astype(spec.out_dtype)
-
-
-def grouped_swiglu(x, w: NVFP4Array, group_sizes, spec: Spec, scaling: Scaling) -> Array:
-    """w [E, 2, I, K], gate first -> silu(x gate^T) * (x up^T), in float32 until the last rounding."""
-    wide = dataclasses.replace(spec, out_dtype=jnp.dtype(jnp.float32))
-    gate, up = jnp.split(grouped_matmul(x, merge_halves(w), group_sizes, wide, scaling), 2, -1)
-    return (jax.nn.silu(gate) * up).astype(spec.out_dtype)
-
-
 def merge_halves(w: NVFP4Array) -> NVFP4Array:
     """[E, 2, I, K] -> [E, 2 I, K]."""
     flat = lambda v: v.reshape(*v.shape[:-3], v.shape[-3] * v.shape[-2], v.shape[-1])  # noqa: E731
@@ -166,27 +176,3 @@ def merge_halves(w: NVFP4Array) -> NVFP4Array:
     if scale.shape[-3:] != (1, 1, 1):
         scale = jnp.broadcast_to(scale, (*scale.shape[:-3], *w.packed.shape[-3:-1], 1))
     return NVFP4Array(flat(w.packed), flat(w.scale), flat(scale), w.layer)
-
-
-def quantize(x, amax, valid, spec: Spec) -> NVFP4Array:
-    return nvfp4_array.quantize(x, scaling=spec.scaling, four_over_six=spec.four_over_six, amax=amax, valid=valid)
-
-
-def quantize_weight(w, spec: Spec) -> NVFP4Array:
-    return nvfp4_array.quantize_weight(w, four_over_six=spec.weight_four_over_six)
-
-
-def top_k_experts(logits, k: int, normalize: bool) -> tuple[Array, Array]:
-    return routing.top_k_experts(logits, k, normalize=normalize)
-
-
-def experts(
-    x, expert_ids, weights, gate_up: NVFP4Array, down: NVFP4Array, spec: Spec, scalings, products=(grouped_swiglu, grouped_matmul)
-) -> Array:
-    """products: the two grouped products, for who differentiates through them."""
-    first, second = products
-    route = routing.route(expert_ids, gate_up.shape[0])
-    scalings = [s if s.valid is None else dataclasses.replace(s, valid=s.valid[route.token_of_row]) for s in scalings]
-    h = first(x[route.token_of_row], gate_up, route.group_sizes, spec, scalings[0])
-    y = second(h, down, route.group_sizes, spec, scalings[1])
-    return routing.combine(y, route, weights, out_dtype=spec.out_dtype)

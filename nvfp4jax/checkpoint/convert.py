@@ -27,14 +27,15 @@ import numpy as np
 from flax import nnx
 
 from nvfp4jax import models, numerics
-from nvfp4jax.array import NVFP4Array, check_k, quantize_with_amax
+from nvfp4jax.array import NVFP4Array, check_k, quantize
 from nvfp4jax.calibration import input_scales
 from nvfp4jax.checkpoint import formats, huggingface, orbax
 from nvfp4jax.checkpoint.formats import BF16, BLOCK, E4M3, Checkpoint, PackedWeight
 from nvfp4jax.checkpoint.huggingface import module_name, quantizable
 from nvfp4jax.checkpoint.safetensors import CheckpointError, TensorInfo, Writer, read_header
 from nvfp4jax.layers import WEIGHTS, Experts, NVFP4Experts, NVFP4Linear
-from nvfp4jax.swap import Rule, path_string, quantize_model, scaled_layers, with_scaling
+from nvfp4jax.scaling import Name, Request, Scaling, Static, Token, parse
+from nvfp4jax.swap import Rule, path_string, quantize_model, scaled_layers
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Selection:
 
     keep_first_n, keep_last_n: layers that stay in floating point. exclude: regular expressions, searched in the module's path
     ('layers/0/mlp/up_proj') and in its checkpoint name ('model.layers.0.mlp.up_proj'). experts_only: nothing but experts.
-    four_over_six, activation_four_over_six: None, "mae" or "mse". scaling: the mode that the result's layers run in.
+    four_over_six: of the weights: None, "mae" or "mse". scaling: the mode that the result's layers run in.
     """
 
     keep_first_n: int = 0
@@ -65,13 +66,15 @@ class Selection:
     exclude: tuple[str, ...] = ()
     experts_only: bool = False
     four_over_six: str | None = None
-    scaling: str | None = "token"
-    activation_four_over_six: str | None = None
+    scaling: Name | Scaling | None = "token"
+
+    def __post_init__(self):
+        object.__setattr__(self, "scaling", parse(self.scaling, "Selection"))
 
     @property
     def selects(self) -> bool:
         """Whether it says anything about which layers, or how weights are rounded."""
-        return dataclasses.replace(self, scaling="token", activation_four_over_six=None) != Selection()
+        return dataclasses.replace(self, scaling="token") != Selection()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Calibration:
 
 def _calibrated(qmodel: nnx.Module, calibration: Calibration, float_model: nnx.Module | None = None) -> dict[str, np.ndarray]:
     """Input scales f32 [] by checkpoint module, of all NVFP4 layers."""
-    static = with_scaling(qmodel, "static")
+    static = nnx.view(qmodel, scaling="static")
     modules = scaled_layers(static)
     scales: dict[str, np.ndarray] = {}
     found = input_scales(static, calibration.batches, headroom=calibration.headroom, float_model=float_model)
@@ -138,14 +141,13 @@ def rules_for(model: nnx.Module, selection: Selection) -> list[Rule]:
         raise ValueError("the selection leaves no layer to quantize")
     return [
         *rules,
-        Rule(".*", scaling=selection.scaling, four_over_six=selection.activation_four_over_six,
-             weight_four_over_six=selection.four_over_six),
+        Rule(".*", scaling=selection.scaling, weight_four_over_six=selection.four_over_six),
     ]  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames="four_over_six")
 def _quantize_rows(w: jax.Array, amax: jax.Array, four_over_six: str | None) -> NVFP4Array:
-    return quantize_with_amax(w.astype(jnp.bfloat16), amax, four_over_six=four_over_six)
+    return quantize(w.astype(jnp.bfloat16), Request(amax=amax, four_over_six=four_over_six))
 
 
 @jax.jit
@@ -509,12 +511,12 @@ def quantize_folder(
         raise CheckpointError(f"{source}: the weights are NVFP4 already ({module_name(packed[0])}, ...); only the activation mode can be chosen")
     if packed:
         rules = [
-            Rule(re.escape(path_string(path)), scaling=selection.scaling, four_over_six=selection.activation_four_over_six)
+            Rule(re.escape(path_string(path)), scaling=selection.scaling)
             for path in packed
         ]
     else:
         rules = rules_for(model, selection)
-        if selection.scaling == "static" and calibration is None:
+        if isinstance(selection.scaling, Static) and calibration is None:
             raise CheckpointError(f"{source}: scaling='static' needs input scales, which this folder has not; calibrate on some prompts "
                                   "(--calibration-prompts), or use an online mode")
     calibrated: dict[str, np.ndarray] = {}
@@ -589,10 +591,10 @@ def _export(
     source: Path, save_dir: Path, selection: Selection, output: str, calibration: Calibration | None, progress: Progress
 ) -> list[dict[str, Any]]:
     """An Orbax folder of ours into ModelOpt or compressed-tensors files; with a calibration, into Orbax too, in static mode."""
-    to_static = calibration is not None and selection.scaling == "static"
+    to_static = calibration is not None and isinstance(selection.scaling, Static)
     if output == "orbax" and not to_static:
         raise CheckpointError(f"{source}: an Orbax checkpoint already; choose output modelopt or compressed-tensors")
-    if selection.selects or (selection.scaling != "token" and not to_static):
+    if selection.selects or (selection.scaling != Token() and not to_static):
         raise CheckpointError(f"{source}: the weights are quantized already; layers and modes cannot be chosen any more")
     folder = orbax.read_folder(source)
     metadata = folder.metadata
@@ -639,7 +641,7 @@ def _export(
         _finish_folder(working, metadata["config"], method, qmodel, weight_only and not extras, kv)
         if output == "orbax":
             checkpoint = formats.open_checkpoint(working)
-            static = huggingface.with_input_scales(with_scaling(qmodel, "static"))
+            static = huggingface.with_input_scales(nnx.view(qmodel, scaling="static"))
             _to_orbax(checkpoint, static, orbax.rules_of(static), working / "orbax", progress)
         _publish(working, save_dir, source, report, output)
     except BaseException:  # nothing here is worth resuming

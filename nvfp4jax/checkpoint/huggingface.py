@@ -21,7 +21,8 @@ from nvfp4jax import models
 from nvfp4jax.checkpoint import formats
 from nvfp4jax.checkpoint.formats import BLOCK, E4M3, Checkpoint, PackedWeight
 from nvfp4jax.checkpoint.safetensors import CheckpointError
-from nvfp4jax.layers import Experts, InputAmax, NVFP4Experts, NVFP4Linear, quantize_weight
+from nvfp4jax.layers import Experts, InputAmax, InputScale, NVFP4Experts, NVFP4Linear, quantize_weight
+from nvfp4jax.scaling import Name, Scaling, Static
 from nvfp4jax.swap import Rule, path_string, quantize_model
 
 _log = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def _linear(checkpoint: Checkpoint, path: Sequence[Any], layer: NVFP4Linear) -> 
     name = module_name(path)
     w = formats.read_weight(checkpoint, name, (layer.out_features, layer.in_features))
     leaves = {}
-    if layer.scaling == "static":
+    if isinstance(layer.scaling, Static):
         leaves["input_scale"] = _input_scale([w] if isinstance(w, PackedWeight) else [PackedWeight(w, w, w)], checkpoint, name)
     if not isinstance(w, PackedWeight):
         w = _quantize(w, layer, name)
@@ -123,12 +124,12 @@ def _experts(checkpoint: Checkpoint, path: Sequence[Any], layer: NVFP4Experts, n
         "down_scale": np.empty((e, h, i // BLOCK), E4M3),
         "down_global_scale": np.empty((e,), np.float32),
     }
-    if layer.scaling == "static":
+    if isinstance(layer.scaling, Static):
         leaves |= {"gate_up_input_scale": np.empty((e,), np.float32), "down_input_scale": np.empty((e,), np.float32)}
     for index in range(e):
         gate, up = gate_up(checkpoint, name, index, (e, i, h), notes)
         down = formats.read_expert(checkpoint, name, "down_proj", index, (e, h, i))
-        if layer.scaling == "static":
+        if isinstance(layer.scaling, Static):
             read = [w if isinstance(w, PackedWeight) else PackedWeight(w, w, w) for w in (gate, up, down)]
             leaves["gate_up_input_scale"][index] = _input_scale(read[:2], checkpoint, f"{name}.{index}.gate_proj")
             leaves["down_input_scale"][index] = _input_scale(read[2:], checkpoint, f"{name}.{index}.down_proj")
@@ -186,7 +187,7 @@ def owning_modules(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Module]]:
 
 
 def abstract_model(
-    checkpoint: Checkpoint, dtype: jnp.dtype, *, scaling: str | None = None, rules: Sequence[Rule] = ()
+    checkpoint: Checkpoint, dtype: jnp.dtype, *, scaling: Name | Scaling | None = None, rules: Sequence[Rule] = ()
 ) -> nnx.Module:
     """The model that the folder makes, without values: layers it stores in NVFP4 swapped, and those that `rules` name."""
     model = models.build(checkpoint.config, dtype)
@@ -205,11 +206,11 @@ def abstract_model(
 def with_input_scales(qmodel: nnx.Module) -> nnx.Module:
     """The abstract model itself, with (abstract) input scales in static layers that have none."""
     for _, layer in owning_modules(qmodel):
-        if isinstance(layer, NVFP4Linear) and layer.scaling == "static" and layer.input_scale is None:
-            layer.input_scale = nnx.Param(jax.ShapeDtypeStruct((), jnp.float32))
-        if isinstance(layer, NVFP4Experts) and layer.scaling == "static" and layer.gate_up_input_scale is None:
+        if isinstance(layer, NVFP4Linear) and isinstance(layer.scaling, Static) and layer.input_scale is None:
+            layer.input_scale = InputScale(jax.ShapeDtypeStruct((), jnp.float32))
+        if isinstance(layer, NVFP4Experts) and isinstance(layer.scaling, Static) and layer.gate_up_input_scale is None:
             for name in ("gate_up_input_scale", "down_input_scale"):
-                setattr(layer, name, nnx.Param(jax.ShapeDtypeStruct((layer.num_experts,), jnp.float32)))
+                setattr(layer, name, InputScale(jax.ShapeDtypeStruct((layer.num_experts,), jnp.float32)))
     return qmodel
 
 
@@ -249,7 +250,7 @@ def load_model(
     directory: str | Path,
     dtype: jnp.dtype = jnp.bfloat16,
     *,
-    scaling: str | None = None,
+    scaling: Name | Scaling | None = None,
     scan_layers: bool = False,
     rules: Sequence[Rule] | None = None,
 ) -> nnx.Module:

@@ -26,11 +26,12 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint.experimental import v1 as ocp
 
-from nvfp4jax import models
+from nvfp4jax import models, scaling
 from nvfp4jax.checkpoint import formats, huggingface
 from nvfp4jax.checkpoint.digest import check
 from nvfp4jax.checkpoint.safetensors import CheckpointError
 from nvfp4jax.layers import WEIGHTS
+from nvfp4jax.scaling import Name, Scaling
 from nvfp4jax.swap import Rule, path_string, quantize_model, quantized_layers
 
 FORMAT_VERSION = 1
@@ -275,15 +276,16 @@ def rules_of(model: nnx.Module) -> list[Rule]:
 def rules_to_json(rules: Sequence[Rule]) -> list[dict]:
     """What differs from a Rule's defaults, as JSON values."""
     defaults = Rule("")
-    return [
+    changed = [
         {f.name: getattr(rule, f.name) for f in dataclasses.fields(Rule) if getattr(rule, f.name) != getattr(defaults, f.name)}
         for rule in rules
     ]
+    return [rule | ({"scaling": scaling.to_json(rule["scaling"])} if "scaling" in rule else {}) for rule in changed]
 
 
 def rules_from_json(values: Any, where: str) -> list[Rule]:
     """The inverse of `rules_to_json`, for values that need not be trusted."""
-    kinds = {f.name: str | None for f in dataclasses.fields(Rule)} | {"module_path": str, "skip": bool}
+    kinds = {f.name: str | None for f in dataclasses.fields(Rule)} | {"module_path": str, "skip": bool, "scaling": str | dict | None}
     rules = []
     for value in values if isinstance(values, list) else [values]:
         if isinstance(value, dict) and isinstance(value.get("implementation"), list):
@@ -294,7 +296,11 @@ def rules_from_json(values: Any, where: str) -> list[Rule]:
         if wrong := [name for name, v in value.items() if not isinstance(v, kinds[name])]:
             raise CheckpointError(f"{where}: a rule's {wrong[0]!r} has the wrong type: {str(value)[:80]}")
         formats.safe_pattern(value["module_path"])
-        rules.append(Rule(**value))
+        try:
+            mode = {"scaling": scaling.from_json(value["scaling"])} if "scaling" in value else {}
+            rules.append(Rule(**value | mode))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{where}: a rule cannot be read: {error}") from error
     return rules
 
 
@@ -303,8 +309,9 @@ def recipe_id(rules: Sequence[Rule]) -> str:
     taken = [rule for rule in rules if not rule.skip]
     if not taken:
         return "float"
-    modes = sorted({str(rule.scaling).lower() for rule in taken})
-    extras = sorted({f"+{side}46-{kind}-256" for rule in taken for side, kind in (("w", rule.weight_four_over_six), ("a", rule.four_over_six)) if kind})
+    modes = sorted({str(scaling.name_of(rule.scaling)).lower() for rule in taken})
+    sides = [(side, kind) for rule in taken for side, kind in (("w", rule.weight_four_over_six), ("a", getattr(rule.scaling, "four_over_six", None)))]
+    extras = sorted({f"+{side}46-{kind}-256" for side, kind in sides if kind})
     return f"te-exact/{','.join(modes)}{''.join(extras)}"
 
 
@@ -331,19 +338,19 @@ def save_model(path: str | Path, model: nnx.Module, config: Mapping[str, Any], *
     save(path, nnx.state(model, WEIGHTS), full)
 
 
-def abstract_model(path: Path, metadata: Mapping[str, Any], dtype: jnp.dtype | None = None, scaling: str | None = None) -> nnx.Module:
+def abstract_model(path: Path, metadata: Mapping[str, Any], dtype: jnp.dtype | None = None, mode: Name | Scaling | None = None) -> nnx.Module:
     """The unrolled, abstract model that a folder's metadata describe."""
     config, stored = metadata.get("config"), metadata.get("dtype")
     if not isinstance(config, dict) or stored not in ("bfloat16", "float32", "float16"):
         raise CheckpointError(f"{path}: the metadata have no model config and dtype; restore it into a state of your own")
     rules = rules_from_json(metadata.get("rules", []), str(path))
-    if scaling is not None:
-        rules = [dataclasses.replace(rule, scaling=scaling) for rule in rules]
+    if mode is not None:
+        rules = [dataclasses.replace(rule, scaling=mode) for rule in rules]
     model = models.build(config, dtype or stored)
     return huggingface.with_input_scales(quantize_model(model, rules)) if rules else model
 
 
-def load_model(path: str | Path, dtype: jnp.dtype | None = None, *, scaling: str | None = None, scan_layers: bool = False) -> nnx.Module:
+def load_model(path: str | Path, dtype: jnp.dtype | None = None, *, scaling: Name | Scaling | None = None, scan_layers: bool = False) -> nnx.Module:
     """The model in a folder of ours, on the default device; no other input is needed.
 
     dtype: of activations and float weights, as stored where None. scaling: for all NVFP4 layers, as stored where None.

@@ -33,7 +33,8 @@ from nvfp4jax.checkpoint import orbax
 from nvfp4jax.checkpoint.digest import unhealthy
 from nvfp4jax.checkpoint.safetensors import CheckpointError
 from nvfp4jax.layers import WEIGHTS
-from nvfp4jax.swap import path_string, quantize_params, quantized_layers
+from nvfp4jax.requantize import quantize_params
+from nvfp4jax.swap import path_string, quantized_layers
 
 _log = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from nvfp4jax.backends.xla import product_operands
+from nvfp4jax.layers import RMSNorm as RMSNorm
 
 
 @jax.tree_util.register_dataclass
@@ -168,17 +168,3 @@ def attend(
     mask = blocks(jnp.pad(mask, ((0, 0), (0, extra), (0, 0))))
     out = jnp.moveaxis(lax.map(lambda part: some(*part), (q, mask)), 0, 1)
     return out.reshape(batch, -1, heads, head_dim)[:, :steps]
-
-
-class RMSNorm(nnx.Module):
-    """x * rsqrt(mean(x**2) + eps) * scale over the last axis, in float32, given back in float32."""
-
-    def __init__(self, features: int, eps: float, *, param_dtype: DTypeLike):
-        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        x = x.astype(jnp.float32)
-        x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + jnp.float32(self.eps))
-        scale = self.scale[...].astype(jnp.float32)
-        return x * scale.reshape((1,) * (x.ndim - 1) + scale.shape)

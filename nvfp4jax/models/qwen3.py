@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -12,7 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
-from nvfp4jax import layers, ops, scaling
+from nvfp4jax import layers, numerics, ops, scaling
 from nvfp4jax.backends import xla
 from nvfp4jax.models import attention, stacking
 from nvfp4jax.models.attention import KVCache, LayerCache, RMSNorm, StepInputs
@@ -210,7 +209,7 @@ class MLP(nnx.Module):
         self.down_proj = dtypes.linear(config.intermediate_size, config.hidden_size, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T H"]) -> tuple[Float[Array, "B T H"], None]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)), None
+        return self.down_proj(numerics.silu_mul(self.gate_proj(x), self.up_proj(x))), None
 
 
 class MoE(nnx.Module):

@@ -16,6 +16,7 @@ from checkpoint import folders
 from nvfp4jax import models
 from nvfp4jax.checkpoint import CheckpointError, formats, load_model, orbax
 from nvfp4jax.layers import NVFP4Experts, NVFP4Linear
+from nvfp4jax.scaling import PerExpert, Tensor, Token
 
 NAMES = ("qwen3-tiny", "qwen3-moe-tiny")
 MOE = DATA / "qwen3-moe-tiny"
@@ -143,14 +144,14 @@ def test_quantize_on_load_equals_quantize_params():
     assert_same(model, qmodel)
     nnx.update(qmodel, nvfp4jax.quantize_params(nnx.state(floats), qmodel))
     assert_same(model, qmodel)
-    assert model.layers[1].mlp.experts.scaling == "expert" and isinstance(model.layers[1].self_attn.q_proj, nnx.Linear)
+    assert model.layers[1].mlp.experts.scaling == PerExpert() and isinstance(model.layers[1].self_attn.q_proj, nnx.Linear)
     with pytest.raises(ValueError, match="matches no layer"):
         load_model(MOE / "bf16", rules=[nvfp4jax.Rule("nothing")])
 
 
 def test_rules_choose_the_mode_of_packed_layers():
     model = load_model(MOE / "modelopt-nvfp4", scaling="token", rules=[nvfp4jax.Rule(r"layers/\d+/mlp/experts", scaling="tensor")])
-    assert model.layers[0].mlp.experts.scaling == "tensor" and model.layers[0].self_attn.q_proj.scaling == "token"
+    assert model.layers[0].mlp.experts.scaling == Tensor() and model.layers[0].self_attn.q_proj.scaling == Token()
     with pytest.raises(CheckpointError, match="layers.0.mlp.experts.*cannot be followed"):
         load_model(MOE / "modelopt-nvfp4", rules=[nvfp4jax.Rule(r"layers/0/mlp/experts", skip=True)])
 

@@ -11,6 +11,7 @@ from flax import nnx
 import nvfp4jax
 from models import loading
 from nvfp4jax import models
+from nvfp4jax.layers import InputScale
 
 RULES = [
     nvfp4jax.Rule(r"layers/0/.*|lm_head|.*/gate", skip=True),  # keeps the first layer
@@ -109,7 +110,7 @@ def test_scanned_equals_unrolled():
     for i, layer in enumerate(model.layers):
         for j, name in enumerate(("q_proj", "k_proj", "v_proj", "o_proj")):
             linear = getattr(layer.self_attn, name)
-            linear.input_scale = nnx.Param(jnp.float32(0.002 * (1 + i) + 0.001 * j))
+            linear.input_scale = InputScale(jnp.float32(0.002 * (1 + i) + 0.001 * j))
             linear.bias.set_value(jax.random.normal(jax.random.key(4 * i + j), linear.bias.shape))
     stacked = models.stack_layers(model)
     assert models.depths(stacked) == (2,)

@@ -1,0 +1,189 @@
+"""A trainer's float state into the state of a model already swapped: every leaf accounted for, in both directions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nvfp4jax import layers
+from nvfp4jax.swap import Path, path_string, quantized_layers
+
+# What adapters are called beside a kernel: by nnx.LoRALinear, by nnx.LoRA wrappers, by qwix and tunix.
+_ADAPTERS = (("lora", "lora_{}"), ("lora_{}",), ("kernel_lora_{}",), ("w_lora_{}",))
+
+
+@jax.custom_jvp
+def _undifferentiated(x: jax.Array) -> jax.Array:
+    return x
+
+
+@_undifferentiated.defjvp
+def _(primals, tangents):
+    raise ValueError("quantize_params passes no gradient: its results are codes. Inside a function that is differentiated, run "
+                     "nvfp4jax.straight_through(qmodel, state), the same forward, whose gradients reach the float state")
+
+
+def quantize_params(state: nnx.State | nnx.Module | Mapping, qmodel: nnx.Module, *, merge_lora: bool | float = False) -> nnx.State:
+    """The weights of `qmodel` made from the float state of the model it was swapped from. Pure: jit and donate at will.
+
+    state: `nnx.state(float_model)`, the model itself, or a nested dict of arrays with the same paths; any float dtype, weights
+        are rounded to bfloat16 before they are quantized, so that every source gives the bits of the offline route. A state
+        that `qmodel` has already (its own NVFP4 leaves) is taken as it is, layer by layer.
+    qmodel: what `quantize_model` made, with arrays or abstract; only its structure and static input scales are read.
+    merge_lora: what to do with low-rank adapters beside a linear layer's kernel: False refuses them, True adds lora_a lora_b to the
+        kernel, a number adds that (alpha / rank) times it.
+
+    Returns an nnx.State for `nnx.update(qmodel, ...)`. ValueError that names the leaf: missing, surplus (an adapter, a bias that the
+    model has not), of another shape or kind.
+    """
+    given = _flatten(state)
+    target = dict(nnx.to_flat_state(nnx.state(qmodel, layers.WEIGHTS)))
+    taken: set[Path] = set()
+    made: dict[Path, jax.Array] = {}
+    for path, layer in quantized_layers(qmodel).items():
+        own = [p for p in target if p[: len(path)] == path and isinstance(target[p], layers.NVFP4Param)]
+        if all(p in given for p in own):
+            continue  # quantized already
+        floats, read = _floats(given, path, layer, merge_lora)
+        taken |= read
+        floats = {name: _undifferentiated(value) for name, value in floats.items()}
+        for name, value in layer.quantize_params(floats).items():
+            made[(*path, *name)] = value
+    out = {path: _leaf(path, variable, made, given, taken) for path, variable in target.items()}
+    surplus = [path for path in given if path not in taken]
+    if surplus:
+        raise ValueError(_surplus(surplus[0], len(surplus)))
+    return nnx.from_flat_state(out)
+
+
+def straight_through(qmodel: nnx.Module, state: nnx.State | nnx.Module | Mapping, *, merge_lora: bool | float = False) -> nnx.Module:
+    """The rollout's own forward over a trainer's float state, for use inside a function that is differentiated.
+
+    A copy of `qmodel` with the weights that `quantize_params(state, qmodel)` makes, to the bit, whose gradients reach `state` as if
+    the weights had not been rounded (straight through). Arguments and errors as there.
+
+        def loss(model, batch):
+            return cross_entropy(nvfp4jax.straight_through(qmodel, model)(batch))
+        grads = nnx.grad(loss)(float_model, batch)
+    """
+    given = _flatten(state)
+    result = nnx.merge(*nnx.split(qmodel))
+    values: dict = {}
+    for path, value in given.items():
+        node = values
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = jax.lax.stop_gradient(value)
+    nnx.update(result, quantize_params(values, qmodel, merge_lora=merge_lora))
+    for path, variable in nnx.to_flat_state(nnx.state(result, layers.WEIGHTS)):
+        if path in given and not isinstance(variable, layers.NVFP4Param | layers.InputScale):
+            _variable(result, path).set_value(given[path].astype(variable.dtype))
+    for path, layer in quantized_layers(result).items():
+        if hasattr(layer, "set_sources") and not all((*path, *name) in given for name in _packed_names(layer)):
+            floats, _ = _floats(given, path, layer, merge_lora)
+            layer.set_sources(floats)
+            for name in layer.float_names():
+                if name == ("bias",):
+                    layer.bias.set_value(floats[name].astype(layer.bias.dtype))
+    return result
+
+
+def _packed_names(layer: nnx.Module) -> list[tuple[str]]:
+    return [(name,) for name, value in vars(layer).items() if isinstance(value, layers.NVFP4Param)]
+
+
+def _variable(model: nnx.Module, path: Path) -> nnx.Variable:
+    node: Any = model
+    for part in path:
+        node = node[part] if isinstance(node, nnx.List | nnx.Dict | Mapping | list | tuple) else getattr(node, part)
+    return node
+
+
+def _floats(given: Mapping[Path, Any], path: Path, layer: nnx.Module, merge_lora: bool | float) -> tuple[dict, set[Path]]:
+    """(what `layer` is made of, by name; the paths in the state that were read)."""
+    homes = dict(getattr(layer, "float_paths", ()))
+    shapes = layer.float_shapes() if hasattr(layer, "float_shapes") else {}
+    floats, read = {}, set()
+    for name in layer.float_names():
+        home = homes.get(name, (*path, *name))
+        home = home if home in given else (*path, *name)
+        value = given.get(home)
+        if value is None:
+            raise ValueError(f"{path_string(path)}: the state has no {path_string(home)}, which this NVFP4 layer is made from")
+        _check_kind(home, value)
+        if name in shapes and tuple(value.shape) != tuple(shapes[name]):
+            raise ValueError(f"{path_string(home)}: shape {tuple(value.shape)} in the state; the float layer had {tuple(shapes[name])}")
+        floats[name] = value
+        read.add(home)
+    adapters = _adapters(given, path)
+    if adapters:
+        a, b = adapters
+        if merge_lora is False or not isinstance(layer, layers.NVFP4Linear):
+            raise ValueError(f"{path_string(a)}: the state has a low-rank adapter, which this NVFP4 layer has no place for; merge it into the "
+                             "kernel, or, beside a linear layer, pass merge_lora=True (or alpha / rank)")
+        floats[("kernel",)] = layer.merged(floats[("kernel",)], given[a], given[b], float(merge_lora))
+        read |= {a, b}
+    return floats, read
+
+
+def _adapters(given: Mapping[Path, Any], path: Path) -> tuple[Path, Path] | None:
+    for form in _ADAPTERS:
+        a, b = ((*path, *(part.format(which) for part in form)) for which in "ab")
+        if a in given and b in given:
+            return a, b
+    return None
+
+
+def _leaf(path: Path, variable: nnx.Variable, made: Mapping, given: Mapping, taken: set[Path]) -> nnx.Variable:
+    value = made.get(path)
+    if value is None:
+        value = given.get(path)
+        taken.add(path)
+        if value is None:
+            if isinstance(variable, layers.InputScale):
+                return variable  # calibrated, not trained: it stays
+            raise ValueError(f"the state has no {path_string(path)}, which the model needs")
+        if jnp.issubdtype(variable.dtype, jnp.floating) and not isinstance(variable, layers.NVFP4Param):
+            _check_kind(path, value)
+        elif value.dtype != variable.dtype:
+            raise ValueError(f"{path_string(path)}: {value.dtype} in the state, {variable.dtype} in the model")
+    if tuple(value.shape) != tuple(variable.shape):
+        raise ValueError(f"{path_string(path)}: shape {tuple(value.shape)} in the state, {tuple(variable.shape)} in the model")
+    return variable.replace(value if value.dtype == variable.dtype else value.astype(variable.dtype))
+
+
+def _check_kind(path: Path, value: Any) -> None:
+    if value.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
+        raise ValueError(f"{path_string(path)}: {value.dtype} in the state; float weights are needed (bfloat16, float16, float32)")
+
+
+def _surplus(path: Path, count: int) -> str:
+    others = f" (and {count - 1} more leaves)" if count > 1 else ""
+    way_out = "drop it from the state"
+    if any("lora" in str(part) for part in path):
+        way_out = "an adapter is merged only where it stands beside the kernel of an NVFP4 linear layer (merge_lora); merge it before"
+    return f"{path_string(path)}: the state has it{others}, the model does not, so the rollout would run without it; {way_out}"
+
+
+def _flatten(state: nnx.State | nnx.Module | Mapping) -> dict[Path, jax.Array]:
+    """Leaves by path; random states and what only a call notes are no weights."""
+    if isinstance(state, nnx.Module):
+        state = nnx.state(state)
+    flat: dict[Path, jax.Array] = {}
+
+    def visit(node, path):
+        if isinstance(node, nnx.Variable):
+            if not isinstance(node, nnx.RngState | layers.InputAmax | layers.NVFP4Source):
+                flat[path] = node.get_value()
+        elif isinstance(node, Mapping | nnx.State):
+            for key in node:
+                visit(node[key], (*path, key))
+        elif not (hasattr(node, "dtype") and hasattr(node, "shape")):
+            raise ValueError(f"{path_string(path)}: {type(node).__name__} in the state, where an array is needed")
+        elif "rngs" not in path and not jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
+            flat[path] = node
+
+    visit(state, ())
+    return flat
