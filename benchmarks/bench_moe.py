@@ -64,7 +64,7 @@ def random_weight(key, *shape):
 def layer(x, router, gate_up, down, scaling, scales):
     logits = jnp.dot(x, router, preferred_element_type=jnp.float32)
     weights, ids = ops.top_k_experts(logits, TOP, normalize=True)
-    return nvfp4jax.experts(x, ids, weights, gate_up, down, scaling=scaling, input_scales=scales if scaling == "static" else None)
+    return nvfp4jax.experts(x, ids, weights, gate_up, down, scaling=tuple(map(nvfp4jax.Static, scales)) if scaling == "static" else scaling)
 
 
 def bench_layer(rows):
@@ -100,8 +100,8 @@ def bench_linear(rows):
         for m in (16, 64, 256, 2048):
             sets = [(jax.random.normal(jax.random.key(i), (m, k), BF16), w) for i, w in enumerate(weights)]
             for scaling in ("static", "token", "tensor", None):
-                scale = jnp.float32(0.002) if scaling == "static" else None
-                f = lambda x, w, scaling=scaling, scale=scale: nvfp4jax.matmul(x, w, scaling=scaling, input_scale=scale)
+                mode = nvfp4jax.Static(jnp.float32(0.002)) if scaling == "static" else scaling
+                f = lambda x, w, mode=mode: nvfp4jax.matmul(x, w, scaling=mode)
                 cases.append(((n, k, m, scaling), f, sets, 24))
     print(f"{'linear':24} {'us':>8} {'/static':>8} {'kernels':>7}")
     static = 0.0

@@ -20,6 +20,7 @@ from nvfp4jax import array
 from nvfp4jax import routing as plain
 from nvfp4jax.kernels.hopper import mosaic, routing
 from nvfp4jax.kernels.hopper import quantize as q
+from nvfp4jax.scaling import Request
 
 BF16 = jnp.bfloat16
 
@@ -54,13 +55,18 @@ def copy_time(size):
     return min(microseconds(f, x)[0] for f in (*copies, lambda x: -x)) * size / (2 * x.nbytes)
 
 
+def request(scaling="tensor", **kw):
+    """The arguments of the kernels as a Request."""
+    return Request(per_row=scaling == "token", pow2=scaling == "tensor_pow2", **kw)
+
+
 def xla_operand(x, **kw):
-    a = array.quantize(x, **kw)
+    a = array.quantize(x, request(**kw))
     return mosaic.permute_k(a.dequantize_blocks(BF16)), a.global_scale
 
 
 def xla_quantize(x, **kw):
-    a = array.quantize(x, **kw)
+    a = array.quantize(x, request(**kw))
     return a.packed, a.scale, a.global_scale
 
 

@@ -5,7 +5,6 @@ of its input, in an nnx.Variable that only the copy made here has; padding takes
 each of their two inputs. q, k and v, and gate and up, read the same input, so they agree without being told to.
 """
 
-import functools
 import math
 from collections.abc import Iterable, Mapping
 
@@ -17,8 +16,10 @@ from jax.typing import ArrayLike
 
 from nvfp4jax import layers, numerics, swap
 from nvfp4jax.layers import InputAmax, LargestAmax
-from nvfp4jax.rollout.decoding import bucket, check_prompts, committed, token_positions
-from nvfp4jax.scaling import Calibrate, Static, current_valid, valid_rows
+from nvfp4jax.rollout.decoding import call
+from nvfp4jax.rollout.generate import committed
+from nvfp4jax.rollout.prompts import bucket, check_prompts, pack
+from nvfp4jax.scaling import Calibrate, Static, current_valid
 from nvfp4jax.swap import Path, path_string
 
 Batch = ArrayLike | tuple[ArrayLike, ArrayLike | None]
@@ -68,9 +69,8 @@ def input_scales(
     seen = None
     for batch in batches:
         ids, mask = check_prompts(model, *(batch if isinstance(batch, tuple) else (batch, None)))
-        pad = bucket(ids.shape[1]) - ids.shape[1]  # near lengths share a program
-        ids, mask = (np.pad(x, ((0, 0), (pad, 0))) for x in (ids, mask))
-        found = _observe(graphdef, params, none_yet, jnp.asarray(np.where(mask, ids, 0)), jnp.asarray(mask))
+        packed = pack(ids, mask, bucket(int(mask.sum(1).max())))  # near lengths share a program
+        found = _observe(graphdef, params, none_yet, *map(jnp.asarray, (packed.ids, packed.positions(), packed.valid)))
         seen = found if seen is None else jax.tree.map(jnp.maximum, seen, found)
     if seen is None:
         raise ValueError("calibrate: no batch of prompts was given")
@@ -82,12 +82,11 @@ def input_scales(
     return found
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def _observe(graphdef: nnx.GraphDef, params: Mapping, seen: Mapping, ids: jax.Array, mask: jax.Array) -> nnx.State:
-    """The amaxes of one batch, ids i32 [B, T], mask bool [B, T]; seen: zeros in their place."""
+@jax.jit
+def _observe(graphdef, params: Mapping, seen: Mapping, ids: jax.Array, positions: jax.Array, valid: jax.Array) -> nnx.State:
+    """The amaxes of one batch, ids and positions i32 [B, T], valid bool [B, T]; seen: zeros in their place."""
     model = nnx.merge(graphdef, params, seen)
-    with valid_rows(mask):
-        model(ids, token_positions(mask), model.init_cache(*ids.shape, None), mask)
+    call(model, ids, positions, model.init_cache(*ids.shape, None), valid=valid)
     return nnx.state(model, InputAmax)
 
 

@@ -69,36 +69,26 @@ def straight_through(qmodel: nnx.Module, state: nnx.State | nnx.Module | Mapping
         grads = nnx.grad(loss)(float_model, batch)
     """
     given = _flatten(state)
-    result = nnx.merge(*nnx.split(qmodel))
     values: dict = {}
     for path, value in given.items():
         node = values
         for part in path[:-1]:
             node = node.setdefault(part, {})
         node[path[-1]] = jax.lax.stop_gradient(value)
-    nnx.update(result, quantize_params(values, qmodel, merge_lora=merge_lora))
-    for path, variable in nnx.to_flat_state(nnx.state(result, layers.WEIGHTS)):
+    made = dict(nnx.to_flat_state(quantize_params(values, qmodel, merge_lora=merge_lora)))
+    for path, variable in made.items():
         if path in given and not isinstance(variable, layers.NVFP4Param | layers.InputScale):
-            _variable(result, path).set_value(given[path].astype(variable.dtype))
+            made[path] = variable.replace(given[path].astype(variable.dtype))
+    graphdef, _, rest = nnx.split(qmodel, layers.WEIGHTS, ...)
+    result = nnx.merge(graphdef, nnx.from_flat_state(made), jax.tree.map(lambda x: x, rest))
     for path, layer in quantized_layers(result).items():
         if hasattr(layer, "set_sources") and not all((*path, *name) in given for name in _packed_names(layer)):
-            floats, _ = _floats(given, path, layer, merge_lora)
-            layer.set_sources(floats)
-            for name in layer.float_names():
-                if name == ("bias",):
-                    layer.bias.set_value(floats[name].astype(layer.bias.dtype))
+            layer.set_sources(_floats(given, path, layer, merge_lora)[0])
     return result
 
 
 def _packed_names(layer: nnx.Module) -> list[tuple[str]]:
     return [(name,) for name, value in vars(layer).items() if isinstance(value, layers.NVFP4Param)]
-
-
-def _variable(model: nnx.Module, path: Path) -> nnx.Variable:
-    node: Any = model
-    for part in path:
-        node = node[part] if isinstance(node, nnx.List | nnx.Dict | Mapping | list | tuple) else getattr(node, part)
-    return node
 
 
 def _floats(given: Mapping[Path, Any], path: Path, layer: nnx.Module, merge_lora: bool | float) -> tuple[dict, set[Path]]:

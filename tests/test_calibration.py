@@ -116,11 +116,10 @@ class Readers(nnx.Module):
         self.experts = nvfp4jax.Experts(4, 64, 32, rngs=rngs)
         self.spare = nnx.Linear(64, 32, rngs=rngs)
 
-    def init_cache(self, batch, length, dtype):
-        empty = jnp.zeros((batch, 1, length, 1))
-        return models.KVCache((empty,), (empty,), jnp.int32(0))
+    def init_cache(self, batch, length, dtype=None):
+        return ()
 
-    def __call__(self, tokens, positions, cache, attention_mask, *, spare=False):
+    def __call__(self, tokens, positions, cache, *, valid=None, last=None):
         x = self.table[...][tokens]
         y = self.tied(x) + self.linear(x * jnp.float32(0.5)) + self.low(x).astype(jnp.float32) + self.six(x)
         y = y + self.split(x).reshape(y.shape) + self.einsum(x.transpose(2, 0, 1))
@@ -128,7 +127,7 @@ class Readers(nnx.Module):
         flat = x.reshape(-1, 64)
         ids = jnp.ones((flat.shape[0], 2), jnp.int32).at[:, 1].set(2)  # experts 0 and 3 see nothing
         z = self.experts(flat, ids, jnp.full(ids.shape, 0.5, jnp.float32))
-        return y[..., :1] + z.reshape(x.shape)[..., :1], cache
+        return models.Output(y[..., :1] + z.reshape(x.shape)[..., :1], cache)
 
 
 READERS = [Rule("spare", scaling="token"), Rule("six", scaling=Static(four_over_six="mse")), Rule(".*", scaling="static")]
@@ -260,7 +259,7 @@ def small(tmp_path_factory):
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(graphdef, state):
     positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1], dtype=jnp.int32), TOKENS.shape)
-    return nnx.merge(graphdef, state)(jnp.asarray(TOKENS), positions)[0]
+    return nnx.merge(graphdef, state)(jnp.asarray(TOKENS), positions).logits
 
 
 def logits(model):

@@ -1,6 +1,6 @@
 """Mode "delayed" against a simulation in numpy: the amax of each call, the history, and how it travels."""
 
-import dataclasses
+import importlib
 import json
 
 import jax
@@ -19,6 +19,8 @@ from nvfp4jax.checkpoint.reload import Reader, publish
 from nvfp4jax.layers import AmaxHistory, InputAmax
 from nvfp4jax.rollout import decoding, generate
 from nvfp4jax.scaling import Tensor
+
+generating = importlib.import_module("nvfp4jax.rollout.generate")  # the package's `generate` is the function
 
 # Octaves up and down, a spike that has to age out, a call of nothing but zeros.
 DRIFT = [0, 0.5, 1, 2, 3, 7, 3, 2, 1, 0, -1, -2, None, -3, -4, -4, -4, -4, -4, -4, -4, -4, -3, -3, -3]
@@ -141,13 +143,14 @@ class Speaker(nnx.Module):
         self.table = nnx.Param(table.at[0].set(1000.0))
         self.head = nnx.Linear(32, 32, use_bias=False, rngs=rngs)
 
-    def init_cache(self, batch, length, dtype):
-        empty = jnp.zeros((batch, 1, length, 1))
-        return models.KVCache((empty,), (empty,), jnp.int32(0))
+    def init_cache(self, batch, length, dtype=None):
+        return ()
 
-    def __call__(self, tokens, positions, cache, attention_mask, *, decode_only_last_token=False):
-        logits = self.head(self.table[...][tokens]).at[..., 0].set(-1e9)
-        return logits * jnp.float32(0.3), dataclasses.replace(cache, index=cache.index + jnp.int32(tokens.shape[1]))
+    def __call__(self, tokens, positions, cache, *, valid=None, last=None):
+        logits = self.head(self.table[...][tokens]).at[..., 0].set(-1e9) * jnp.float32(0.3)
+        if last is not None:
+            logits = jnp.take_along_axis(logits, last[:, None, None], axis=1)
+        return models.Output(logits, cache)
 
 
 class Source:
@@ -181,7 +184,7 @@ def test_generate_carries_the_history(chunks, graph):
                 if alive.any():
                     simulation.call(sizes[tokens[alive, step]].max())
             np.testing.assert_array_equal(model.head.input_amax[...], simulation.history())
-            now = decoding._decode._cache_size() if chunks else decoding.rollout._cache_size()
+            now = generating._decode._cache_size() if chunks else decoding.rollout._cache_size()
             assert programs in (None, now)
             programs = now
     assert len(simulation.past) > 16

@@ -14,6 +14,7 @@ from test_ops import activation, check
 import nvfp4jax
 from nvfp4jax import Rule, array, ops
 from nvfp4jax.array import NVFP4Array
+from nvfp4jax.rollout.prompts import pack
 from nvfp4jax.scaling import NAMES, Static
 
 pytestmark = pytest.mark.gpu
@@ -141,15 +142,16 @@ def test_rollout(scan_layers):
     folder = DATA / "qwen3-moe-tiny" / "bf16"
     reference = np.load(folder / "reference.npz")
     ids, mask = reference["input_ids"], reference["attention_mask"]
+    packed = pack(ids, mask == 1)
     model = nvfp4jax.load_model(folder, scan_layers=scan_layers)
     outs = []
     for name in ("hopper", "xla"):
         q = nvfp4jax.quantize_model(model, [Rule("lm_head|.*/mlp/gate", skip=True), Rule(".*", scaling="token", implementation=name)])
-        logits = jax.jit(lambda ids, q=q: q(ids, jnp.arange(24)[None] * jnp.ones((3, 1), jnp.int32), None, mask)[0])(jnp.asarray(ids))
+        logits = jax.jit(lambda ids, q=q: q(ids, packed.positions(), valid=packed.valid).logits)(jnp.asarray(packed.ids))
         out = nvfp4jax.generate(q, ids, mask, max_new_tokens=16)
         assert np.isfinite(out.logprobs).all()
         if scan_layers and name == "hopper":  # in chunks, with no newer weights between them: the same bits
             chunks = nvfp4jax.generate(q, ids, mask, max_new_tokens=16, weights=NothingNew(), swap_every=6)
             same_bits((out.tokens, out.logprobs), (chunks.tokens, chunks.logprobs))
-        outs.append(np.asarray(logits)[mask.astype(bool)])
+        outs.append(np.asarray(logits)[packed.valid])
     assert np.linalg.norm(outs[0] - outs[1]) / np.linalg.norm(outs[1]) < 0.2

@@ -1,102 +1,22 @@
-"""What every decoder shares: the KV cache, rotary embeddings, masks, grouped-query attention, the RMS norm."""
-
-import dataclasses
-from typing import Any, NamedTuple
+"""Rotary embeddings applied, and causal grouped-query attention over a cache, as XLA runs it."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from nvfp4jax.backends.xla import product_operands
-from nvfp4jax.layers import RMSNorm as RMSNorm
+
+_BLOCK = 256  # queries whose scores are held at once
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of every layer, S slots a sequence.
-
-    keys, values: one array an entry of `model.layers`: [B, Hkv, S, D], or [L, B, Hkv, S, D] for a stack of L layers.
-    index: i32 [], the slot that the next call writes first; all rows share it (prompts are padded on the left).
-    """
-
-    keys: tuple[Any, ...]  # Any: a tree of shapes or shardings is a KVCache too
-    values: tuple[Any, ...]
-    index: Any
-
-    @property
-    def length(self) -> int:
-        return self.keys[0].shape[-2]
-
-
-def init_cache(
-    depths: tuple[int | None, ...], batch: int, heads: int, length: int, head_dim: int, dtype: DTypeLike
-) -> KVCache:
-    """An empty cache; `depths` holds, for each entry of `model.layers`, None or the number of layers stacked in it."""
-    shape = (batch, heads, length, head_dim)
-    zeros = lambda: tuple(jnp.zeros(shape if d is None else (d, *shape), dtype) for d in depths)  # noqa: E731
-    return KVCache(zeros(), zeros(), jnp.int32(0))
-
-
-def extend_cache(cache: KVCache, length: int, repeats: int = 1) -> KVCache:
-    """The cache with room for `length` slots, and each sequence `repeats` times in a row (several samples a prompt)."""
-    extra = length - cache.length
-    if extra < 0:
-        raise ValueError(f"the cache holds {cache.length} slots already, cannot extend it to {length}")
-
-    def grow(x: jax.Array) -> jax.Array:
-        x = jnp.repeat(x, repeats, axis=x.ndim - 4) if repeats > 1 else x
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra), (0, 0)])
-
-    return KVCache(tuple(map(grow, cache.keys)), tuple(map(grow, cache.values)), cache.index)
-
-
-class LayerCache(NamedTuple):
-    """One layer's part of a KVCache: its arrays, or the arrays of its whole stack and the place in it."""
-
-    keys: jax.Array
-    values: jax.Array
-    layer: Int[Array, ""] | None = None
-
-    def write(
-        self, keys: Float[Array, "B Hkv T D"], values: Float[Array, "B Hkv T D"], index: Int[Array, ""]
-    ) -> "LayerCache":
-        zero = jnp.int32(0)
-        at = (zero, zero, index, zero)
-
-        def put(x: jax.Array, new: jax.Array) -> jax.Array:
-            new = new.astype(x.dtype)
-            if self.layer is None:
-                return lax.dynamic_update_slice(x, new, at)
-            return lax.dynamic_update_slice(x, new[None], (self.layer, *at))
-
-        return self._replace(keys=put(self.keys, keys), values=put(self.values, values))
-
-    def read(self) -> tuple[Float[Array, "B Hkv S D"], Float[Array, "B Hkv S D"]]:
-        if self.layer is None:
-            return self.keys, self.values
-        return tuple(lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.keys, self.values))
-
-
-class StepInputs(NamedTuple):
-    """What all layers of one call share."""
-
-    cos: Float[Array, "B T D//2"]
-    sin: Float[Array, "B T D//2"]
-    mask: Bool[Array, "B T S"]
-    index: Int[Array, ""]  # the first slot this call writes; 0 without a cache
-
-
-def rope(
-    positions: Int[Array, "B T"], head_dim: int, theta: float, frequency_dtype: DTypeLike = jnp.float32
+def rope_angles(
+    positions: Int[Array, "B T"], frequencies: np.ndarray, factor: float = 1.0
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """cos and sin of the default rotary embedding, float32; frequency_dtype: what the frequencies are rounded to."""
-    frequencies = (1.0 / theta ** (np.arange(0, head_dim, 2) / head_dim)).astype(np.float32).astype(frequency_dtype)
-    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies.astype(np.float32))[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    """cos and sin of position * frequency, float32, times `factor`. frequencies: f32 [half]."""
+    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)[None, None]
+    return jnp.cos(angles) * jnp.float32(factor), jnp.sin(angles) * jnp.float32(factor)
 
 
 def rotate(
@@ -108,63 +28,57 @@ def rotate(
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def step_masks(
-    attention_mask: ArrayLike | None, batch: int, steps: int, slots: int, index: Int[Array, ""]
-) -> tuple[Bool[Array, "B T S"], Bool[Array, "B T"] | None]:
-    """(which slot each query sees, which queries are real) from a mask over key slots [B, S] or over pairs [B, T, S].
+def attention(
+    q: Float[Array, "B T Hq D"],
+    keys: Float[Array, "*L B Hkv S D"],
+    values: Float[Array, "*L B Hkv S Dv"],
+    starts: Int[Array, "B"],
+    *,
+    layer: Int[Array, ""] | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Float[Array, "B T Hq Dv"]:
+    """Causal grouped-query attention: scores and softmax in float32, the products in q's dtype.
 
-    A [B, S] mask is made causal: the query in slot index + t sees slots up to its own. A [B, T, S] mask is taken as is.
+    starts: query t of row b is at slot starts[b] + t and sees the slots up to its own; of these only the last `window`.
+    layer: which of a stack's keys and values, where they have a leading axis.
+    scale: times the scores, D ** -0.5 where None. soft_cap: scores become soft_cap * tanh(scores / soft_cap).
+    Scores are held for some queries at a time, so that a long prompt does not hold T * S of them a head.
     """
-    causal = (jnp.arange(slots, dtype=jnp.int32)[None] <= index + jnp.arange(steps, dtype=jnp.int32)[:, None])[None]
-    if attention_mask is None:
-        return jnp.broadcast_to(causal, (batch, steps, slots)), None
-    mask = jnp.asarray(attention_mask).astype(bool)
-    if mask.shape == (batch, steps, slots):
-        return mask, mask.any(-1)
-    if mask.shape == (batch, slots):
-        return mask[:, None] & causal, lax.dynamic_slice(mask, (jnp.int32(0), index), (batch, steps))
-    raise ValueError(
-        f"attention_mask has shape {mask.shape}; tokens [{batch}, {steps}] need [B, S] = {(batch, slots)} over the key "
-        f"slots (S is the cache's length, or T without a cache) or [B, T, S] = {(batch, steps, slots)}"
-    )
-
-
-def attend(
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B Hkv S D"],
-    v: Float[Array, "B Hkv S D"],
-    mask: Bool[Array, "B T S"],
-    precision: lax.Precision | None = None,
-    block: int = 256,
-) -> Float[Array, "B T H D"]:
-    """Grouped-query attention: scores and softmax in float32, the products in q's dtype.
-
-    A query that sees no key gets the mean of all values. Scores are kept for `block` queries at a time, so that a long
-    prompt does not hold T * S of them a head.
-    """
+    if layer is not None:
+        keys, values = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (keys, values))
     batch, steps, heads, head_dim = q.shape
-    groups = heads // k.shape[1]
-    k, v = k.astype(q.dtype), v.astype(q.dtype)
+    kv_heads, slots = keys.shape[1:3]
+    keys, values = keys.astype(q.dtype), values.astype(q.dtype)
+    scale = jnp.float32(head_dim**-0.5 if scale is None else scale)
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
-    def some(q: jax.Array, mask: jax.Array) -> jax.Array:
-        q = q.reshape(batch, -1, k.shape[1], groups, head_dim)
-        scores = jnp.einsum(
-            "btkgd,bksd->bkgts", *product_operands(q, k), precision=precision, preferred_element_type=jnp.float32
-        )
-        scores = scores * jnp.float32(head_dim**-0.5)
-        # A finite floor: a padding query with nothing to see must be no NaN, which would spread by its value.
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum(spec, *product_operands(a, b), precision=precision, preferred_element_type=jnp.float32)
+
+    def some(q: jax.Array, at: jax.Array) -> jax.Array:
+        """q [B, t, Hq, D], at [B, t], the slot of each."""
+        grouped = q.reshape(batch, -1, kv_heads, heads // kv_heads, head_dim)
+        scores = product("btkgd,bksd->bkgts", grouped, keys) * scale
+        if soft_cap is not None:
+            scores = jnp.float32(soft_cap) * jnp.tanh(scores / jnp.float32(soft_cap))
+        slot = jnp.arange(slots, dtype=jnp.int32)[None, None]
+        seen = slot <= at[..., None]
+        if window is not None:
+            seen = seen & (slot > at[..., None] - jnp.int32(window))
+        # A finite floor: a query that sees nothing (padding past the last slot, with a window) must be no NaN.
+        scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-        out = jnp.einsum(
-            "bkgts,bksd->btkgd", *product_operands(weights, v), precision=precision, preferred_element_type=jnp.float32
-        )
-        return out.astype(q.dtype).reshape(batch, -1, heads, head_dim)
+        out = product("bkgts,bksd->btkgd", weights, values)
+        return out.astype(q.dtype).reshape(batch, -1, heads, values.shape[-1])
 
-    if steps <= 2 * block:
-        return some(q, mask)
-    extra = -steps % block
-    blocks = lambda x: jnp.moveaxis(x.reshape(batch, -1, block, *x.shape[2:]), 1, 0)  # noqa: E731
+    at = starts[:, None] + jnp.arange(steps, dtype=jnp.int32)[None]
+    if steps <= 2 * _BLOCK:
+        return some(q, at)
+    extra = -steps % _BLOCK
+    blocks = lambda x: jnp.moveaxis(x.reshape(batch, -1, _BLOCK, *x.shape[2:]), 1, 0)  # noqa: E731
     q = blocks(jnp.pad(q, ((0, 0), (0, extra), (0, 0), (0, 0))))
-    mask = blocks(jnp.pad(mask, ((0, 0), (0, extra), (0, 0))))
-    out = jnp.moveaxis(lax.map(lambda part: some(*part), (q, mask)), 0, 1)
-    return out.reshape(batch, -1, heads, head_dim)[:, :steps]
+    at = blocks(jnp.pad(at, ((0, 0), (0, extra))))
+    out = jnp.moveaxis(lax.map(lambda part: some(*part), (q, at)), 0, 1)
+    return out.reshape(batch, -1, heads, out.shape[-1])[:, :steps]

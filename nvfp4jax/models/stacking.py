@@ -6,7 +6,7 @@ place; every other Param is sliced. What a call notes of a layer's input is put 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 
 from nvfp4jax.layers import InputAmax, NVFP4Param
-from nvfp4jax.models.attention import LayerCache, StepInputs
+from nvfp4jax.models.cache import LayerCache
 
 
 def depths(model: nnx.Module) -> tuple[int | None, ...]:
@@ -23,27 +23,35 @@ def depths(model: nnx.Module) -> tuple[int | None, ...]:
     return tuple(layer.depth for layer in model.layers)
 
 
-def run_stack(
-    layer: nnx.Module, x: jax.Array, cache: LayerCache | None, inputs: StepInputs
-) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
-    """Runs the `layer.depth` layers stacked in `layer`: as the call of one layer, experts with a leading axis."""
-    selecting = {tuple(path) for path, module in nnx.iter_modules(layer) if hasattr(module, "layer_index")}
-    graphdef, whole, sliced = nnx.split(layer, nnx.All(NVFP4Param, lambda path, _: tuple(path[:-1]) in selecting), ...)
+def stack_of(layer: nnx.Module) -> Callable[..., tuple]:
+    """The `layer.depth` layers stacked in `layer` as one: called as a layer is, with a leading axis on its experts.
 
-    def body(carry: tuple, scanned: tuple) -> tuple[tuple, tuple]:
-        x, cache = carry
-        index, params = scanned
-        block = nnx.merge(graphdef, whole, params)
-        for _, module in nnx.iter_modules(block):
-            if hasattr(module, "layer_index"):
-                module.layer_index = nnx.data(index)
-        x, cache, experts = block(x, cache if cache is None else cache._replace(layer=index), inputs)
-        return (x, cache if cache is None else cache._replace(layer=None)), (experts, nnx.state(block, InputAmax))
+    A layer is any module with `depth` and the call `(x, part, inputs) -> (x, part, experts or None)`, where part is None
+    or its `LayerCache`, inputs a pytree that all layers share, and x comes out in the shape it went in.
+    """
 
-    (x, cache), (experts, seen) = lax.scan(body, (x, cache), (jnp.arange(layer.depth, dtype=jnp.int32), sliced))
-    if jax.tree.leaves(seen):
-        nnx.update(layer, seen)
-    return x, cache, experts
+    def run(x: jax.Array, part: LayerCache | None, inputs: Any) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
+        selecting = {tuple(path) for path, module in nnx.iter_modules(layer) if hasattr(module, "layer_index")}
+        graphdef, whole, sliced = nnx.split(
+            layer, nnx.All(NVFP4Param, lambda path, _: tuple(path[:-1]) in selecting), ...
+        )
+
+        def body(carry: tuple, scanned: tuple) -> tuple[tuple, tuple]:
+            x, part = carry
+            index, params = scanned
+            block = nnx.merge(graphdef, whole, params)
+            for _, module in nnx.iter_modules(block):
+                if hasattr(module, "layer_index"):
+                    module.layer_index = nnx.data(index)
+            x, part, experts = block(x, part if part is None else part._replace(layer=index), inputs)
+            return (x, part if part is None else part._replace(layer=None)), (experts, nnx.state(block, InputAmax))
+
+        (x, part), (experts, seen) = lax.scan(body, (x, part), (jnp.arange(layer.depth, dtype=jnp.int32), sliced))
+        if jax.tree.leaves(seen):
+            nnx.update(layer, seen)
+        return x, part, experts
+
+    return run
 
 
 def stack_layers(model: nnx.Module) -> nnx.Module:

@@ -1,6 +1,7 @@
 """From prompts to sampled tokens: the jitted rollout function and what it is made of."""
 
-from nvfp4jax.rollout.decoding import Controls, DecodeState, Rollout, Settings, decode, generate, prefill, rollout
+from nvfp4jax.rollout.decoding import Controls, DecodeState, Settings, decode, prefill, rollout
+from nvfp4jax.rollout.generate import Rollout, generate
 from nvfp4jax.rollout.sampling import Sampling, row_keys, sample
 
 __all__ = [

@@ -37,7 +37,7 @@ def assert_same(a, b):
 def logits(model) -> np.ndarray:
     graphdef, state = nnx.split(model)
     positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1], dtype=jnp.int32), TOKENS.shape)
-    return np.asarray(jax.jit(lambda s: nnx.merge(graphdef, s)(jnp.asarray(TOKENS), positions, None, None)[0])(state))
+    return np.asarray(jax.jit(lambda s: nnx.merge(graphdef, s)(jnp.asarray(TOKENS), positions).logits)(state))
 
 
 def weight_of(model: nnx.Module, module: str) -> np.ndarray:

@@ -1,9 +1,9 @@
 """The checkpoints of the tests, loaded; their raw weights by Hugging Face name, for the oracle."""
 
-import dataclasses
 import functools
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from conftest import DATA
@@ -11,10 +11,7 @@ from flax import nnx
 from safetensors import safe_open
 
 import nvfp4jax
-
-# The references come from a model that `.to(torch.bfloat16)` had cast whole, rotary frequencies included: with the
-# frequencies in float32, as published checkpoints run, the same logits differ by 3e-3.
-REFERENCE_RUN = {"rope_frequency_dtype": "bfloat16"}
+from nvfp4jax import models
 
 
 def config(name: str) -> dict:
@@ -32,10 +29,31 @@ def reference(name: str) -> dict[str, np.ndarray]:
     return dict(np.load(DATA / name / "bf16" / "reference.npz"))
 
 
-def load(name: str, dtype=jnp.float32, *, scan_layers: bool = False, **changes) -> nnx.Module:
-    model = nvfp4jax.load_model(DATA / name / "bf16", dtype, scan_layers=scan_layers)
-    model.config = dataclasses.replace(model.config, **changes)
-    return model
+def right_padded(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, valid, logits of the reference), its rows moved to the left end."""
+    ref = reference(name)
+    order = np.argsort(ref["attention_mask"] == 0, axis=1, kind="stable")
+    move = lambda x: np.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)  # noqa: E731
+    return move(ref["input_ids"]), move(ref["attention_mask"]) == 1, move(ref["logits_f32"])
+
+
+@functools.cache
+def load(name: str, dtype=jnp.float32, *, scan_layers: bool = False) -> nnx.Module:
+    """Shared by the tests of a process: clone it before you change it."""
+    return nvfp4jax.load_model(DATA / name / "bf16", dtype, scan_layers=scan_layers)
+
+
+@functools.cache
+def _forward(flags: tuple):
+    return jax.jit(lambda graphdef, state, *args: nnx.merge(graphdef, state)(*args[:2], None, valid=args[2], **dict(flags)))
+
+
+def run(model: nnx.Module, tokens: np.ndarray, valid: np.ndarray | None = None, **flags) -> models.Output:
+    """The forward of right-padded rows [B, T] without a cache, compiled once for each structure."""
+    tokens = np.asarray(tokens, np.int32)
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    valid = np.ones(tokens.shape, bool) if valid is None else np.asarray(valid)
+    return _forward(tuple(flags.items()))(*nnx.split(model), *map(jnp.asarray, (tokens, positions, valid)))
 
 
 def export(model: nnx.Module) -> dict[str, np.ndarray]:

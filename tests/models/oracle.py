@@ -1,6 +1,5 @@
 """Qwen3 and Qwen3-MoE in numpy float64, written from the Hugging Face code alone: one row, no padding, no cache."""
 
-import ml_dtypes
 import numpy as np
 
 
@@ -29,8 +28,6 @@ def forward(
     length, dim = len(tokens), config["head_dim"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     frequencies = config["rope_parameters"]["rope_theta"] ** (-np.arange(0, dim, 2) / dim)
-    if config.get("rope_frequency_dtype") == "bfloat16":
-        frequencies = frequencies.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
     angles = np.concatenate([np.arange(length)[:, None] * frequencies] * 2, -1)[:, None]
 
     def rotate(x):

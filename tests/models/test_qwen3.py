@@ -11,54 +11,36 @@ from flax import nnx
 import nvfp4jax
 from models import loading, oracle
 from nvfp4jax import models
+from nvfp4jax.models import cache, qwen3
 
 NAMES = ("qwen3-tiny", "qwen3-moe-tiny")
 
 
-def positions_of(mask: np.ndarray) -> jax.Array:
-    return jnp.asarray(np.maximum(np.cumsum(mask, 1) - 1, 0), jnp.int32)
+run = loading.run
 
 
-def run(model, tokens, mask, **flags):
-    """model on [B, T] without a cache, compiled."""
-    graphdef, state = nnx.split(model)
-    mask = np.asarray(mask)
-
-    @jax.jit
-    def call(state, tokens, positions, mask):
-        return nnx.merge(graphdef, state)(tokens, positions, None, mask, **flags)
-
-    return call(state, jnp.asarray(tokens), positions_of(mask), jnp.asarray(mask))
-
-
-@pytest.mark.parametrize("graph", [True, False], ids=["graph", "tree"])
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, scan, graph", [(NAMES[0], False, True), (NAMES[1], False, False), (NAMES[0], True, False), (NAMES[1], True, True)])
 def test_logits_equal_the_reference(name, scan, graph):
+    ids, valid, logits = loading.right_padded(name)
     with nnx.set_graph_mode(graph):
-        ref = loading.reference(name)
-        model = loading.load(name, scan_layers=scan, **loading.REFERENCE_RUN)
-        logits, cache = run(model, ref["input_ids"], ref["attention_mask"])
-    assert cache is None and logits.dtype == jnp.float32
-    error = np.abs(np.asarray(logits) - ref["logits_f32"])[ref["attention_mask"] == 1]
-    assert error.max() < 2e-5
+        out = run(nnx.clone(loading.load(name, scan_layers=scan)), ids, valid)
+    assert out.cache is None and out.experts is None and out.logits.dtype == jnp.float32
+    assert np.abs(np.asarray(out.logits) - logits)[valid].max() < 2e-5
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_oracle_and_float32_frequencies(name):
-    """The oracle equals the reference; with float32 rotary frequencies (the default) the model equals the oracle."""
-    ref = loading.reference(name)
+def test_oracle(name):
+    """The float64 oracle equals the reference and the model, the experts of each token too."""
+    ids, valid, reference = loading.right_padded(name)
     config = {"mlp_only_layers": []} | loading.config(name)
-    row, mask = ref["input_ids"][1], ref["attention_mask"][1] == 1
-    logits, _ = oracle.forward(loading.weights(name), config | loading.REFERENCE_RUN, row[mask])
-    assert np.abs(logits - ref["logits_f32"][1][mask]).max() < 1e-5
-    logits, routed = oracle.forward(loading.weights(name), config, row[mask])
-    flags = dict(return_experts=True) if routed else {}
-    ours, _, *experts = run(loading.load(name), ref["input_ids"], ref["attention_mask"], **flags)
-    assert np.abs(logits - np.asarray(ours)[1][mask]).max() < 2e-5
+    mask = valid[1]
+    logits, routed = oracle.forward(loading.weights(name), config, ids[1][mask])
+    assert np.abs(logits - reference[1][mask]).max() < 1e-5
+    ours = run(loading.load(name), ids, valid, **(dict(return_experts=True) if routed else {}))
+    assert np.abs(logits - np.asarray(ours.logits)[1][mask]).max() < 2e-5
     if routed:
-        assert experts[0].shape == (len(routed), 3, 24, config["num_experts_per_tok"])
-        np.testing.assert_array_equal(np.asarray(experts[0])[:, 1][:, mask], np.stack(routed))
+        assert ours.experts.shape == (len(routed), 3, 24, config["num_experts_per_tok"])
+        np.testing.assert_array_equal(np.asarray(ours.experts)[:, 1][:, mask], np.stack(routed))
 
 
 MIXED = dict(
@@ -105,9 +87,9 @@ def test_every_config_key_counts(changes):
     stacked = models.stack_layers(model)
     assert models.depths(stacked) == ((None, 5) if changes else (None, None, 3, None))
     for candidate in (model, stacked):
-        ours, _, experts = run(candidate, tokens[None], np.ones((1, 11)), return_experts=True)
-        np.testing.assert_allclose(np.asarray(ours)[0], logits, atol=3e-5)
-        np.testing.assert_array_equal(np.asarray(experts)[:, 0], np.stack(routed))
+        out = run(candidate, tokens[None], return_experts=True)
+        np.testing.assert_allclose(np.asarray(out.logits)[0], logits, atol=3e-5)
+        np.testing.assert_array_equal(np.asarray(out.experts)[:, 0], np.stack(routed))
 
 
 # From the published config.json and the totals of the published weights (the tied head counted once).
@@ -163,7 +145,7 @@ def test_published_models_have_their_size(name):
     leaves = jax.tree.leaves(nnx.state(model))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) and leaf.dtype == jnp.bfloat16 for leaf in leaves)
     assert sum(leaf.size for leaf in leaves) == total
-    assert model.config.rope_theta == 1e6
+    assert model.config.rope.theta == 1e6
     stacked = models.stack_layers(model)
     assert models.depths(stacked) == (config["num_hidden_layers"],)
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(stacked))) == total
@@ -173,13 +155,13 @@ def test_both_spellings():
     old = {k: v for k, v in SPARSE.items()} | sizes(2, 64, 4, 96, moe_intermediate_size=32)
     new = {k: v for k, v in old.items() if k not in ("num_experts", "rope_theta", "rope_scaling", "torch_dtype")}
     new |= dict(num_local_experts=128, rope_parameters={"rope_theta": 1e6, "rope_type": "default"}, dtype="bfloat16")
-    assert models.Qwen3Config.from_hf(old) == models.Qwen3Config.from_hf(new)
+    assert qwen3.read_config(old) == qwen3.read_config(new)
     null = {key: None for key in ("rope_scaling", "rms_norm_eps", "attention_bias", "decoder_sparse_step", "use_sliding_window", "layer_types")}
     absent = {key: value for key, value in old.items() if key not in null}
-    assert models.Qwen3Config.from_hf(absent | null) == models.Qwen3Config.from_hf(absent)
-    parsed = models.Qwen3Config.from_hf({k: v for k, v in old.items() if k != "head_dim"})
+    assert qwen3.read_config(absent | null) == qwen3.read_config(absent)
+    parsed = qwen3.read_config({k: v for k, v in old.items() if k != "head_dim"})
     assert parsed.head_dim == 16  # hidden / heads for the sparse model
-    assert dataclasses.replace(parsed, head_dim=128) == models.Qwen3Config.from_hf(old)
+    assert dataclasses.replace(parsed, head_dim=128) == qwen3.read_config(old)
 
 
 @pytest.mark.parametrize(
@@ -188,9 +170,13 @@ def test_both_spellings():
         (dict(architectures=["LlamaForCausalLM"]), "architectures=.*LlamaForCausalLM.*Qwen3ForCausalLM"),
         (dict(architectures=None), "architectures"),
         (dict(model_type="llama"), "model_type='llama'"),
-        (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_scaling.*yarn"),
-        (dict(rope_scaling={"type": "linear", "factor": 4.0}), "rope_scaling.*linear"),
-        (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6}), "rope_parameters.*yarn"),
+        (dict(rope_scaling={"rope_type": "dynamic", "factor": 4.0}), "rope_scaling.*dynamic"),
+        (dict(rope_scaling={"type": "linear"}), "rope_scaling.*linear.*factor"),
+        (dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6, "factor": 2.0}), "rope_parameters.*factor"),
+        (dict(rope_theta=None, rope_scaling={"rope_type": "linear", "factor": 2.0}, rope_parameters={"rope_theta": 1e6}),
+         "rope_scaling beside rope_parameters"),
+        (dict(logit_soft_cap=30.0), "'logit_soft_cap'=30.0 is not known"),
+        (dict(rope_frequency_dtype="bfloat16"), "'rope_frequency_dtype'"),
         (dict(rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e6}}), "rope_parameters"),
         (
             dict(rope_parameters={"rope_theta": 1e6, "partial_rotary_factor": 0.5}),
@@ -215,64 +201,49 @@ def test_bad_configs_name_the_key(change, words):
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_cache_in_pieces_equals_one_forward(scan):
-    """11, 1, 11 and 1 tokens at a time into a cache with slots to spare: the logits of the whole forward."""
+    """11, 1, 11 and 1 tokens at a time, rows of different lengths, slots to spare: the logits of the whole forward."""
     name = "qwen3-moe-tiny"
-    ref = loading.reference(name)
-    tokens, mask = jnp.asarray(ref["input_ids"]), ref["attention_mask"]
+    ids, valid, _ = loading.right_padded(name)
     model = loading.load(name, scan_layers=scan)
-    whole, _ = run(model, tokens, mask)
-    slots = 29
-    key_mask = jnp.pad(jnp.asarray(mask), ((0, 0), (0, slots - 24)))
-    positions = positions_of(mask)
-    cache = model.init_cache(3, slots)
+    whole = run(model, ids, valid).logits
+    kv = model.init_cache(3, 29)
+    assert cache.length(kv) == 29
     graphdef, state = nnx.split(model)
-    call = jax.jit(lambda state, *args: nnx.merge(graphdef, state)(*args))
+    call = jax.jit(lambda state, *args: nnx.merge(graphdef, state)(*args[:3], valid=args[3]))
+    positions = np.broadcast_to(np.arange(24, dtype=np.int32), ids.shape)
     start = 0
     for steps in (11, 1, 11, 1):
         part = slice(start, start + steps)
-        logits, cache = call(state, tokens[:, part], positions[:, part], cache, key_mask)
-        start += steps
-        assert int(cache.index) == start
-        valid = mask[:, part] == 1
-        np.testing.assert_allclose(np.asarray(logits)[valid], np.asarray(whole[:, part])[valid], atol=2e-5)
+        out = call(state, *(jnp.asarray(x[:, part], jnp.int32) for x in (ids, positions)), kv, jnp.asarray(valid[:, part]))
+        start, kv = start + steps, out.cache
+        np.testing.assert_allclose(np.asarray(out.logits)[valid[:, part]], np.asarray(whole[:, part])[valid[:, part]], atol=2e-5)
 
 
-def test_attention_in_blocks():
-    """Blocks of queries, the last one not full: what all at once gives."""
-    from nvfp4jax.models.attention import attend
-
-    parts = [
-        jax.random.normal(jax.random.key(i), shape)
-        for i, shape in enumerate([(2, 45, 4, 8), (2, 2, 50, 8), (2, 2, 50, 8)])
-    ]
-    mask = jax.random.bernoulli(jax.random.key(3), 0.5, (2, 45, 50))
-    whole = attend(*parts, mask, jax.lax.Precision.HIGHEST)
-    assert whole.shape == (2, 45, 4, 8)
-    np.testing.assert_allclose(attend(*parts, mask, jax.lax.Precision.HIGHEST, block=16), whole, atol=1e-5)
-
-
-def test_masks():
+def test_rows_go_on_from_their_own_lengths():
+    """A prompt of each length, then more tokens behind it over the padding's slots: the logits of the rows alone."""
     name = "qwen3-tiny"
-    ref = loading.reference(name)
-    model = loading.load(name)
-    tokens, mask = ref["input_ids"], ref["attention_mask"]
-    logits, _ = run(model, tokens, mask)
-    # The same mask over pairs.
-    pairs = (mask[:, None] == 1) & np.tril(np.ones((24, 24), bool))
-    graphdef, state = nnx.split(model)
-    other, _ = nnx.merge(graphdef, state)(jnp.asarray(tokens), positions_of(mask), None, jnp.asarray(pairs))
-    np.testing.assert_allclose(np.asarray(other)[mask == 1], np.asarray(logits)[mask == 1], atol=1e-5)
-    # Row 0 has no padding, so no mask is the same; and the last token alone.
-    alone, _ = model(jnp.asarray(tokens[:1]), positions_of(mask[:1]), None, None, decode_only_last_token=True)
-    assert alone.shape == (1, 1, 512)
-    np.testing.assert_allclose(np.asarray(alone)[0, 0], np.asarray(logits)[0, -1], atol=1e-5)
-    assert np.isfinite(np.asarray(logits)).all()  # padding has no meaning, but is no NaN
-    with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 23\).*\(3, 24\)"):
-        model(jnp.asarray(tokens), positions_of(mask), None, jnp.asarray(mask[:, 1:]))
+    ids = np.random.default_rng(3).integers(0, 512, (3, 12))
+    lengths = np.asarray([12, 5, 9], np.int32)
+    model = loading.load(name, scan_layers=True)
+    valid = np.arange(12) < lengths[:, None]
+    positions = np.broadcast_to(np.arange(12, dtype=np.int32), ids.shape)
+    out = model(ids, positions, model.init_cache(3, 16), valid=valid, last=lengths - 1)
+    assert out.logits.shape == (3, 1, 512)
+    more = np.random.default_rng(4).integers(0, 512, (3, 2))
+    behind = model(more, lengths[:, None] + np.arange(2, dtype=np.int32), out.cache, valid=np.ones((3, 2), bool))
+    for row, n in enumerate(lengths):
+        alone = run(model, np.concatenate([ids[row, :n], more[row]])[None]).logits[0]
+        np.testing.assert_allclose(out.logits[row, 0], alone[n - 1], atol=2e-5)
+        np.testing.assert_allclose(behind.logits[row], alone[n:], atol=2e-5)
+
+
+def test_refusals_of_a_call():
+    model = loading.load("qwen3-tiny")
+    ids = np.zeros((3, 24), np.int32)
     with pytest.raises(ValueError, match=r"tokens \[3, 24\] do not fit into a cache of 16 slots"):
-        model(jnp.asarray(tokens), positions_of(mask), model.init_cache(3, 16), jnp.asarray(mask[:, :16]))
+        model(ids, ids, model.init_cache(3, 16))
     with pytest.raises(ValueError, match="no mixture-of-experts layer"):
-        model(jnp.asarray(tokens), positions_of(mask), None, None, return_experts=True)
+        model(ids, ids, return_experts=True)
 
 
 @pytest.mark.parametrize(
@@ -280,35 +251,23 @@ def test_masks():
 )
 def test_padding_takes_no_part_in_an_nvfp4_amax(name, scan):
     """Per-tensor scales: other tokens in the padding change no bit of a valid row; without the mask they do."""
-    ref = loading.reference(name)
-    mask = ref["attention_mask"]
+    ids, valid, _ = loading.right_padded(name)
     rules = [nvfp4jax.Rule(r".*/gate", skip=True)] if scan else []
     model = nvfp4jax.quantize_model(loading.load(name), [*rules, nvfp4jax.Rule(r"layers/.*", scaling="tensor")])
     model = models.stack_layers(model) if scan else model
     table = model.embed_tokens.embedding
     table.set_value(table.get_value().at[5].set(jax.nn.one_hot(3, 128)))  # a loud token: one channel, 11.3 once normed
-    quiet, loud = (np.where(mask == 1, np.where(ref["input_ids"] == 5, 6, ref["input_ids"]), pad) for pad in (7, 5))
-    graphdef, state = nnx.split(model)
-    # Over pairs: rows of padding that see nothing are no rows; where they see themselves they count.
-    seen = np.tril(np.ones((24, 24), bool)) & (mask[:, None] == 1)
-    call = jax.jit(lambda state, *args: nnx.merge(graphdef, state)(*args)[0])
-    for pairs, same in ((seen, True), (seen | np.eye(24, dtype=bool), False)):
-        one, two = (
-            np.asarray(call(state, jnp.asarray(t), positions_of(mask), None, jnp.asarray(pairs))) for t in (quiet, loud)
-        )
-        assert (one[mask == 1] == two[mask == 1]).all() == same
-        assert (one[mask == 0] != two[mask == 0]).any()
-    if not scan:
-        keys = np.asarray(call(state, jnp.asarray(loud), positions_of(mask), None, jnp.asarray(mask)))
-        one = np.asarray(call(state, jnp.asarray(loud), positions_of(mask), None, jnp.asarray(seen)))
-        np.testing.assert_array_equal(keys[mask == 1], one[mask == 1])
+    quiet, loud = (np.where(valid, np.where(ids == 5, 6, ids), pad) for pad in (7, 5))
+    for mask, same in ((valid, True), (None, False)):
+        one, two = (np.asarray(run(model, tokens, mask).logits) for tokens in (quiet, loud))
+        assert (one[valid] == two[valid]).all() == same
+        assert (one[~valid] != two[~valid]).any()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_is_near_float32(name):
-    ref = loading.reference(name)
-    valid = ref["attention_mask"] == 1
-    logits, _ = run(loading.load(name, jnp.bfloat16, **loading.REFERENCE_RUN), ref["input_ids"], ref["attention_mask"])
+    ids, valid, reference = loading.right_padded(name)
+    logits = run(loading.load(name, jnp.bfloat16), ids, valid).logits
     assert logits.dtype == jnp.float32
-    error = (np.asarray(logits) - ref["logits_f32"])[valid]
-    assert np.sqrt((error**2).mean() / (ref["logits_f32"][valid] ** 2).mean()) < 0.03
+    error = (np.asarray(logits) - reference)[valid]
+    assert np.sqrt((error**2).mean() / (reference[valid] ** 2).mean()) < 0.03

@@ -17,8 +17,9 @@ from jax import lax
 from nvfp4jax import array
 from nvfp4jax.kernels.hopper import mosaic
 from nvfp4jax.kernels.hopper import quantize as quantize_hopper
+from nvfp4jax.scaling import Request
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "nvfp4_te_reference.npz"
+GOLDEN = pathlib.Path(__file__).parents[2] / "data" / "nvfp4_te_reference.npz"
 BF16, F32 = jnp.bfloat16, jnp.float32
 gpu = pytest.mark.gpu
 needs_aot = pytest.mark.skipif(not aot.available(), reason="needs jax-cuda13-plugin and -pjrt")
@@ -43,11 +44,16 @@ def cpu(f, *args, **kw):
         return jax.tree.map(np.asarray, f(*(jnp.asarray(a) for a in args), **kw))
 
 
+def request(scaling="tensor", valid=None, **kw):
+    """The arguments of the kernels as a Request."""
+    return Request(per_row=scaling == "token", pow2=scaling == "tensor_pow2", valid=None if scaling == "token" else valid, **kw)
+
+
 def oracle(x, **kw):
     """-> codes u8, scale bits u8, global scale, by the plain-jnp contract on the CPU."""
     kw = {name: None if v is None else jnp.asarray(v) if name in ("amax", "valid") else v for name, v in kw.items()}
     def f(x):
-        q = array.quantize(x, **kw)
+        q = array.quantize(x, request(**kw))
         return q.packed, lax.bitcast_convert_type(q.scale, jnp.uint8), q.global_scale
     return cpu(f, x)
 
@@ -129,7 +135,7 @@ def test_golden_vectors_in_plain_jnp_under_jit():
         groups.setdefault((x.shape, granularity, kind), []).append((base, x.astype(np.float32), codes, scale))
     for (_, granularity, kind), sets in groups.items():
         def f(x):
-            q = array.quantize(x, scaling="tensor" if granularity == "tensor" else "token", four_over_six=kind)
+            q = array.quantize(x, request("tensor" if granularity == "tensor" else "token", four_over_six=kind))
             return q.packed, lax.bitcast_convert_type(q.scale, jnp.uint8)
         got = jax.tree.map(np.asarray, jax.jit(jax.vmap(f))(np.stack([x for _, x, _, _ in sets])))
         for i, (base, _, codes, scale) in enumerate(sets):
@@ -192,7 +198,7 @@ def test_masks_and_given_amax(machine):
                 assert_same_bits(got, oracle(x, scaling=scaling, amax=amax), (scaling, m, k, "amax", amax.shape))
         for static in (np.array(0.0123, np.float32), rng.uniform(1e-4, .1, (m, 1)).astype(np.float32)):
             def f(x):
-                q = array.quantize_static(x, jnp.asarray(static))
+                q = array.quantize(x, Request(global_scale=jnp.asarray(static)))
                 return q.packed, lax.bitcast_convert_type(q.scale, jnp.uint8), q.global_scale
             assert_same_bits(poisoned(machine, quantize_static, x, static), cpu(f, x), (m, k, "static", static.shape))
 

@@ -1,0 +1,88 @@
+"""Prompts on the host: checked, and moved to the left end of their rows."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+
+
+class Packed(NamedTuple):
+    """Prompts padded on the right.
+
+    ids: i32 [B, T], 0 at padding; valid: bool [B, T]; lengths: i32 [B]; columns: i64 [B, T], the column of the caller's
+    array that each token came from (for padding any).
+    """
+
+    ids: np.ndarray
+    valid: np.ndarray
+    lengths: np.ndarray
+    columns: np.ndarray
+
+    def positions(self) -> np.ndarray:
+        """i32 [B, T]: a token's position is its slot."""
+        return np.broadcast_to(np.arange(self.ids.shape[1], dtype=np.int32), self.ids.shape)
+
+
+def bucket(length: int) -> int:
+    """length rounded up to a multiple of 16, or of an eighth of its power of two: few programs, little waste."""
+    step = max(16, 1 << max(0, length.bit_length() - 4))
+    return -(-length // step) * step
+
+
+def vocabulary_of(model: nnx.Module) -> int | None:
+    """The number of tokens that a model knows, from its config or its embeddings; None where neither says it."""
+    config = getattr(model, "config", None)
+    for name in ("vocab_size", "num_embed"):
+        found = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        if isinstance(found, int) and not isinstance(found, bool):
+            return found
+    tables = [m.num_embeddings for _, m in nnx.iter_modules(model) if isinstance(m, nnx.Embed)]
+    return max(tables) if tables else None
+
+
+def check_prompts(
+    model: nnx.Module, input_ids: ArrayLike, attention_mask: ArrayLike | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids i32 [B, T], mask bool [B, T]) on the host, or a ValueError."""
+    ids = np.asarray(input_ids)
+    if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"input_ids {ids.dtype} {list(ids.shape)}: token ids [B, T] are needed, at least one of them")
+    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask)
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask {list(mask.shape)} does not fit input_ids {list(ids.shape)}")
+    if mask.dtype != bool and not np.isin(mask, (0, 1)).all():
+        example = mask[~np.isin(mask, (0, 1))][0]
+        raise ValueError(f"attention_mask holds {example}: 1 (or True) is a token, 0 (or False) is none; no other values, "
+                         "such as those of an additive mask")  # fmt: skip
+    mask = mask.astype(bool)
+    empty = np.flatnonzero(~mask.any(1))
+    if empty.size:
+        raise ValueError(f"attention_mask: row {empty[0]} has no token; give every prompt at least one")
+    vocabulary = vocabulary_of(model)
+    wrong = mask & ((ids < 0) | (ids >= (np.iinfo(np.int32).max if vocabulary is None else vocabulary)))
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise ValueError(f"input_ids[{row}, {column}]={ids[row, column]} is outside the vocabulary of {vocabulary}")
+    return np.where(mask, ids, 0).astype(np.int32), mask
+
+
+def pack(ids: np.ndarray, mask: np.ndarray, length: int | None = None) -> Packed:
+    """The masked tokens of each row from column 0 on, in `length` columns (as few as fit where it is None)."""
+    lengths = mask.sum(1).astype(np.int32)
+    length = int(lengths.max()) if length is None else length
+    order = np.argsort(~mask, axis=1, kind="stable")[:, :length]
+    order = np.pad(order, ((0, 0), (0, length - order.shape[1])))
+    valid = np.arange(length) < lengths[:, None]
+    return Packed(np.where(valid, np.take_along_axis(ids, order, 1), 0).astype(np.int32), valid, lengths, order)
+
+
+def unpack(values: ArrayLike, packed: Packed, columns: int, fill: int) -> jnp.ndarray:
+    """[L, B, T, k] of packed tokens -> [L, B, columns, k] at the places that the caller gave them, `fill` elsewhere."""
+    values = np.asarray(values)
+    out = np.full((*values.shape[:2], columns, values.shape[3]), fill, values.dtype)
+    rows, places = np.nonzero(packed.valid)
+    out[:, rows, packed.columns[rows, places]] = values[:, rows, places]
+    return jnp.asarray(out)

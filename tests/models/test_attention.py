@@ -1,0 +1,62 @@
+"""Attention over a cache against numpy in float64; rotary frequencies against their formulas' landmarks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nvfp4jax.models import attention
+from nvfp4jax.models.rope import Rope
+
+
+def oracle(q, keys, values, starts, scale=None, window=None, soft_cap=None):
+    q, keys, values = (np.asarray(x, np.float64) for x in (q, keys, values))
+    out = np.zeros((*q.shape[:3], values.shape[-1]))
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        kv = h // (q.shape[2] // keys.shape[1])
+        at = starts[b] + t
+        first = 0 if window is None else max(0, at - window + 1)
+        scores = keys[b, kv, first : at + 1] @ q[b, t, h] * (q.shape[-1] ** -0.5 if scale is None else scale)
+        scores = scores if soft_cap is None else soft_cap * np.tanh(scores / soft_cap)
+        weights = np.exp(scores - scores.max())
+        out[b, t, h] = weights / weights.sum() @ values[b, kv, first : at + 1]
+    return out
+
+
+@pytest.mark.parametrize("options", [{}, dict(scale=0.3, soft_cap=2.0), dict(window=4)], ids=["plain", "capped", "window"])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_against_the_oracle(options, steps, key):
+    shapes = [(3, steps, 6, 8), (3, 2, 12, 8), (3, 2, 12, 5)]
+    q, keys, values = (jax.random.normal(jax.random.fold_in(key, i), s) for i, s in enumerate(shapes))
+    starts = jnp.asarray([0, 7, 3], jnp.int32)
+    expected = oracle(q, keys, values, starts, **options)
+    found = attention.attention(q, keys, values, starts, **options)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    stack = [jnp.stack([x + 1, x]) for x in (keys, values)]
+    found = attention.attention(q, *stack, starts, layer=jnp.int32(1), **options)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_blocks_of_queries(monkeypatch, key):
+    """The last block not full: what all at once gives."""
+    q, keys, values = (jax.random.normal(jax.random.fold_in(key, i), s) for i, s in enumerate([(2, 45, 4, 8), (2, 2, 50, 8), (2, 2, 50, 8)]))
+    starts = jnp.asarray([0, 5], jnp.int32)
+    whole = attention.attention(q, keys, values, starts)
+    monkeypatch.setattr(attention, "_BLOCK", 16)
+    np.testing.assert_allclose(attention.attention(q, keys, values, starts), whole, atol=1e-6)
+
+
+def test_frequencies():
+    plain = Rope(theta=5e5).frequencies(64)
+    np.testing.assert_allclose(plain, 5e5 ** -(np.arange(0, 64, 2) / 64), rtol=1e-6)
+    assert plain.dtype == np.float32
+    np.testing.assert_allclose(Rope(theta=5e5, kind="linear", factor=4).frequencies(64), plain / 4, rtol=1e-6)
+    for kind in ("llama3", "yarn"):
+        rope = Rope(theta=5e5, kind=kind, factor=8, original_max_position_embeddings=8192)
+        found = rope.frequencies(64)
+        np.testing.assert_allclose(found[:4], plain[:4], rtol=1e-6)  # short waves stay
+        np.testing.assert_allclose(found[-4:], plain[-4:] / 8, rtol=1e-6)  # long ones are stretched
+        assert (found <= plain * 1.000001).all() and (found >= plain / 8.000001).all() and (np.diff(found) < 0).all()
+    assert Rope(kind="yarn", factor=40.0).amplitude == pytest.approx(1.36888, abs=1e-5)  # 0.1 ln 40 + 1
+    assert Rope(kind="yarn", factor=40.0, mscale=1.0, mscale_all_dim=1.0).amplitude == 1.0
+    assert Rope(kind="llama3", factor=8.0).amplitude == 1.0

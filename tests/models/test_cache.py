@@ -1,0 +1,60 @@
+"""Caches of key-value and latent arrays, single and stacked, against numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nvfp4jax.models import cache
+from nvfp4jax.models.cache import CacheArray, LayerCache
+
+SHAPES = [{"keys": (2, None, 8), "values": (2, None, 4)}, {"latent": (None, 6), "rope": (None, 2)}]
+
+
+@pytest.mark.parametrize("depths", [(None, None), (3, None), (3, 2)])
+def test_writing_repeating_and_growing(depths, key):
+    """Rows at their own slots, the last token of one row past the end; each sample has its prompt's slots."""
+    kv = cache.init_cache(SHAPES, depths, 3, 7, jnp.float32)
+    assert cache.length(kv) == 7 and len(cache.arrays(kv)) == 4
+    assert kv[0]["keys"].value.shape == (*([] if depths[0] is None else [3]), 3, 2, 7, 8)
+    starts = np.asarray([0, 2, 5])
+    new = {name: jax.random.normal(jax.random.fold_in(key, i), (3, 3, *[s for s in shape if s is not None]))
+           for i, (name, shape) in enumerate((n, s) for entry in SHAPES for n, s in entry.items())}  # fmt: skip
+    expected = jax.tree.map(np.array, kv)
+    written = []
+    for entry, depth in enumerate(depths):
+        part = LayerCache(dict(kv[entry]), None if depth is None else jnp.int32(1))
+        part = part.write(jnp.asarray(starts, jnp.int32), **{name: new[name] for name in SHAPES[entry]})
+        written.append(part.arrays)
+        for name, shape in SHAPES[entry].items():
+            target = expected[entry][name].value
+            target = target if depth is None else target[1]
+            for row in range(3):
+                for t in range(3):
+                    if starts[row] + t < 7:
+                        target[(row, *[slice(None)] * shape.index(None), starts[row] + t)] = new[name][row, t]
+    for a, b in zip(jax.tree.leaves(tuple(written)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    grown = cache.extend(cache.repeat(tuple(written), 2), 9)
+    assert cache.length(grown) == 9
+    for entry, depth in enumerate(depths):
+        for name, shape in SHAPES[entry].items():
+            value = np.asarray(grown[entry][name].value)
+            rows = value if depth is None else value[1]
+            one = expected[entry][name].value if depth is None else expected[entry][name].value[1]
+            slot = 1 + shape.index(None)
+            assert rows.shape[0] == 6 and rows.shape[slot] == 9
+            old, extra = np.split(rows, [7], axis=slot)
+            np.testing.assert_array_equal(old, np.repeat(one, 2, axis=0))
+            assert not extra.any()
+
+
+def test_refusals():
+    kv = cache.init_cache(SHAPES, (None, None), 1, 4, jnp.float32)
+    with pytest.raises(ValueError, match="4 slots already, it cannot be extended to 3"):
+        cache.extend(kv, 3)
+    with pytest.raises(ValueError, match="made of|pytree of models.cache.CacheArray.*holds a"):
+        cache.extend({"keys": jnp.zeros((1, 2, 4, 8))}, 8)
+    with pytest.raises(ValueError, match=r"different numbers of slots: \[4, 5\]"):
+        cache.length((*kv, {"more": CacheArray(jnp.zeros((1, 5, 2)), -3, -2)}))
+    assert cache.length(()) is None and cache.repeat((), 3) == ()
