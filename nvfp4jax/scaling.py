@@ -123,7 +123,7 @@ for _cls in (Token, Tensor, PerExpert, Static, Delayed, Calibrate):
     pytree.register(_cls, *([CARRIED[_cls]] if _cls in CARRIED else []))
 
 
-def parse(scaling: Name | Scaling | None, what: str, *, experts: bool = True) -> Scaling | None:
+def parse(scaling: Any, what: str, *, experts: bool = True) -> Scaling | None:
     """The value that a mode's name stands for; a value as it is. ValueError that names `what` for anything else.
 
     experts: whether "expert" has a meaning there.
