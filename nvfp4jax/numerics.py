@@ -9,6 +9,8 @@ XLA turns a division by a constant into a multiplication, XLA:GPU divides with a
 denormals in divisions, and a float32 -> E4M3 -> float32 round trip may be elided under jit.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,12 @@ FLT_MAX = float(np.finfo(np.float32).max)
 E4M3_NAN = 0x7F
 # Below this amax the global scale would be a float32 denormal, which backends flush: such a tensor counts as zero.
 AMAX_MIN = 2688.0 * 2.0**-126
+# silu(g) = g / (1 + exp(-g)) of a bfloat16 g lies so near to a tie of two bfloat16 at -2**-8, 2**-7, 5.9375 and -3.046875 that the last
+# bits of an exponential would decide. With 1 + sign(g) * SILU_NUDGE + exp(-SILU_RATE * g) below, the rounded value is the right
+# one for all g, and stays so under a relative error of 2**-20.4: exponentials and reciprocals of every backend are better.
+SILU_NUDGE = 13 * 2.0**-23
+SILU_RATE = 1 - 2.0**-22
+SILU_MIN = -87.25  # below, exp(-g) leaves the range in which its reciprocal is no denormal; silu, under 2**-118, counts as zero
 
 _MANTISSA, _ONE, _HIDDEN = 0x7FFFFF, 0x3F800000, 0x800000
 
@@ -219,11 +227,113 @@ def dequantize(
     return values.reshape(codes.shape).astype(dtype)
 
 
-def rms_norm(x, weight, eps):
-    v = as_float32(x)
-    v = v * lax.rsqrt(jnp.mean(v * v, axis=-1, keepdims=True) + jnp.float32(eps))
-    return v.astype(x.dtype) * weight.astype(x.dtype).reshape((1,) * (x.ndim - 1) + weight.shape)
+# --- what a layer does before it quantizes ---------------------------------------------------------------------------
+# In the order of Hugging Face's models, rounded where they round. Results below 2**-126 may be flushed to zero.
 
 
-def silu_mul(gate, up):
-    return jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
+def _rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """float32 x rounded to dtype, in float32; no compiler skips it (see `as_float32`)."""
+    return as_float32(x.astype(dtype))
+
+
+def inverse_sqrt(x: jax.Array) -> jax.Array:
+    """1 / sqrt(x) for positive normal float32, root and reciprocal each rounded to nearest even on every backend.
+
+    As in `divide`, the backend's own results are corrected by their exact integer residuals.
+    """
+    bits = _bits(x)
+    exponent = (bits >> 23) - 127
+    odd = exponent & 1
+    mantissa = ((bits & _MANTISSA) | _HIDDEN) << odd
+    root = lax.sqrt(mantissa.astype(jnp.float32) * jnp.float32(2**23)).astype(jnp.int32)  # in [2**23, 2**24)
+    residual = (mantissa << 23) - root * root  # modulo 2**32; the true value lies within a few roots
+    for _ in range(2):
+        step = (residual > root).astype(jnp.int32) - (residual <= -root).astype(jnp.int32)
+        root, residual = root + step, residual - step * (2 * root + step)
+    inverse = (jnp.float32(2**47) / root.astype(jnp.float32)).astype(jnp.int32)  # in (2**23, 2**24]
+    residual = -(inverse * root)  # 2**47 is 0 modulo 2**32
+    for _ in range(2):
+        step = (2 * residual > root).astype(jnp.int32) - (2 * residual < -root).astype(jnp.int32)
+        inverse, residual = inverse + step, residual - step * root
+    return _float(((126 - ((exponent - odd) >> 1)) << 23) + (inverse - _HIDDEN))
+
+
+def _sum_of_squares(x: Float[Array, "... K"]) -> Float[Array, "..."]:
+    """Over the last axis, in float32 and in one order, which the kernels follow whatever threads a row has.
+
+    K is cut into blocks of 16 and 32 blocks into a unit, padded with zeros. A block: even elements in order, odd elements in
+    order, the two sums. A unit: its first half of blocks on its second, by halves. The units in order.
+    """
+    squares = as_float32(x) * as_float32(x)  # exact of 16-bit inputs
+    exact = x.dtype.itemsize == 2
+    if not exact:  # the minimum keeps a compiler from contracting square and sum into one fused multiply-add
+        squares = jnp.minimum(squares, jnp.float32(FLT_MAX))
+    *batch, k = x.shape
+    blocks = min(32, 1 << (-(-k // BLOCK) - 1).bit_length())  # fewer than 32 need no padding to 32: adding zero is exact
+    units = -(-k // (BLOCK * blocks))
+    squares = jnp.pad(squares, [(0, 0)] * len(batch) + [(0, units * blocks * BLOCK - k)])
+    pairs = squares.reshape(*batch, units, blocks, BLOCK // 2, 2)
+    total = functools.reduce(jnp.add, (pairs[..., i, :] for i in range(BLOCK // 2)))
+    total = total[..., 0] + total[..., 1]
+    while blocks > 1:
+        blocks //= 2
+        total = total[..., :blocks] + total[..., blocks:]
+    total = functools.reduce(jnp.add, (total[..., i, 0] for i in range(units)))
+    return total if exact else jnp.where(total >= jnp.float32(FLT_MAX), jnp.float32(jnp.inf), total)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+@functools.partial(jax.jit, static_argnums=1)  # traced once a shape: a model has many norms
+def _inverse_rms(x: Float[Array, "... K"], eps: float) -> Float[Array, "... 1"]:
+    """1 / sqrt(mean(x * x) + eps), each step rounded to float32; 0 where the sum overflows."""
+    total = _sum_of_squares(x)[..., None]
+    mean = jnp.minimum(total * jnp.float32(1 / x.shape[-1]), jnp.float32(FLT_MAX))  # not contracted with the next sum
+    inverse = inverse_sqrt(mean + jnp.float32(eps))
+    return jnp.where(total < jnp.float32(jnp.inf), inverse, jnp.where(jnp.isnan(total), total, jnp.float32(0)))
+
+
+@_inverse_rms.defjvp
+def _inverse_rms_jvp(eps, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    inverse = _inverse_rms(x, eps)
+    slope = (as_float32(x) * dx.astype(jnp.float32)).mean(-1, keepdims=True)
+    return inverse, -inverse * inverse * inverse * slope
+
+
+def rms_norm(x: Float[Array, "... K"], weight: Float[Array, "K"], eps: float) -> Float[Array, "... K"]:
+    """x / sqrt(mean(x * x) + eps) over the last axis, rounded to x's dtype, times weight in that dtype: the order of
+    transformers' LlamaRMSNorm and Qwen3RMSNorm.
+
+    The bits are the same on every backend, and in the kernels: the sum of squares has one order (`_sum_of_squares`), the mean is
+    the sum times float32(1 / K) as in torch on a GPU, root and reciprocal are rounded to nearest. eps: at least 1e-20.
+    """
+    normed = _rounded(as_float32(x) * _inverse_rms(x, eps), x.dtype)
+    weight = _rounded(weight.astype(jnp.float32), x.dtype)
+    return (normed * weight.reshape((1,) * (x.ndim - 1) + weight.shape)).astype(x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _silu(gate: jax.Array, nudged: bool) -> jax.Array:
+    """gate / (1 + exp(-gate)) in float32; nudged: see SILU_NUDGE."""
+    if not nudged:
+        return gate / (jnp.float32(1) + jnp.exp(-gate))
+    nudge = jnp.where(gate < 0, jnp.float32(-SILU_NUDGE), jnp.float32(SILU_NUDGE))
+    silu = gate / ((jnp.float32(1) + jnp.exp(gate * jnp.float32(-SILU_RATE))) + nudge)
+    return jnp.where(gate < jnp.float32(SILU_MIN), gate * jnp.float32(0), silu)
+
+
+@_silu.defjvp
+def _silu_jvp(nudged, primals, tangents):
+    (gate,), (dgate,) = primals, tangents
+    sigmoid = jax.nn.sigmoid(gate)
+    return _silu(gate, nudged), dgate * (sigmoid * (1 + gate * (1 - sigmoid)))
+
+
+def silu_mul(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
+    """silu(gate), rounded to its dtype, times up in that dtype: the order of transformers' gated MLPs.
+
+    Of a bfloat16 gate, silu is the exact value rounded to nearest, on every backend and in the kernels (see SILU_NUDGE; zero
+    below SILU_MIN, NaN at minus infinity). Of a float32 gate it is within 3 ulps; its last bits are the backend's.
+    """
+    silu = _rounded(_silu(as_float32(gate), gate.dtype == jnp.bfloat16), gate.dtype)
+    return (silu * as_float32(up)).astype(gate.dtype)

@@ -159,3 +159,139 @@ def test_scaling_by_a_power_of_two(key, scaling, four_over_six):
         np.testing.assert_array_equal(q.packed, base.packed)
         np.testing.assert_array_equal(q.scale.view(jnp.uint8), base.scale.view(jnp.uint8))
         np.testing.assert_array_equal(q.global_scale, np.ldexp(base.global_scale, k))
+
+
+# --- norm and SiLU ---------------------------------------------------------------------------------------------------
+
+BF16 = ml_dtypes.bfloat16
+EITHER = pytest.mark.parametrize("wrap", [jax.jit, lambda f, **kw: f], ids=["jit", "eager"])
+TINY = 2.0**-126  # denormals may be flushed
+
+
+def rounded_to_bfloat16(x):
+    """float64 -> the nearest bfloat16, in float64: one rounding."""
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(np.rint(mantissa * 256), exponent - 8)
+
+
+def every_gate():
+    """All finite bfloat16 with a silu that is no denormal and, by the contract, not zero; and that silu in float64."""
+    gate = np.arange(1 << 16, dtype=np.uint16).view(BF16)
+    with np.errstate(invalid="ignore"):
+        wide = gate.astype(F32).astype(np.float64)
+    gate, wide = (v[np.isfinite(wide) & (wide >= numerics.SILU_MIN)] for v in (gate, wide))
+    silu = wide / (1 + np.exp(-wide))
+    return (v[rounded_to_bfloat16(np.abs(silu)) > TINY] for v in (gate, wide, silu))
+
+
+@EITHER
+def test_silu_of_every_bfloat16(wrap):
+    gate, _, silu = every_gate()
+    got = wrap(numerics.silu_mul)(jnp.asarray(gate), jnp.ones(gate.shape, jnp.bfloat16))
+    np.testing.assert_array_equal(np.asarray(got).astype(np.float64), rounded_to_bfloat16(silu))
+    special = [np.inf, np.nan, -np.inf, 0, -0.0, -87.5, -3e38]
+    got = wrap(numerics.silu_mul)(jnp.array(special, jnp.bfloat16), jnp.ones(7, jnp.bfloat16)).astype(jnp.float32)
+    np.testing.assert_array_equal(got, [np.inf, np.nan, np.nan, 0, 0, 0, 0])
+
+
+def test_silu_leaves_room_for_inexact_backends():
+    """The nudged formula in float64, off by 2**-20.4 either way, rounds to the right value everywhere; the plain one does not."""
+    _, gate, silu = every_gate()
+    right = rounded_to_bfloat16(silu)
+    nudged = gate / (1 + np.sign(gate) * numerics.SILU_NUDGE + np.exp(-gate * numerics.SILU_RATE))
+    for off in (1 - 2.0**-20.4, 1 + 2.0**-20.4):
+        np.testing.assert_array_equal(rounded_to_bfloat16(nudged * off), right)
+    wrong = [gate[rounded_to_bfloat16(silu * off) != right] for off in (1 - 2.0**-21, 1 + 2.0**-21)]
+    assert set(np.concatenate(wrong)) == {-(2.0**-8), 2.0**-7, 5.9375, -3.046875}
+
+
+@EITHER
+def test_silu_mul_rounds_in_hugging_faces_order(wrap):
+    rng = np.random.default_rng()
+    gate, up = (rng.normal(size=(2, 64, 80)) * np.array(4)).astype(F32)
+    exact = gate.astype(np.float64) / (1 + np.exp(-gate.astype(np.float64)))
+    got = np.asarray(wrap(numerics.silu_mul)(jnp.asarray(gate), jnp.asarray(up)))
+    assert got.dtype == F32
+    np.testing.assert_allclose(got, exact * up, rtol=4 * 2.0**-23)
+    gate, up = gate.astype(BF16), up.astype(BF16)
+    wide = gate.astype(np.float64)
+    silu = rounded_to_bfloat16(wide / (1 + np.exp(-wide)))
+    got = wrap(numerics.silu_mul)(jnp.asarray(gate), jnp.asarray(up))
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(got).astype(np.float64), rounded_to_bfloat16(silu * up.astype(np.float64)))
+
+
+def norm_oracle(x, weight, eps):
+    """The contract in numpy, whose roots and quotients are IEEE's."""
+    dtype, (*batch, k) = x.dtype, x.shape
+    with np.errstate(all="ignore"):
+        wide = x.astype(F32)
+        squares = np.pad(wide * wide, [(0, 0)] * len(batch) + [(0, -k % 512)]).reshape(*batch, -1, 32, 16)
+        even, odd = (np.add.accumulate(squares[..., i::2], axis=-1, dtype=F32)[..., -1] for i in (0, 1))
+        lanes = even + odd
+        while lanes.shape[-1] > 1:
+            lanes = lanes[..., :lanes.shape[-1] // 2] + lanes[..., lanes.shape[-1] // 2:]
+        total = np.add.accumulate(lanes[..., 0], axis=-1, dtype=F32)[..., -1:]
+        inverse = F32(1) / np.sqrt(total * F32(1 / k) + F32(eps))
+        normed = (wide * inverse).astype(dtype)
+        return (normed.astype(F32) * weight.astype(F32)).astype(dtype)
+
+
+NORM_SHAPES = ((2, 3, 64), (5, 768), (2, 7168), (4, 100), (3, 5))
+
+
+@EITHER
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "f32"])
+def test_rms_norm_bits(wrap, dtype):
+    rng = np.random.default_rng()
+    norm = wrap(numerics.rms_norm, **({"static_argnums": 2} if wrap is jax.jit else {}))
+    for shape in NORM_SHAPES if wrap is jax.jit else NORM_SHAPES[:1]:
+        x = (rng.normal(size=shape) * np.exp2(rng.integers(-12, 12, (*shape[:-1], 1)))).astype(F32).astype(dtype)
+        weight, eps = rng.normal(size=shape[-1]).astype(F32).astype(dtype), float(rng.choice([1e-12, 1e-6, 1e-5]))
+        got = np.asarray(norm(jnp.asarray(x), jnp.asarray(weight), eps))
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got.astype(F32), norm_oracle(x, weight, eps).astype(F32), err_msg=str((shape, eps)))
+        wide = x.astype(np.float64)
+        exact = wide / np.sqrt((wide * wide).mean(-1, keepdims=True) + eps)
+        # Two roundings to dtype, and in float32 those of the sum (log K of them), the root, the reciprocal and the product.
+        rtol = 2.0**-20 + (2.0**-7 if dtype is BF16 else 0)
+        np.testing.assert_allclose(got.astype(np.float64), exact * weight.astype(np.float64), rtol=rtol)
+
+
+def test_rms_norm_of_special_rows():
+    """Zeros, NaN, infinity and a sum that overflows, as torch has them; one weight dtype for another."""
+    x = np.ones((5, 64), F32)
+    x[0], x[1, 3], x[2, 3], x[3] = 0, np.nan, np.inf, 1e25
+    for dtype in (BF16, F32):
+        weight = np.full(64, 2, F32)
+        got = jax.jit(numerics.rms_norm, static_argnums=2)(jnp.asarray(x.astype(dtype)), jnp.asarray(weight), 1e-6)
+        np.testing.assert_array_equal(np.asarray(got).astype(F32), norm_oracle(x.astype(dtype), weight.astype(dtype), 1e-6).astype(F32))
+
+
+def test_inverse_sqrt_is_correctly_rounded():
+    rng = np.random.default_rng()
+    near = np.square((rng.integers(1 << 23, 1 << 24, 50000) * 2 + 1) * 2.0**-24).astype(F32)  # roots next to ties
+    x = np.concatenate([near, np.exp2(rng.uniform(-125, 127, 100000)).astype(F32)])
+    ends = np.array([1, 2, 4, 2.0**-126, 2.0**64, 2.0**127], F32)
+    x = np.concatenate([x, ends, np.nextafter(ends[:-1], F32(np.inf)), np.nextafter(ends[[0, 1, 2, 4, 5]], F32(0))])
+    np.testing.assert_array_equal(jax.jit(numerics.inverse_sqrt)(x), F32(1) / np.sqrt(x))
+
+
+def test_norm_and_silu_have_gradients(key):
+    """Those of the plain float32 formulas."""
+    x, y, weight, dy = (jax.random.normal(jax.random.fold_in(key, i), s) for i, s in enumerate([(3, 48), (3, 48), (48,), (3, 48)]))
+
+    def plain_norm(x, weight):
+        return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * weight[None]
+
+    for f, plain, arguments in (
+        (lambda x, w: numerics.rms_norm(x, w, 1e-6), plain_norm, (x, weight)),
+        (numerics.silu_mul, lambda x, y: jax.nn.silu(x) * y, (x, y)),
+    ):
+        for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 0.03)):
+            arguments = tuple(a.astype(dtype) for a in arguments)
+            got = jax.jit(lambda dy, *arguments, f=f: jax.vjp(f, *arguments)[1](dy))(dy.astype(dtype), *arguments)
+            want = jax.vjp(plain, *(a.astype(jnp.float32) for a in arguments))[1](dy.astype(dtype).astype(jnp.float32))
+            for a, b in zip(got, want, strict=True):
+                assert a.dtype == dtype
+                np.testing.assert_allclose(a.astype(jnp.float32), b, atol=tolerance * float(jnp.abs(b).max()), rtol=0)

@@ -47,19 +47,31 @@ def _f32(value: float) -> str:
 
 # A pair of bf16 with -0 made +0: adding +0 does, where a product with 1 would not.
 CANONICAL = "{.reg .b32 o,z; mov.b32 o,0x3F803F80; mov.b32 z,0; fma.rn.bf16x2 $0,$1,o,z;}"
-# silu(gate) * up of two elements in float32, rounded once.
-SILU = ("{.reg .b32 g0,g1,u0,u1,e0,e1; shl.b32 g0,$1,16; and.b32 g1,$1,0xFFFF0000; shl.b32 u0,$2,16; and.b32 u1,$2,0xFFFF0000;" +
-        "".join(f"mul.f32 e{i},g{i},{_f32(-1.4426950408889634)}; ex2.approx.ftz.f32 e{i},e{i}; add.f32 e{i},e{i},{_f32(1)};"
-                f"rcp.approx.ftz.f32 e{i},e{i}; mul.f32 e{i},e{i},g{i}; mul.f32 e{i},e{i},u{i};" for i in range(2)) +
-        "cvt.rn.bf16x2.f32 $0,e1,e0;}")
-# Two elements x, rsqrt, two weights: bf16(bf16(x * rsqrt) * weight).
-NORM = ("{.reg .b32 l,h; shl.b32 l,$1,16; and.b32 h,$1,0xFFFF0000; mul.rn.f32 l,l,$2; mul.rn.f32 h,h,$2;"
-        "cvt.rn.bf16x2.f32 l,h,l; mul.rn.bf16x2 $0,l,$3;}")
+# bf16(silu(gate)) * up of two elements, as `numerics.silu_mul` and without -0: gate / (1 +- SILU_NUDGE + exp(-gate)). The exponential
+# overflows below a gate of -87.25, where the reciprocal is flushed: silu is zero.
+SILU = ("{.reg .b32 g0,g1,e0,e1,k; shl.b32 g0,$1,16; and.b32 g1,$1,0xFFFF0000;" +
+        "".join(f"mul.rn.f32 e{i},g{i},{_f32(-numerics.SILU_RATE / math.log(2))}; ex2.approx.ftz.f32 e{i},e{i};"
+                f"add.rn.f32 e{i},e{i},{_f32(1 - numerics.SILU_NUDGE)}; mul.rn.sat.f32 k,g{i},{_f32(2.0**127)};"
+                f"fma.rn.f32 e{i},k,{_f32(2 * numerics.SILU_NUDGE)},e{i};"
+                f"rcp.approx.ftz.f32 e{i},e{i}; mul.rn.f32 e{i},e{i},g{i};" for i in range(2)) +
+        "cvt.rn.bf16x2.f32 e0,e1,e0; mov.b32 k,0; fma.rn.bf16x2 $0,e0,$2,k;}")
+# Two elements x, the inverse RMS, two weights: bf16(bf16(x * inverse) * weight), without -0.
+NORM = ("{.reg .b32 l,h,z; shl.b32 l,$1,16; and.b32 h,$1,0xFFFF0000; mul.rn.f32 l,l,$2; mul.rn.f32 h,h,$2;"
+        "cvt.rn.bf16x2.f32 l,h,l; mov.b32 z,0; fma.rn.bf16x2 $0,l,$3,z;}")
 # The sum of squares of a block: low and high halves in order, then the two sums.
 SQUARES = ("{.reg .b32 l,h,a,b; mov.b32 a,0; mov.b32 b,0;" +
            "".join(f"shl.b32 l,${i},16; and.b32 h,${i},0xFFFF0000; fma.rn.f32 a,l,l,a; fma.rn.f32 b,h,h,b;" for i in range(1, 9)) +
            "add.rn.f32 $0,a,b;}")
 ADD = "add.rn.f32 $0,$1,$2;"
+# v = sum of squares * (1/K) + eps -> 1 / sqrt(v), root and reciprocal each rounded to nearest even; 0 where v is infinite.
+# rsqrt's approximation, refined: the residuals of the root (e) and of the reciprocal (the last d) are exact. Right for every
+# mantissa of v and every first guess up to 6 ulps away (tried out); the factor a little above 2 serves the root 2 - 2**-23, whose
+# reciprocal lies next to a tie.
+INVERSE_RMS = ("{{.reg .pred p; .reg .b32 v,s,h,d,e,n,y; mul.rn.f32 v,$1,{share}; add.rn.f32 v,v,{eps}; rsqrt.approx.ftz.f32 $0,v;"
+               "mul.rn.f32 s,v,$0; mul.rn.f32 h,$0,{half}; neg.f32 n,s; fma.rn.f32 d,n,h,{half}; fma.rn.f32 s,s,d,s; fma.rn.f32 h,h,d,h;"
+               "neg.f32 n,s; fma.rn.f32 e,n,s,v; fma.rn.f32 s,e,h,s;"
+               "neg.f32 n,s; mul.rn.f32 y,h,{two}; fma.rn.f32 d,n,y,{one}; fma.rn.f32 y,d,y,y; fma.rn.f32 d,n,y,{one};"
+               "setp.lt.f32 p,v,0f7F800000; @p fma.rn.f32 $0,d,y,y;}}")
 BUTTERFLY_ADD = "{{.reg .b32 o; shfl.sync.bfly.b32 o,$1,{step},31,-1; add.rn.f32 $0,$1,o;}}"
 
 
@@ -357,21 +369,23 @@ def _program(refs, spec: _Spec, plan: _Plan):
         if spec.single:
             return raw
         if spec.source == "silu":
-            raw = [[asm(SILU, pair, **pure) for pair in zip(*gate_up)] for gate_up in zip(raw[:blocks], raw[blocks:])]
-        elif spec.source == "rmsnorm":
-            rsqrt = row_rsqrt(raw, parity)
+            return [[asm(SILU, pair, **pure) for pair in zip(*gate_up)] for gate_up in zip(raw[:blocks], raw[blocks:])]
+        if spec.source == "rmsnorm":
+            inverse = inverse_rms(raw, parity)
             first = mg.gmem_element(refs["weight"], mg.i32(0), 0, mul(add(mul(part, WARP), lane), 16), 2)
             for j in range(blocks):
                 weight = mg.load_global(mg.offset_address(first, j * per_row * WARP * 32), 8, inside[j])
-                raw[j] = [asm(NORM, [word, rsqrt, w], **pure) for word, w in zip(raw[j], weight)]
+                raw[j] = [asm(NORM, [word, inverse, w], **pure) for word, w in zip(raw[j], weight)]
+            return raw
         return [[asm(CANONICAL, [word], **pure) for word in block] for block in raw]
 
-    def row_rsqrt(raw, parity):
-        """rsqrt(mean(x**2) + eps): blocks in order, lanes by a butterfly, then the 512-element units in order."""
+    def inverse_rms(raw, parity):
+        """1 / sqrt(mean(x**2) + eps), summed as in `numerics.rms_norm`: a block's even and odd elements in order, the 32 blocks
+        of a unit by halves (lanes by a butterfly), then the units in order."""
         sums = []
         for block in raw:
             total = asm(SQUARES, block, **pure)
-            for step in (1, 2, 4, 8, 16):
+            for step in (16, 8, 4, 2, 1):
                 total = asm(BUTTERFLY_ADD.format(step=step), [total])
             sums.append(total)
         if per_row > 1:
@@ -385,7 +399,8 @@ def _program(refs, spec: _Spec, plan: _Plan):
         total = sums[0]
         for other in sums[1:-(-blocks_of_row // WARP)]:
             total = asm(ADD, [total, other], **pure)
-        return asm(f"{{.reg .b32 t; fma.rn.f32 t,$1,{_f32(1 / k)},{_f32(spec.eps)}; rsqrt.approx.f32 $0,t;}}", [total], **pure)
+        constants = dict(share=1 / k, eps=spec.eps, half=.5, one=1, two=2 + 2.0**-22)
+        return asm(INVERSE_RMS.format(**{name: _f32(value) for name, value in constants.items()}), [total], **pure)
 
     def block_maxima(block):
         return asm(_block_max_text(spec.single), block, "rr", **pure)
@@ -828,8 +843,8 @@ def operand(x, *, scaling="tensor", four_over_six=None, amax=None, global_scale=
 def rmsnorm_operand(x, weight, *, eps, scaling="tensor", four_over_six=None, amax=None, global_scale=None, valid=None, normed=False):
     """RMSNorm, then `operand` of its bfloat16 result, in one launch where `operand` takes one.
 
-    x: bfloat16 [M, K]; weight: bfloat16 [K]. As Qwen3's: bf16(bf16(x * rsqrt(mean(x**2) + eps)) * weight), the mean in
-    float32. normed: also return that result, K in natural order, for whoever else reads it (a router).
+    x: bfloat16 [M, K]; weight: bfloat16 [K]. Bit for bit `numerics.rms_norm` (there a denormal may be flushed).
+    normed: also return that result, K in natural order, for whoever else reads it (a router).
     -> (bfloat16 [M, K] or None, operand bfloat16 [M, K], global_scale f32 [] or [M, 1]).
     """
     out = _run("rmsnorm_operand", "rmsnorm", dict(x=x, weight=weight), "operand", scaling=scaling, four_over_six=four_over_six,
@@ -838,7 +853,7 @@ def rmsnorm_operand(x, weight, *, eps, scaling="tensor", four_over_six=None, ama
 
 
 def silu_mul_operand(gate, up, *, scaling="tensor", four_over_six=None, amax=None, global_scale=None, valid=None, product=False):
-    """silu(gate) * up in float32, rounded once to bfloat16, then `operand` of it. gate, up: bfloat16 [M, K].
+    """SiLU times up, then `operand` of the bfloat16 product. gate, up: bfloat16 [M, K]. Bit for bit `numerics.silu_mul`.
 
     product: also return the rounded product. -> (bfloat16 [M, K] or None, operand bfloat16 [M, K], global_scale).
     """
