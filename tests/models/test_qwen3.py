@@ -167,7 +167,7 @@ def test_both_spellings():
 @pytest.mark.parametrize(
     "change, words",
     [
-        (dict(architectures=["LlamaForCausalLM"]), "architectures=.*LlamaForCausalLM.*Qwen3ForCausalLM"),
+        (dict(architectures=["GemmaForCausalLM"]), "architectures=.*GemmaForCausalLM.*Qwen3ForCausalLM"),
         (dict(architectures=None), "architectures"),
         (dict(model_type="llama"), "model_type='llama'"),
         (dict(rope_scaling={"rope_type": "dynamic", "factor": 4.0}), "rope_scaling.*dynamic"),
