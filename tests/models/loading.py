@@ -38,9 +38,13 @@ def right_padded(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def load(name: str, dtype=jnp.float32, *, scan_layers: bool = False) -> nnx.Module:
-    """Shared by the tests of a process: clone it before you change it."""
+def _loaded(name: str, dtype, scan_layers: bool) -> nnx.Module:
     return nvfp4jax.load_model(DATA / name / "bf16", dtype, scan_layers=scan_layers)
+
+
+def load(name: str, dtype=jnp.float32, *, scan_layers: bool = False) -> nnx.Module:
+    """The model of a folder, read once in a process; the caller's own copy."""
+    return nnx.clone(_loaded(name, jnp.dtype(dtype), scan_layers))
 
 
 @functools.cache

@@ -50,9 +50,9 @@ def test_frequencies():
     plain = Rope(theta=5e5).frequencies(64)
     np.testing.assert_allclose(plain, 5e5 ** -(np.arange(0, 64, 2) / 64), rtol=1e-6)
     assert plain.dtype == np.float32
-    np.testing.assert_allclose(Rope(theta=5e5, kind="linear", factor=4).frequencies(64), plain / 4, rtol=1e-6)
+    np.testing.assert_allclose(Rope(theta=5e5, kind="linear", factor=4.0).frequencies(64), plain / 4, rtol=1e-6)
     for kind in ("llama3", "yarn"):
-        rope = Rope(theta=5e5, kind=kind, factor=8, original_max_position_embeddings=8192)
+        rope = Rope(theta=5e5, kind=kind, factor=8.0, original_max_position_embeddings=8192)
         found = rope.frequencies(64)
         np.testing.assert_allclose(found[:4], plain[:4], rtol=1e-6)  # short waves stay
         np.testing.assert_allclose(found[-4:], plain[-4:] / 8, rtol=1e-6)  # long ones are stretched
