@@ -1,10 +1,10 @@
 """DeepSeek-V3: multi-head latent attention, and experts behind a sigmoid router with groups and a shared expert.
 
 The cache keeps of a token its latent and its rotated key, [B, S, kv_lora_rank + qk_rope_head_dim], for all heads.
-Attention is absorbed, at prefill and at decode: queries go through W_UK into the latent space, attend to the cache as one
-shared head, and what they gather goes through W_UV. The function is that of the plain form, keys and values are never
-expanded, and a chunk of a prompt is summed as a decoding step is. The two halves of kv_b_proj are used as matrices, so it
-stays in floating point unless a rule names it; in NVFP4 (ours or a checkpoint's) it is decoded in each call.
+Attention is absorbed, at prefill and at decode: queries go through W_UK into the latent space, attend to the cache as
+one shared head, and what they gather goes through W_UV. The function is that of the plain form, keys and values are
+never expanded, and a chunk of a prompt is summed as a decoding step is. The two halves of kv_b_proj are used as
+matrices, so it stays in floating point unless a rule names it; in NVFP4 (ours or a checkpoint's) each call decodes it.
 Sources: arXiv 2412.19437; transformers `modeling_deepseek_v3.py`, whose names the modules have.
 """
 
@@ -157,8 +157,8 @@ class LatentAttention(nnx.Module):
         else:
             part = part.write(inputs.starts, latents=entry)
             latents, layer, starts = part["latents"], part.layer, inputs.starts
-        # One head that all queries share, its keys also its values: a slice of them would be a copy of the cache. What is
-        # gathered of the rotated keys is dropped.
+        # One head that all queries share, its keys also its values: a slice of them would be a copy of the cache. What
+        # is gathered of the rotated keys is dropped.
         shared = latents.reshape(*latents.shape[:-2], 1, *latents.shape[-2:])
         y = attention.attention(q, shared, shared, starts, layer=layer, scale=c.attention_scale)[..., : c.kv_lora_rank]
         y = self._product("bthr,rhv->bthv", y, w_uv)
@@ -194,8 +194,11 @@ class LatentAttention(nnx.Module):
 
 
 class Router(nnx.Module):
-    """Which experts a token goes to, in float32. Its Params are what a checkpoint has: weight [E, H], e_score_correction_bias
-    f32 [E], which changes the choice but not the weights, and gets no gradient."""
+    """Which experts a token goes to, in float32.
+
+    Its Params are what a checkpoint has: weight [E, H]; e_score_correction_bias f32 [E], which changes the choice but
+    not the weights, and gets no gradient.
+    """
 
     def __init__(self, config: DeepseekV3Config, dtypes: blocks.Dtypes, *, rngs: nnx.Rngs):
         shape = (config.n_routed_experts, config.hidden_size)

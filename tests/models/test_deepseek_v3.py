@@ -99,6 +99,7 @@ def test_several_samples_of_a_prompt():
         np.testing.assert_allclose(rolled.logprobs[row], expected, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near():
     _, ids, valid, logits = reference("fp8")
     out = loading.run(load("fp8", jnp.bfloat16, scan_layers=True), ids, valid).logits
@@ -233,7 +234,7 @@ def assert_same(state: nnx.State, expected: nnx.State) -> None:
 
 def test_fp8_quantized_saved_and_restored(short, tmp_path):
     """Quantized while loading, afterwards, from a trainer's float state, and from an Orbax folder: the same bits."""
-    rules = [nvfp4jax.Rule(".*kv_b_proj", skip=True), RULE]
+    rules = [nvfp4jax.Rule(r"layers/./self_attn/q_a_proj|layers/1/mlp/.*experts.*")]  # few shapes: each is compiled
     float_model = nvfp4jax.load_model(short)
     qmodel = nvfp4jax.quantize_model(float_model, rules)
     assert type(qmodel.layers[1].mlp.gate) is deepseek_v3.Router

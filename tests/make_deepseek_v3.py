@@ -1,6 +1,6 @@
 """Makes the DeepSeek-V3 folders of tests/data with torch and transformers: weights by a seed, logits and greedy tokens in float32.
 
-    python tests/models/make_deepseek_v3.py [tests/data]        (torch 2.13, transformers 5.24, accelerate, safetensors)
+    python tests/make_deepseek_v3.py [tests/data]        (torch 2.13, transformers 5.24, accelerate, safetensors)
 
 Each folder has config.json, model.safetensors and reference.npz: input_ids and attention_mask [2, 24] (row 1 is padded on the
 left), logits_f32 [2, 24, vocab] (rows of padding carry no meaning), greedy_12 [2, 12]: the tokens that greedy decoding adds.
