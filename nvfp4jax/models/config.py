@@ -165,4 +165,5 @@ def _rope(key: str, table: dict[str, Any], theta: float | None, kinds: Collectio
             raise ValueError(f"config.json: {key}: {name}={str(value)[:40]} must be a {'positive ' * positive}number")
     if kind == "llama3" and not fields["low_freq_factor"] < fields["high_freq_factor"]:
         raise ValueError(f"config.json: {key}: low_freq_factor must be below high_freq_factor")
-    return Rope(theta=float(theta), kind=kind, **fields)
+    kinds_of = {"original_max_position_embeddings": int, "truncate": bool}
+    return Rope(theta=float(theta), kind=kind, **{name: kinds_of.get(name, float)(v) for name, v in fields.items()})
