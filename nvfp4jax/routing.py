@@ -49,6 +49,40 @@ def top_k_experts(logits, k: int, *, normalize: bool):
     return weights / weights.sum(-1, keepdims=True) if normalize else weights, ids
 
 
+def sigmoid_top_k_experts(logits, bias, k: int, *, groups: int = 1, top_groups: int = 1, normalize: bool, scale: float = 1.0):
+    """(weights f32, ids i32) [..., k] by the router of DeepSeek-V3: a score an expert, chosen within the best groups.
+
+    logits: f32 [..., E]; an expert's score is its sigmoid. bias: f32 [E], added to the score for the choice alone.
+    groups: E / groups neighbours make a group; only experts of the top_groups best count, a group standing for the sum of its two
+        largest biased scores. Of equal experts or groups the lower one comes first; ids are in falling order of the biased score.
+    weights: the scores without the bias, normalize: divided by their sum over the k; times scale. Gradients reach the logits through
+        the weights; the choice and the bias have none.
+
+    ValueError for other dtypes and shapes, groups of fewer than two experts (where there are several), or fewer than k experts in
+    top_groups groups. Source: arXiv 2412.19437 section 2.1.2; the two largest of a group and the 1e-20 as in transformers.
+    """
+    check_top_k(logits, k)
+    experts = logits.shape[-1]
+    if bias.shape != (experts,) or bias.dtype != jnp.float32:
+        raise ValueError(f"sigmoid_top_k_experts: bias is {bias.dtype}{bias.shape}; logits of shape {logits.shape} want float32 {(experts,)}")
+    size = experts // groups if groups > 0 else 0
+    if size * groups != experts or (groups > 1 and size < 2) or not 0 < top_groups <= groups or top_groups * size < k:
+        raise ValueError(f"sigmoid_top_k_experts: {experts} experts in groups={groups}, top_groups={top_groups}, k={k}: want equal groups "
+                         "of at least 2, and at least k experts in the top groups")
+    scores = jax.nn.sigmoid(logits)
+    biased = lax.stop_gradient(scores) + lax.stop_gradient(bias).reshape((1,) * (scores.ndim - 1) + bias.shape)
+    if top_groups < groups:
+        grouped = biased.reshape(*biased.shape[:-1], groups, size)
+        _, best = lax.top_k(lax.top_k(grouped, 2)[0].sum(-1), top_groups)
+        inside = (best[..., None] == jnp.arange(groups, dtype=jnp.int32).reshape((1,) * best.ndim + (groups,))).any(-2)
+        biased = jnp.where(inside[..., None], grouped, -jnp.inf).reshape(biased.shape)
+    _, ids = lax.top_k(biased, k)
+    weights = jnp.take_along_axis(scores, ids, -1)
+    if normalize:
+        weights = weights / (weights.sum(-1, keepdims=True) + jnp.float32(1e-20))
+    return weights * jnp.float32(scale), ids
+
+
 def route(expert_ids, num_experts: int, valid=None) -> Routing:
     """Sorts the slots of expert_ids i32 [T, k] by expert, stably. valid: bool [T]; tokens where it is False get no row."""
     check_route(expert_ids, valid)

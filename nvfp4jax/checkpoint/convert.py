@@ -324,7 +324,7 @@ def _copies(checkpoint: Checkpoint, path: tuple, layer: nnx.Module, own: set[str
     module = module_name(path)
 
     def decode(name: str, shape: tuple[int, ...]):
-        return lambda: ({f"{name}.weight": formats.read_weight(checkpoint, name, shape)}, [])
+        return lambda: ({f"{name}.weight": formats.read_weight(checkpoint, name, shape).astype(BF16)}, [])
 
     def copy(info: TensorInfo):
         return lambda: ({info.name: formats.read_float(checkpoint, info.name, info.shape)}, [])

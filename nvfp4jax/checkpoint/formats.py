@@ -371,7 +371,7 @@ def _packed(checkpoint: Checkpoint, names: _Names, packed: np.ndarray, scale: np
 
 
 def _fp8(checkpoint: Checkpoint, module: str, shape: tuple[int, int]) -> np.ndarray:
-    """An FP8 weight with one scale a block -> bfloat16 [N, K]."""
+    """An FP8 weight with one scale a block -> float32 [N, K], value times scale rounded once."""
     weight = _info(checkpoint, f"{module}.weight")
     if checkpoint.quantization.method != "fp8":
         raise CheckpointError(f"{weight.file}: tensor {weight.name!r} is FP8, but the config says quant_method {checkpoint.quantization.method!r}")
@@ -383,11 +383,11 @@ def _fp8(checkpoint: Checkpoint, module: str, shape: tuple[int, int]) -> np.ndar
     scales = _finite(read_tensor(scale), scale).astype(np.float32)
     for i in range(scales.shape[0]):  # a row of blocks at a time: the scales never exist at the weight's full size
         values[i * rows : (i + 1) * rows] *= np.repeat(scales[i], columns)[: shape[1]]
-    return values.astype(BF16)
+    return values
 
 
 def read_weight(checkpoint: Checkpoint, module: str, shape: tuple[int, int]) -> np.ndarray | PackedWeight:
-    """The weight [N, K] of a linear module: NVFP4 with its own bytes, else floats (FP8 as bfloat16).
+    """The weight [N, K] of a linear module: NVFP4 with its own bytes, else floats (FP8 as float32).
 
     CheckpointError names the file and tensor for one that is missing, has another shape or dtype, or holds NaN.
     """

@@ -1,6 +1,6 @@
 """Models in Flax NNX that read Hugging Face configs; one file an architecture, each with its registration."""
 
-from nvfp4jax.models import llama, qwen2, qwen3  # noqa: F401  (each registers its family)
+from nvfp4jax.models import deepseek_v3, llama, qwen2, qwen3  # noqa: F401  (each registers its family)
 from nvfp4jax.models.cache import CacheArray, LayerCache
 from nvfp4jax.models.family import Family, architectures, build, family_of, register
 from nvfp4jax.models.llama import Llama, LlamaConfig

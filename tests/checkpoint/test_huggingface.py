@@ -170,11 +170,13 @@ def test_fp8_blocks(tmp_path):
         scale = rng.uniform(0.01, 0.1, (-(-n // 20), -(-k // 12))).astype(np.float32)
         stored |= {name: fp8, f"{name}_scale_inv": scale}
         full = np.repeat(np.repeat(scale, 20, 0), 12, 1)[:n, :k]
-        expected[name] = (fp8.astype(np.float32) * full).astype(ml_dtypes.bfloat16)
+        expected[name] = fp8.astype(np.float32) * full
     folder = folders.write(tmp_path / "fp8", config, stored)
-    model = load_model(folder)
+    model, exact = load_model(folder), load_model(folder, jnp.float32)
     for name, value in expected.items():
-        np.testing.assert_array_equal(weight_of(model, name.removesuffix(".weight")), value.astype(np.float32))
+        module = name.removesuffix(".weight")
+        np.testing.assert_array_equal(weight_of(model, module), value.astype(ml_dtypes.bfloat16).astype(np.float32))
+        np.testing.assert_array_equal(weight_of(exact, module), value)
     rules = [nvfp4jax.Rule(".*(proj|experts)")]
     assert_same(load_model(folder, rules=rules), nvfp4jax.quantize_model(model, rules))
 
