@@ -87,8 +87,11 @@ def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e30
 
 
-def check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], where: str) -> None:
-    """CheckpointError for a config.json whose values have the wrong type, or describe more than the folder's tensors could hold."""
+def check_config(config: Mapping[str, Any], tensors: Mapping[str, Any] | None, where: str) -> None:
+    """CheckpointError for a config.json whose values have the wrong type, or describe more than the folder's tensors could hold.
+
+    tensors: by name, each with a `shape`; None where only the types are in question.
+    """
 
     def is_list(value, kind) -> bool:
         return isinstance(value, list) and len(value) <= 10_000 and all(type(item) is kind for item in value)
@@ -112,6 +115,8 @@ def check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], w
         theta = (config.get(key) or {}).get("rope_theta")
         if theta is not None and not _is_number(theta):
             raise CheckpointError(f"{where}: {key}: rope_theta={str(theta)[:80]} must be a number of at least 0")
+    if tensors is None:
+        return
     # A model is built of as many modules as this says: bounded by the file's size, not by what the config claims.
     layers = config.get("num_hidden_layers") or 0
     experts = max(config.get(key) or 0 for key in ("num_experts", "num_local_experts", "n_routed_experts"))

@@ -50,6 +50,10 @@ class CheckpointError(ValueError):
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:1500]))
 
 
+class TransientError(CheckpointError):
+    """What could not be read or written this time: the next attempt may succeed, nothing says that the checkpoint is damaged."""
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor lies: `offset` and `nbytes` in bytes from the file's start."""
