@@ -98,8 +98,7 @@ class Quantizer:
                 own = {name: floats[p] for name, p in sources[path].items()}
                 made |= {(*path, *name): variable for name, variable in _quantized(layers[path], own, donate, where).items()}
                 if donate:
-                    results = [variable.get_value() for variable in made.values()]
-                    jax.block_until_ready([made[p].get_value() for p in made if p[: len(path)] == path])
+                    results = jax.block_until_ready([made[p].get_value() for p in made if p[: len(path)] == path])
                     for p in sources[path].values():
                         readers[p] -= 1
                         value = floats[p].get_value()

@@ -8,6 +8,7 @@ caller's memory is its own choice.
 import json
 import math
 import os
+import secrets
 import stat
 import struct
 from collections.abc import Mapping
@@ -84,7 +85,7 @@ def _parse_json(raw: bytes, where: str) -> dict:
     return value
 
 
-def _open_regular(path: Path):
+def open_regular(path: Path):
     """The open file and its size. A pipe or a device is refused: reading it could block or never end."""
     try:
         # Without O_NONBLOCK, opening a pipe waits for its writer.
@@ -101,7 +102,7 @@ def _open_regular(path: Path):
 def read_json(path: str | Path) -> dict:
     """A JSON object from a file of at most MAX_JSON_BYTES, or CheckpointError."""
     path = Path(path)
-    file, size = _open_regular(path)
+    file, size = open_regular(path)
     with file:
         if size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: {size} bytes of JSON; at most {MAX_JSON_BYTES} are read")
@@ -138,7 +139,7 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     Raises CheckpointError naming the file and the tensor.
     """
     path = Path(path)
-    file, size = _open_regular(path)
+    file, size = open_regular(path)
     with file:
         if size < 8:
             raise CheckpointError(f"{path}: {size} bytes; a safetensors file begins with 8: the file is truncated")
@@ -211,7 +212,7 @@ def read_folder(directory: str | Path) -> dict[str, TensorInfo]:
 
 def read_tensor(info: TensorInfo) -> np.ndarray:
     """One tensor's bytes as a fresh array; CheckpointError where the file has become shorter since its header was read."""
-    file, size = _open_regular(info.file)
+    file, size = open_regular(info.file)
     with file:
         if size < info.offset + info.nbytes:
             raise CheckpointError(f"{info.file}: tensor {info.name!r} reaches beyond the end: the file is truncated")
@@ -227,12 +228,12 @@ class Writer:
     with Writer(path, {"a": (dtype, shape), ...}) as writer:
         writer.write("a", array)
 
-    The file appears under its name only when complete; until then it is `path` + ".tmp", removed on an error.
+    The file appears under its name only when complete; until then its name ends in ".tmp", and it is removed on an error.
     """
 
     def __init__(self, path: str | Path, specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]]):
         self.path = Path(path)
-        self._temporary = self.path.with_name(self.path.name + ".tmp")
+        self._temporary = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.tmp")  # another writer's is another file
         self._missing = {}
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         position = 0
@@ -265,13 +266,14 @@ class Writer:
         self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
     def __exit__(self, kind, error, traceback) -> None:
-        with self._file:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        if kind is None and not self._missing:
-            os.replace(self._temporary, self.path)
-            return
-        self._temporary.unlink(missing_ok=True)
-        if kind is None:
+        try:
+            with self._file:
+                if kind is None:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+            if kind is None and not self._missing:
+                os.replace(self._temporary, self.path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
+        if kind is None and self._missing:
             raise CheckpointError(f"{self.path}: tensors announced but never written: {sorted(self._missing)[:3]}")
