@@ -19,10 +19,10 @@ from nvfp4jax.rollout.prompts import bucket, check_prompts, pack, unpack
 from nvfp4jax.rollout.sampling import Sampling, row_keys
 
 
-@jax.tree_util.register_dataclass
 OWN_WEIGHTS = -2  # the version of tokens by weights that no step was taken for
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rollout:
     """What `generate` returns, a pytree; row b * num_samples + s is sample s of prompt b.
