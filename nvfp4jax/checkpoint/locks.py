@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nvfp4jax.checkpoint.safetensors import CheckpointError
+from nvfp4jax.checkpoint.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 

@@ -33,9 +33,10 @@ from orbax.checkpoint.experimental import v1 as ocp
 from nvfp4jax import models, scaling
 from nvfp4jax.checkpoint import formats, huggingface
 from nvfp4jax.checkpoint.digest import check
+from nvfp4jax.checkpoint.errors import CheckpointError, failure
 from nvfp4jax.checkpoint.locks import held
-from nvfp4jax.checkpoint.safetensors import CheckpointError, read_json
-from nvfp4jax.checkpoint.survey import failure, require_plain
+from nvfp4jax.checkpoint.safetensors import read_json
+from nvfp4jax.checkpoint.survey import require_folder, require_plain
 from nvfp4jax.layers import WEIGHTS
 from nvfp4jax.scaling import Name, Scaling
 from nvfp4jax.swap import Rule, path_string, quantize_model, quantized_layers
@@ -43,6 +44,7 @@ from nvfp4jax.swap import Rule, path_string, quantize_model, quantized_layers
 FORMAT_VERSION = 1
 # A leaf beside the model's: scales that it does not hold but an export needs; the metadata's entry of this name has their names.
 EXTRAS = "extras"
+_MOST_RULES = 10_000  # one a layer, in what `save_model` writes
 METADATA_FILE = "_CHECKPOINT_METADATA"
 _DTYPES = ("bfloat16", "float32", "float16")
 # What the JSON beside the arrays may have: a hundred thousand leaves take a third of it.
@@ -230,8 +232,7 @@ def read_folder(path: str | Path | Folder) -> Folder:
     if isinstance(path, Folder):
         return path
     path = Path(path).absolute()
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder")
+    require_folder(path)
     require_plain(path)
     for file in path.rglob("*"):
         if (file.name.startswith("_") or file.parent.name == "array_metadatas") and file.stat().st_size > MAX_JSON_BYTES:
@@ -373,6 +374,8 @@ def rules_from_json(values: Any, where: str) -> list[Rule]:
     """The inverse of `rules_to_json`, for values that need not be trusted."""
     kinds = {f.name: str | None for f in dataclasses.fields(Rule)} | {"module_path": str, "skip": bool, "scaling": str | dict | None}
     rules = []
+    if isinstance(values, list) and len(values) > _MOST_RULES:
+        raise CheckpointError(f"{where}: {len(values)} rules; at most {_MOST_RULES} are read")
     for value in values if isinstance(values, list) else [values]:
         if isinstance(value, dict) and isinstance(value.get("implementation"), list):
             value = value | {"implementation": tuple(value["implementation"])}
@@ -464,6 +467,7 @@ def abstract_model(path: Path, metadata: Mapping[str, Any], dtype: jnp.dtype | N
     config, stored = metadata.get("config"), metadata.get("dtype")
     if not isinstance(config, dict) or stored not in _DTYPES:
         raise CheckpointError(f"{path}: the metadata have no model config and dtype; restore it into a state of your own")
+    formats.check_config(config, metadata.get("digests") if isinstance(metadata.get("digests"), dict) else {}, str(path))
     rules = rules_from_json(metadata.get("rules", []), str(path))
     if mode is not None:
         rules = [dataclasses.replace(rule, scaling=mode) for rule in rules]

@@ -18,9 +18,9 @@ from typing import Any
 from flax import nnx
 
 from nvfp4jax.checkpoint import orbax
+from nvfp4jax.checkpoint.errors import CheckpointError, failure
 from nvfp4jax.checkpoint.locks import held
-from nvfp4jax.checkpoint.safetensors import CheckpointError, read_json
-from nvfp4jax.checkpoint.survey import failure
+from nvfp4jax.checkpoint.safetensors import read_json
 
 _log = logging.getLogger(__name__)
 

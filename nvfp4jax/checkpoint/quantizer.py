@@ -11,7 +11,7 @@ from flax import nnx
 from nvfp4jax import models
 from nvfp4jax.checkpoint import orbax
 from nvfp4jax.checkpoint.digest import unhealthy
-from nvfp4jax.checkpoint.safetensors import CheckpointError
+from nvfp4jax.checkpoint.errors import CheckpointError
 from nvfp4jax.layers import WEIGHTS, InputAmax
 from nvfp4jax.requantize import quantize_params
 from nvfp4jax.swap import path_string, quantized_layers

@@ -34,10 +34,10 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from nvfp4jax.checkpoint import orbax
+from nvfp4jax.checkpoint.errors import CheckpointError, may_pass
 from nvfp4jax.checkpoint.publish import generation, publish, steps
 from nvfp4jax.checkpoint.quantizer import Quantizer, shapes_of
-from nvfp4jax.checkpoint.safetensors import CheckpointError
-from nvfp4jax.checkpoint.survey import may_pass, signature
+from nvfp4jax.checkpoint.survey import signature
 
 __all__ = ["Health", "Quantizer", "Reader", "Weights", "publish", "steps"]
 

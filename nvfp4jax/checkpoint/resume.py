@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from nvfp4jax.checkpoint import orbax
+from nvfp4jax.checkpoint.errors import CheckpointError, TransientError, failure
 from nvfp4jax.checkpoint.locks import held
-from nvfp4jax.checkpoint.safetensors import CheckpointError, TransientError, open_regular, read_json
-from nvfp4jax.checkpoint.survey import failure
+from nvfp4jax.checkpoint.safetensors import open_regular, read_json
 
 _log = logging.getLogger(__name__)
 _PLAN = "plan.json"

@@ -1,44 +1,14 @@
 """What lies in a folder, found out before anything in it is opened: a pipe would block, a device would never end."""
 
-import errno
 import os
 import stat
 from pathlib import Path
 
-from nvfp4jax.checkpoint.safetensors import CheckpointError, TransientError
+from nvfp4jax.checkpoint.errors import CheckpointError, failure, may_pass
+from nvfp4jax.checkpoint.safetensors import is_inside
 
 MAX_ENTRIES = 100_000
 MAX_DEPTH = 16
-# Errors of a file system that say something about what lies there; all others may pass (a stale mount, a full table of files, ...).
-_FINAL = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EEXIST, errno.ENOTEMPTY)
-# What TensorStore, XLA and operating systems call errors that may pass.
-_PASSING = (
-    "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "PERMISSION_DENIED", "out of memory", "cannot allocate",
-    "timed out", "too many open files", "input/output error", "stale file handle", "no space left", "disk quota", "device or resource busy",
-    "permission denied", "resource temporarily unavailable", "interrupted system call",
-)  # fmt: skip
-_DAMAGE = (ValueError, LookupError, TypeError, EOFError, AssertionError, RecursionError, AttributeError, ArithmeticError)
-
-
-def may_pass(error: BaseException) -> bool:
-    """Whether another attempt may succeed, as far as the error tells; an error of an unknown kind may."""
-    if isinstance(error, CheckpointError):
-        return isinstance(error, TransientError)
-    text = str(error).lower()
-    if any(word.lower() in text for word in _PASSING):
-        return True
-    if isinstance(error, OSError):
-        return error.errno not in _FINAL
-    return not isinstance(error, _DAMAGE) and not any(word in text for word in ("data_loss", "not_found", "invalid_argument", "failed_precondition"))
-
-
-def failure(message: str, error: BaseException) -> CheckpointError:
-    """A CheckpointError of one line, `message` (what went wrong); transient where the error may pass."""
-    reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    if isinstance(error, CheckpointError):
-        reason = str(error)
-    return (TransientError if may_pass(error) else CheckpointError)(f"{message} ({reason})")
-
 
 def signature(folder: Path) -> tuple[tuple, str | None]:
     """(what tells this content from another, without reading it; what no reader should open, or None).
@@ -61,8 +31,7 @@ def signature(folder: Path) -> tuple[tuple, str | None]:
                     if stat.S_ISDIR(status.st_mode):
                         pending.append((entry.path, depth + 1))
                     elif stat.S_ISLNK(status.st_mode):
-                        target = os.path.realpath(entry.path)
-                        if os.path.commonpath([root, target]) != root or not stat.S_ISREG(os.stat(target).st_mode):
+                        if not is_inside(Path(entry.path), Path(root)) or not stat.S_ISREG(os.stat(entry.path).st_mode):
                             problem = f"{relative} is a link to something else than a file of this folder"
                     elif not stat.S_ISREG(status.st_mode):
                         problem = f"{relative} is neither a file nor a folder"
@@ -79,3 +48,15 @@ def require_plain(folder: Path) -> None:
     """CheckpointError where something lies in a folder that no reader should open; TransientError where it cannot be listed now."""
     if (problem := signature(folder)[1]) is not None:
         raise CheckpointError(f"{folder}: {problem}")
+
+
+def require_folder(directory: Path) -> None:
+    """CheckpointError where there is no folder."""
+    try:
+        mode = os.stat(directory).st_mode
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise CheckpointError(f"{directory}: no such folder") from None
+        raise failure(f"{directory}: cannot be looked at", error) from None
+    if not stat.S_ISDIR(mode):
+        raise CheckpointError(f"{directory}: a file; the folder that holds a checkpoint is needed")

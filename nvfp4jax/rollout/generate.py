@@ -18,7 +18,6 @@ from nvfp4jax.rollout.decoding import Controls, DecodeState, Settings
 from nvfp4jax.rollout.prompts import bucket, check_prompts, pack, unpack
 from nvfp4jax.rollout.sampling import Sampling, row_keys
 
-
 OWN_WEIGHTS = -2  # the version of tokens by weights that no step was taken for
 
 
