@@ -13,6 +13,15 @@ import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="NVFP4 checkpoints and rollouts in JAX.")
 
+_FOLLOW_LINKS = Annotated[bool, typer.Option("--follow-links", help="Read files that are links out of the folder, too.")]
+
+
+def _follow_links(follow: bool) -> None:
+    from nvfp4jax.checkpoint.safetensors import FOLLOW_LINKS
+
+    FOLLOW_LINKS.set(follow)
+
+
 # jax is imported inside the commands: `--help` answers at once.
 MODES = ("none", "static", "delayed", "tensor", "tensor_pow2", "token", "expert")
 _CALIBRATION_BATCH = 8  # prompts in one forward pass
@@ -46,6 +55,7 @@ def quantize(
     ] = None,
     calibration_token_ids: Annotated[list[str] | None, typer.Option(help='The same, a prompt as token ids, "1,2,3"; may repeat.')] = None,
     calibration_headroom: Annotated[float, typer.Option(help="Input scales leave room for this many times the largest value.")] = 1.0,
+    follow_links: _FOLLOW_LINKS = False,
 ) -> None:
     """Quantize a model to NVFP4, shard by shard; a run that was interrupted goes on when it is started again."""
     from rich.console import Console
@@ -53,6 +63,7 @@ def quantize(
 
     from nvfp4jax.checkpoint import convert
 
+    _follow_links(follow_links)
     selection = convert.Selection(
         keep_first_n, keep_last_n, tuple(exclude or ()), experts_only, four_over_six, _scaling(scaling, scaling_four_over_six)
     )
@@ -85,6 +96,8 @@ def _prompt_rows(
 
     options: what the arguments are called on the command line, in their order.
     """
+    from nvfp4jax.checkpoint.survey import require_folder
+
     *_, file_option, ids_option = options
     texts = list(prompts)
     if file is not None:
@@ -100,11 +113,10 @@ def _prompt_rows(
             raise ValueError(f"{ids_option} {text!r}: integers separated by commas are needed") from None
     if not texts and not rows:
         raise ValueError(f"no prompt: pass {' or '.join(options)}" if file is None else f"{file_option} {file}: no prompt in it")
-    if not checkpoint.is_dir():
-        raise ValueError(f"{checkpoint}: no such folder")
+    require_folder(checkpoint)
     tokenizer = _tokenizer(checkpoint, ids_option) if texts else None
     if tokenizer is not None:
-        rows = [tokenizer.encode(text).ids for text in texts] + rows
+        rows = tokenizer.encode(texts) + rows
     if empty := [number for number, row in enumerate(rows) if not row]:
         raise ValueError(f"prompt {empty[0]} has no token")
     return rows, tokenizer
@@ -122,15 +134,12 @@ def _padded(rows: Sequence[Sequence[int]]):
 
 
 def _tokenizer(checkpoint: Path, ids_option: str):
-    from tokenizers import Tokenizer
+    from nvfp4jax.checkpoint.tokenizer import Tokenizer
 
     file = checkpoint / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"{file}: no such file, so text cannot be turned into tokens; pass {ids_option}")
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"{file}: cannot be read as a tokenizer ({' '.join(str(error).split())[:200]})") from error
+    return Tokenizer(file)
 
 
 def _stop_tokens(checkpoint: Path) -> list[int]:
@@ -161,6 +170,7 @@ def rollout(
     scaling: Annotated[str | None, typer.Option(help="Mode of the NVFP4 layers, where not the stored one.")] = None,
     scan_layers: Annotated[bool, typer.Option(help="Scan equal layers: compiles faster, runs slower.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a sample.")] = False,
+    follow_links: _FOLLOW_LINKS = False,
 ) -> None:
     """Sample continuations of prompts."""
     import jax
@@ -169,6 +179,7 @@ def rollout(
     from nvfp4jax.checkpoint import load_model
     from nvfp4jax.rollout import generate
 
+    _follow_links(follow_links)
     rows, tokenizer = _prompt_rows(checkpoint, prompt or (), prompt_file, token_ids, ("--prompt", "--prompt-file", "--token-ids"))
     options = {} if scaling is None else {"scaling": _scaling(scaling)}
     model = load_model(checkpoint, scan_layers=scan_layers, **options)
@@ -178,9 +189,9 @@ def rollout(
         num_samples=num_samples, stop_tokens=_stop_tokens(checkpoint) if stop_token is None else stop_token, cache_length=cache_length,
     )  # fmt: skip
     tokens, lengths, logprobs = (np.asarray(v) for v in (result.tokens, result.lengths, result.logprobs))
-    for i in range(tokens.shape[0]):
-        new = tokens[i, : lengths[i]].tolist()
-        text = None if tokenizer is None else tokenizer.decode(new)
+    sampled = [tokens[i, : lengths[i]].tolist() for i in range(tokens.shape[0])]
+    texts = [None] * len(sampled) if tokenizer is None else tokenizer.decode(sampled)
+    for i, (new, text) in enumerate(zip(sampled, texts, strict=True)):
         if as_json:
             record = {"prompt": i // num_samples, "sample": i % num_samples, "tokens": new, "logprobs": logprobs[i, : lengths[i]].tolist()}
             print(json.dumps(record if text is None else record | {"text": text}))
@@ -212,12 +223,15 @@ def _print_total(nbytes: int, elements: int) -> None:
 
 
 @app.command()
-def inspect(directory: Annotated[Path, typer.Argument(help="Hugging Face folder or Orbax folder.")]) -> None:
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="Hugging Face folder or Orbax folder.")], follow_links: _FOLLOW_LINKS = False
+) -> None:
     """Print the layers of a checkpoint: formats, shapes, scales, sizes."""
     from nvfp4jax.checkpoint import orbax
+    from nvfp4jax.checkpoint.survey import require_folder
 
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: no such folder")
+    _follow_links(follow_links)
+    require_folder(directory)
     if orbax.exists(directory):
         _inspect_orbax(directory)
     else:

@@ -11,10 +11,8 @@ The save_dir appears by one rename when all is done; bad input leaves nothing be
 
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,10 +27,10 @@ from flax import nnx
 from nvfp4jax import models, numerics
 from nvfp4jax.array import NVFP4Array, check_k, quantize
 from nvfp4jax.calibration import input_scales
-from nvfp4jax.checkpoint import formats, huggingface, orbax
+from nvfp4jax.checkpoint import formats, huggingface, orbax, resume
 from nvfp4jax.checkpoint.formats import BF16, BLOCK, E4M3, Checkpoint, PackedWeight
 from nvfp4jax.checkpoint.huggingface import module_name, quantizable
-from nvfp4jax.checkpoint.safetensors import CheckpointError, TensorInfo, Writer, read_header
+from nvfp4jax.checkpoint.safetensors import CheckpointError, TensorInfo, Writer, open_regular, read_header
 from nvfp4jax.layers import WEIGHTS, Experts, NVFP4Experts, NVFP4Linear
 from nvfp4jax.scaling import Name, Request, Scaling, Static, Token, parse
 from nvfp4jax.swap import Rule, path_string, quantize_model, scaled_layers
@@ -48,6 +46,7 @@ COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 _KEPT = r"(.*/)?(lm_head|mlp/gate|mlp/shared_expert_gate|router)"
 _CHUNK = 2**22  # elements quantized at once, which bounds the scratch memory
 _EXPORT_SHARD_BYTES = 4 * 2**30
+_LARGEST_COMPANION = 2**28
 
 Progress = Callable[[int, int, str], None]
 
@@ -366,21 +365,14 @@ def _excluded(qmodel: nnx.Module, method: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _fingerprint(
-    checkpoint: Checkpoint, method: str, share: bool, rules: Sequence[Rule], output: str, calibrated: Mapping[str, np.ndarray]
-) -> str:
-    files = sorted({info.file for info in checkpoint.tensors.values()})
-    table = sorted((i.name, str(i.dtype), i.shape, i.file.name, i.offset) for i in checkpoint.tensors.values())
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    plan = [orbax.FORMAT_VERSION, output, method, share, orbax.rules_to_json(rules), checkpoint.config, table, stats]
-    plan.append({name: float(scale) for name, scale in calibrated.items()})
-    return hashlib.sha256(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+def _is_finished(piece: Path, rows_file: Path, specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bool:
+    """Whether an earlier run has written the piece: its report comes last."""
+    if not piece.exists() or not rows_file.exists():
+        return False
+    try:
+        return {name: (info.dtype, info.shape) for name, info in read_header(piece).items()} == {k: (np.dtype(d), tuple(n)) for k, (d, n) in specs.items()}
+    except CheckpointError:
+        return False
 
 
 def _run_units(units: list[_Unit], pieces: Path, progress: Progress) -> list[dict[str, Any]]:
@@ -394,12 +386,12 @@ def _run_units(units: list[_Unit], pieces: Path, progress: Progress) -> list[dic
         piece = pieces / f"model-{number + 1:05d}-of-{len(by_file):05d}.safetensors"
         rows_file = piece.with_suffix(".report.json")
         nbytes = sum(unit.nbytes for unit in by_file[file])
-        if piece.exists() and rows_file.exists():  # the report comes last
+        specs = {name: spec for unit in by_file[file] for name, spec in unit.specs.items()}
+        if _is_finished(piece, rows_file, specs):
             done += nbytes
             report += json.loads(rows_file.read_text())
             progress(done, total, file)
             continue
-        specs = {name: spec for unit in by_file[file] for name, spec in unit.specs.items()}
         rows = []
         with Writer(piece, specs) as writer:
             for unit in by_file[file]:
@@ -409,7 +401,7 @@ def _run_units(units: list[_Unit], pieces: Path, progress: Progress) -> list[dic
                 rows += unit_rows
                 done += unit.nbytes
                 progress(done, total, file)
-        _write_json(rows_file, rows)
+        resume.write_json(rows_file, rows)
         report += rows
     return report
 
@@ -421,11 +413,11 @@ def _finish_folder(folder: Path, config: dict[str, Any], method: str, qmodel: nn
         for name, info in read_header(piece).items():
             weight_map[name] = piece.name
             size += info.nbytes
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
+    resume.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
     quantization, separate = formats.quantization_configs(method, _excluded(qmodel, method), weight_only=weight_only, kv_cache=kv)
-    _write_json(folder / "config.json", {k: v for k, v in config.items() if k != "quantization_config"} | {"quantization_config": quantization})
+    resume.write_json(folder / "config.json", {k: v for k, v in config.items() if k != "quantization_config"} | {"quantization_config": quantization})
     if separate is not None:
-        _write_json(folder / "hf_quant_config.json", separate)
+        resume.write_json(folder / "hf_quant_config.json", separate)
 
 
 def _extras(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
@@ -470,7 +462,11 @@ def _to_orbax(checkpoint: Checkpoint, qmodel: nnx.Module, rules: Sequence[Rule],
 def _copy_companions(source: Path, target: Path) -> None:
     for name in COMPANIONS:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            opened, size = open_regular(source / name)
+            with opened, open(target / name, "wb") as copy:
+                if size > _LARGEST_COMPANION:
+                    raise CheckpointError(f"{source / name}: {size} bytes; at most {_LARGEST_COMPANION} are copied")
+                shutil.copyfileobj(opened, copy)
 
 
 def quantize_folder(
@@ -501,8 +497,15 @@ def quantize_folder(
     orbax.refuse_existing(save_dir)
     if calibration is not None and selection.scaling is None:
         raise ValueError("calibration: scaling=None quantizes no activation, so there is nothing to scale")
-    if orbax.exists(source):
-        return _export(source, save_dir, selection, output, calibration, progress)
+    with resume.only_run(save_dir):
+        convert = _export if orbax.exists(source) else _quantize
+        return convert(source, save_dir, selection, output, calibration, progress)
+
+
+def _quantize(
+    source: Path, save_dir: Path, selection: Selection, output: str, calibration: Calibration | None, progress: Progress
+) -> list[dict[str, Any]]:
+    """A Hugging Face folder into any output."""
     checkpoint = formats.open_checkpoint(source)
     model = models.build(checkpoint.config, jnp.bfloat16)
     layers = quantizable(model)
@@ -530,13 +533,17 @@ def quantize_folder(
     qmodel = huggingface.with_input_scales(quantize_model(model, rules))
     method, share = ("modelopt", False) if output == "orbax" else (output, True)
     notes = huggingface.Notes()
+    units = list(_units(checkpoint, qmodel, method, share, notes, calibrated))
+    if output == "compressed-tensors" and checkpoint.quantization.kv_cache is not None:
+        _log.warning("%s: the KV cache's scales are left out: compressed-tensors output has none", source)
+        units = [unit for unit in units if not any(name.endswith((".k_scale", ".v_scale")) for name in unit.specs)]
+    sources = resume.Sources(info.file for info in checkpoint.tensors.values())
+    table = sorted((i.name, str(i.dtype), i.shape, i.file.name, i.offset) for i in checkpoint.tensors.values())
+    plan = [orbax.FORMAT_VERSION, output, method, share, orbax.rules_to_json(rules), checkpoint.config, table]
+    plan.append({name: float(scale) for name, scale in calibrated.items()})
     working = save_dir.with_name(save_dir.name + ".partial")
-    try:
-        units = list(_units(checkpoint, qmodel, method, share, notes, calibrated))
-        if output == "compressed-tensors" and checkpoint.quantization.kv_cache is not None:
-            _log.warning("%s: the KV cache's scales are left out: compressed-tensors output has none", source)
-            units = [unit for unit in units if not any(name.endswith((".k_scale", ".v_scale")) for name in unit.specs)]
-        working = _working_folder(working, _fingerprint(checkpoint, method, share, rules, output, calibrated))
+    with resume.kept_unless_bad(working):
+        resume.working_folder(working, resume.fingerprint(sources, plan))
         if output == "orbax" and packed and not calibrated:
             report = _packed_report(checkpoint, qmodel)
             _to_orbax(checkpoint, qmodel, rules, working / "orbax", progress)
@@ -549,34 +556,16 @@ def quantize_folder(
                 _to_orbax(formats.open_checkpoint(working), qmodel, rules, working / "orbax", progress)
         names = [module_name(path) for path in packed]
         huggingface.warn_about(checkpoint, names, notes, huggingface.unused_tensors(checkpoint, qmodel))
+        sources.check()
         _publish(working, save_dir, source, report, output)
-    except (ValueError, NotImplementedError):  # bad input; an interruption or a full disk leaves the work for the next run
-        shutil.rmtree(working, ignore_errors=True)
-        raise
     return report
-
-
-def _working_folder(working: Path, fingerprint: str) -> Path:
-    """The folder of an interrupted run of the same work, or a fresh one."""
-    plan = working / "plan.json"
-    if working.exists() and not (plan.is_file() and json.loads(plan.read_text()).get("fingerprint") == fingerprint):
-        shutil.rmtree(working)
-    working.mkdir(parents=True, exist_ok=True)
-    for leftover in working.glob("orbax*"):
-        shutil.rmtree(leftover)
-    _write_json(plan, {"fingerprint": fingerprint})
-    return working
 
 
 def _publish(working: Path, save_dir: Path, source: Path, report: list[dict[str, Any]], output: str) -> None:
     finished = working / "orbax" if output == "orbax" else working
-    _write_json(finished / REPORT, report)
+    resume.write_json(finished / REPORT, report)
     _copy_companions(source, finished)
-    for leftover in [*working.glob("*.report.json"), working / "plan.json"]:
-        leftover.unlink(missing_ok=True)
-    os.rename(finished, save_dir)
-    if finished != working:
-        shutil.rmtree(working)
+    resume.appear(working, finished, save_dir)
 
 
 def _packed_report(checkpoint: Checkpoint, qmodel: nnx.Module) -> list[dict[str, Any]]:
@@ -606,12 +595,11 @@ def _export(
         extras |= {f"{name}.input_scale": scale for name, scale in found.items()}
     shapes = orbax.flatten(nnx.state(qmodel, WEIGHTS))
     working = save_dir.with_name(save_dir.name + ".partial")
-    shutil.rmtree(working, ignore_errors=True)
-    working.mkdir(parents=True)
     modules = list(huggingface.owning_modules(qmodel))
     method = "modelopt" if output == "orbax" else output
     report: list[dict[str, Any]] = []
-    try:
+    with resume.kept_unless_bad(working):
+        resume.working_folder(working, resume.fingerprint(resume.Sources(()), ["export", str(source), output, metadata.get("digests")]))
         shards: list[list[tuple]] = [[]]
         size = 0
         for path, module in modules:
@@ -644,9 +632,6 @@ def _export(
             static = huggingface.with_input_scales(nnx.view(qmodel, scaling="static"))
             _to_orbax(checkpoint, static, orbax.rules_of(static), working / "orbax", progress)
         _publish(working, save_dir, source, report, output)
-    except BaseException:  # nothing here is worth resuming
-        shutil.rmtree(working, ignore_errors=True)
-        raise
     return report
 
 

@@ -11,8 +11,9 @@ tensors. Layouts: NVIDIA ModelOpt `export/quant_utils.py`, compressed-tensors `c
 
 import dataclasses
 import fnmatch
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from nvfp4jax.checkpoint.digest import LARGEST_WEIGHT_GLOBAL_SCALE
 from nvfp4jax.checkpoint.safetensors import CheckpointError, TensorInfo, read_folder, read_json, read_tensor
+from nvfp4jax.checkpoint.survey import require_folder
 
 BLOCK = 16
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -81,19 +83,24 @@ _NUMBERS = ("rms_norm_eps", "rope_theta", "routed_scaling_factor")
 _SWITCHES = ("tie_word_embeddings", "attention_bias", "norm_topk_prob", "use_sliding_window")
 _WORDS = ("model_type", "hidden_act", "scoring_func", "topk_method")
 _LARGEST_COUNT = 2**24
+_DEEPEST = 256  # layers; a model is built of them, at 20 ms each. The deepest known have about 130.
 
 
 def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e30
 
 
-def check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], where: str) -> None:
-    """CheckpointError for a config.json whose values have the wrong type, or describe more than the folder's tensors could hold."""
+def check_config(config: Mapping[str, Any], tensors: Mapping[str, Any] | None, where: str) -> None:
+    """CheckpointError for a config.json whose values have the wrong type, or describe more than the folder's tensors could hold.
+
+    tensors: by name, each with a `shape`; None where only the types are in question.
+    """
 
     def is_list(value, kind) -> bool:
         return isinstance(value, list) and len(value) <= 10_000 and all(type(item) is kind for item in value)
 
     tests = dict.fromkeys(_COUNTS, ("a count", lambda v: type(v) is int and 0 <= v <= _LARGEST_COUNT))
+    tests["num_hidden_layers"] = (f"a count of at most {_DEEPEST}", lambda v: type(v) is int and 0 <= v <= _DEEPEST)
     tests |= dict.fromkeys(_NUMBERS, ("a number of at least 0", _is_number))
     tests |= dict.fromkeys(_SWITCHES, ("true or false", lambda v: isinstance(v, bool)))
     tests |= dict.fromkeys(_WORDS, ("a string", lambda v: isinstance(v, str)))
@@ -112,6 +119,8 @@ def check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], w
         theta = (config.get(key) or {}).get("rope_theta")
         if theta is not None and not _is_number(theta):
             raise CheckpointError(f"{where}: {key}: rope_theta={str(theta)[:80]} must be a number of at least 0")
+    if tensors is None:
+        return
     # A model is built of as many modules as this says: bounded by the file's size, not by what the config claims.
     layers = config.get("num_hidden_layers") or 0
     experts = max(config.get(key) or 0 for key in ("num_experts", "num_local_experts", "n_routed_experts"))
@@ -123,8 +132,7 @@ def check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], w
 def open_checkpoint(directory: str | Path) -> Checkpoint:
     """Config, quantization and tensor table of a folder, checked. CheckpointError names the file and what is wrong with it."""
     directory = Path(directory)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such folder")
+    require_folder(directory)
     config = read_json(directory / "config.json")
     # A converter may leave a stale hf_quant_config.json behind: config.json decides where it says anything.
     if config.get("quantization_config") is not None:
@@ -211,6 +219,7 @@ def _parse_compressed_tensors(table: Mapping, where: str) -> Quantization:
     return Quantization("compressed-tensors", _strings(table, "ignore", where), weight_only=weight_only, kv_cache=kv)
 
 
+@functools.lru_cache(1024)
 def safe_pattern(text: str) -> re.Pattern:
     """A regular expression from a checkpoint: one that could take exponential time (a repeat of more than one thing) is refused."""
     try:
@@ -222,7 +231,11 @@ def safe_pattern(text: str) -> re.Pattern:
     def walk(items, repeats: int) -> int:
         for op, argument in items:
             name = str(op)
-            if "REPEAT" in name:
+            if name in ("ASSERT", "ASSERT_NOT"):  # a look ahead or behind backtracks as the rest does
+                repeats = walk(argument[1], repeats)
+            elif name == "ATOMIC_GROUP":
+                repeats = walk(argument, repeats)
+            elif "REPEAT" in name:
                 low, high, body = argument
                 single = len(body) == 1 and str(body[0][0]) in ("LITERAL", "NOT_LITERAL", "ANY", "IN", "CATEGORY")
                 if high > 1 and not single:
@@ -232,10 +245,12 @@ def safe_pattern(text: str) -> re.Pattern:
                 repeats = walk(argument[3], repeats)
             elif name == "BRANCH":
                 repeats = max(walk(branch, repeats) for branch in argument[1])
+            elif name not in ("LITERAL", "NOT_LITERAL", "ANY", "IN", "AT"):  # references to groups
+                raise CheckpointError(f"exclude pattern {text[:80]!r} has {name.lower()}; that is not supported")
         return repeats
 
-    if len(text) > 1000 or walk(parsed, 0) > 4:
-        raise CheckpointError(f"exclude pattern {text[:80]!r} is too long, or has more than 4 unbounded repeats")
+    if len(text) > 1000 or walk(parsed, 0) > 3:
+        raise CheckpointError(f"exclude pattern {text[:80]!r} is too long, or has more than 3 unbounded repeats")
     return pattern
 
 
@@ -245,16 +260,30 @@ def is_excluded(module: str, patterns: Sequence[str]) -> bool:
     `re:` begins a regular expression matched at the name's start; *, ? and [ make a glob over the whole name; a trailing dot makes
     a prefix; any other entry is the module itself or one above it.
     """
+    names, searches = _sorted_patterns(tuple(patterns))
+    parts = module.split(".")
+    if any(".".join(parts[:i]) in names for i in range(1, len(parts) + 1)):
+        return True
+    return any(search(module) for search in searches)
+
+
+_MOST_SEARCHES = 256
+
+
+@functools.lru_cache(16)
+def _sorted_patterns(patterns: tuple[str, ...]) -> tuple[frozenset[str], list[Callable[[str], Any]]]:
+    """(modules, searches): the names and dotted prefixes, which a look-up finds; the globs and expressions, each to be tried."""
+    names, searches = set(), []
     for pattern in patterns:
         if pattern.startswith("re:"):
-            hit = safe_pattern(pattern[3:]).match(module) is not None
+            searches.append(safe_pattern(pattern[3:]).match)
         elif any(c in pattern for c in "*?["):
-            hit = fnmatch.fnmatchcase(module, pattern)
+            searches.append(re.compile(fnmatch.translate(pattern)).match)
         else:
-            hit = module == pattern or module.startswith(pattern if pattern.endswith(".") else pattern + ".")
-        if hit:
-            return True
-    return False
+            names.add(pattern.removesuffix("."))
+    if len(searches) > _MOST_SEARCHES:
+        raise CheckpointError(f"{len(searches)} exclude patterns with wildcards; at most {_MOST_SEARCHES} are read")
+    return frozenset(names), searches
 
 
 def _info(checkpoint: Checkpoint, name: str) -> TensorInfo:

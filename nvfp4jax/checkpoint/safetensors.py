@@ -5,9 +5,11 @@ before any tensor's memory is allocated, and no more is ever allocated than the 
 caller's memory is its own choice.
 """
 
+import contextvars
 import json
 import math
 import os
+import secrets
 import stat
 import struct
 from collections.abc import Mapping
@@ -17,10 +19,18 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from nvfp4jax.checkpoint.errors import CheckpointError, failure
+
 # What the format's own library accepts as a header; a larger one is an attack or an accident.
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 100_000_000
 MAX_RANK = 32
+# Values in a JSON file, about: each takes a hundred bytes or two once it is parsed. An index of 300,000 tensors has 300,000.
+MAX_JSON_VALUES = 3_000_000
+MAX_NAME = 1000
+
+# Whether files that are links out of their folder are read: a folder of others could hand on any file of this machine.
+FOLLOW_LINKS = contextvars.ContextVar("FOLLOW_LINKS", default=False)
 
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -43,13 +53,6 @@ DTYPES = {
 TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written; the message is one printable line that names the file or tensor."""
-
-    def __init__(self, message: str):
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:1500]))
-
-
 @dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor lies: `offset` and `nbytes` in bytes from the file's start."""
@@ -69,6 +72,9 @@ def _parse_json(raw: bytes, where: str) -> dict:
             raise CheckpointError(f"{where}: a key appears twice")
         return table
 
+    values = sum(raw.count(mark) for mark in (b",", b"{", b"["))
+    if values > MAX_JSON_VALUES:
+        raise CheckpointError(f"{where}: about {values} values of JSON; at most {MAX_JSON_VALUES} are read")
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except CheckpointError:
@@ -80,13 +86,28 @@ def _parse_json(raw: bytes, where: str) -> dict:
     return value
 
 
-def _open_regular(path: Path):
-    """The open file and its size. A pipe or a device is refused: reading it could block or never end."""
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether what `path` leads to lies in `folder`, or, in the hub's cache, among the blobs beside it; or links are followed."""
+    try:
+        if FOLLOW_LINKS.get() or not path.is_symlink():
+            return True
+    except (OSError, ValueError):  # opening it tells
+        return True
+    root, target = os.path.realpath(folder), os.path.realpath(path)
+    above, revisions = os.path.split(os.path.dirname(root))
+    allowed = [root, os.path.join(above, "blobs")] if revisions == "snapshots" else [root]
+    return any(os.path.commonpath([place, target]) == place for place in allowed)
+
+
+def open_regular(path: Path):
+    """The open file and its size. A pipe or a device is refused: reading it could block or never end; so is a link out of the folder."""
+    if not is_inside(path, path.parent):
+        raise CheckpointError(f"{path}: a link out of its folder, to {os.path.realpath(path)}; follow_links (--follow-links) reads it all the same")
     try:
         # Without O_NONBLOCK, opening a pipe waits for its writer.
         file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be opened ({getattr(error, 'strerror', None) or error})") from None
+        raise failure(f"{path}: cannot be opened", error) from None
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
         file.close()
@@ -97,7 +118,7 @@ def _open_regular(path: Path):
 def read_json(path: str | Path) -> dict:
     """A JSON object from a file of at most MAX_JSON_BYTES, or CheckpointError."""
     path = Path(path)
-    file, size = _open_regular(path)
+    file, size = open_regular(path)
     with file:
         if size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: {size} bytes of JSON; at most {MAX_JSON_BYTES} are read")
@@ -134,7 +155,7 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     Raises CheckpointError naming the file and the tensor.
     """
     path = Path(path)
-    file, size = _open_regular(path)
+    file, size = open_regular(path)
     with file:
         if size < 8:
             raise CheckpointError(f"{path}: {size} bytes; a safetensors file begins with 8: the file is truncated")
@@ -149,8 +170,8 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
     for name in header:
-        if not name.isprintable() or not name:
-            raise CheckpointError(f"{path}: a tensor's name is not printable: {name[:80]!r}")
+        if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+            raise CheckpointError(f"{path}: a tensor's name is not printable, or longer than {MAX_NAME}: {name[:80]!r}")
     data_start = 8 + length
     infos = [_entry(path, name, entry, data_start, size - data_start) for name, entry in header.items()]
     position = data_start
@@ -170,8 +191,8 @@ def read_index(path: str | Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: 'weight_map' must map tensor names to file names")
     for name, shard in weight_map.items():
-        if not name.isprintable() or not name:
-            raise CheckpointError(f"{path}: a tensor's name is not printable: {name[:80]!r}")
+        if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+            raise CheckpointError(f"{path}: a tensor's name is not printable, or longer than {MAX_NAME}: {name[:80]!r}")
         inside = isinstance(shard, str) and shard.isprintable() and shard == os.path.basename(shard) and "\\" not in shard
         if not inside or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{path}: tensor {name!r} points to {str(shard)[:80]!r}, which is no .safetensors file of this folder")
@@ -207,7 +228,7 @@ def read_folder(directory: str | Path) -> dict[str, TensorInfo]:
 
 def read_tensor(info: TensorInfo) -> np.ndarray:
     """One tensor's bytes as a fresh array; CheckpointError where the file has become shorter since its header was read."""
-    file, size = _open_regular(info.file)
+    file, size = open_regular(info.file)
     with file:
         if size < info.offset + info.nbytes:
             raise CheckpointError(f"{info.file}: tensor {info.name!r} reaches beyond the end: the file is truncated")
@@ -223,12 +244,12 @@ class Writer:
     with Writer(path, {"a": (dtype, shape), ...}) as writer:
         writer.write("a", array)
 
-    The file appears under its name only when complete; until then it is `path` + ".tmp", removed on an error.
+    The file appears under its name only when complete; until then its name ends in ".tmp", and it is removed on an error.
     """
 
     def __init__(self, path: str | Path, specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]]):
         self.path = Path(path)
-        self._temporary = self.path.with_name(self.path.name + ".tmp")
+        self._temporary = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.tmp")  # another writer's is another file
         self._missing = {}
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         position = 0
@@ -261,13 +282,14 @@ class Writer:
         self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
     def __exit__(self, kind, error, traceback) -> None:
-        with self._file:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        if kind is None and not self._missing:
-            os.replace(self._temporary, self.path)
-            return
-        self._temporary.unlink(missing_ok=True)
-        if kind is None:
+        try:
+            with self._file:
+                if kind is None:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+            if kind is None and not self._missing:
+                os.replace(self._temporary, self.path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
+        if kind is None and self._missing:
             raise CheckpointError(f"{self.path}: tensors announced but never written: {sorted(self._missing)[:3]}")

@@ -18,6 +18,8 @@ from nvfp4jax.rollout.decoding import Controls, DecodeState, Settings
 from nvfp4jax.rollout.prompts import bucket, check_prompts, pack, unpack
 from nvfp4jax.rollout.sampling import Sampling, row_keys
 
+OWN_WEIGHTS = -2  # the version of tokens by weights that no step was taken for
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Rollout:
     experts: None, or i32 [L_moe, B * num_samples, max_new_tokens, k], the experts that each new token was routed to as
         the model read it: -1 where it never did (a row's last token, and after the end).
     prompt_experts: None, or i32 [L_moe, B, T, k], those of the prompts' tokens, -1 at padding.
-    weight_versions: None, or i32 like tokens, the step of the weights that made the logits each token was sampled from,
-        -1 after the end.
+    weight_versions: None, or i64 like tokens, on the host: the step of the weights that made the logits each token was
+        sampled from; OWN_WEIGHTS (-2) for weights of no step, those the model had when it was given; -1 after the end.
     """
 
     tokens: Int[Array, "R N"]
@@ -40,14 +42,14 @@ class Rollout:
     logprobs: Float[Array, "R N"]
     experts: Int[Array, "L R N k"] | None = None
     prompt_experts: Int[Array, "L B T k"] | None = None
-    weight_versions: Int[Array, "R N"] | None = None
+    weight_versions: Int[np.ndarray, "R N"] | None = None
 
 
 @runtime_checkable
 class WeightSource(Protocol):
     """Where `generate` looks for newer weights; `checkpoint.reload.Reader` is one."""
 
-    active_step: int  # the step of the weights that the model holds
+    active_step: int  # the step of the weights that the model holds, negative for none
 
     def take(self) -> Any:
         """At once: None, or newer weights, `.state` (tree, shapes, dtypes and shardings of the model's) and their `.step`."""
@@ -68,10 +70,10 @@ def _swapping_rollout(
     controls: Controls,
     settings: Settings,
 ) -> tuple[DecodeState, np.ndarray]:
-    """`rollout` in chunks of `swap_every` tokens, newer weights between them; and the version of each step, i32 [limit]."""
+    """`rollout` in chunks of `swap_every` tokens, newer weights between them; and the version of each step, i64 [limit]."""
     graphdef, params, seen = _split(model)
     structure = jax.tree.structure(params)
-    versions = np.full(limit, weights.active_step, np.int32)
+    versions = np.full(limit, weights.active_step if weights.active_step >= 0 else OWN_WEIGHTS, np.int64)
     keys = row_keys(key, prompt.shape[0], settings.num_samples)
     state = None
     for start in [0, *range(1, limit, swap_every)]:
@@ -160,7 +162,7 @@ def generate(
             model, weights, ask.swap_every, prompt, lengths, ask.key, ask.max_new_tokens, ask.controls, settings
         )
         sampled = np.arange(ask.max_new_tokens) < np.asarray(state.lengths)[:, None]
-        versions = jnp.asarray(np.where(sampled, of_step, np.int32(-1)))
+        versions = np.where(sampled, of_step, -1)
     if jax.tree.leaves(state.seen):
         nnx.update(model, state.seen)
     return Rollout(
