@@ -19,6 +19,13 @@ CONFIG = dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3", vocab_size
               num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=64)  # fmt: skip
 
 
+def backend_like_xla(**changes):
+    """A backend as `backends.xla`, but for what is changed."""
+    module = types.ModuleType("changed")
+    vars(module).update(vars(xla) | changes)
+    return module
+
+
 def linears(key, *outputs, scaling="token", k=64):
     floats = [nnx.Linear(k, n, dtype=BF16, param_dtype=BF16, rngs=nnx.Rngs(jax.random.fold_in(key, n))) for n in outputs]
     return floats, [nvfp4jax.NVFP4Linear.from_float(f, scaling=scaling, name=f"l{i}") for i, f in enumerate(floats)]
@@ -101,7 +108,7 @@ def test_quantizations_of_a_layer(monkeypatch):
 
         return call
 
-    spy = types.SimpleNamespace(**vars(xla) | {n: counted(getattr(xla, n)) for n in ("activation", "rms_norm", "silu_mul", "matmul")})
+    spy = backend_like_xla(**{n: counted(getattr(xla, n)) for n in ("activation", "rms_norm", "silu_mul", "matmul")})
     monkeypatch.setitem(ops.BACKENDS, "xla", lambda: spy)
     call, state = layer_call("xla")
     jax.jit(call).lower(jnp.ones((2, 3, 512), BF16), state)
@@ -117,7 +124,7 @@ def test_an_activation_of_one_backend_is_read_by_another(key):
     from nvfp4jax.backends import hopper
 
     a = ops.quantize_activation(x, "token")
-    permuted = types.SimpleNamespace(**vars(xla) | {"NAME": "permuted", "natural": hopper.natural})
+    permuted = backend_like_xla(NAME="permuted", natural=hopper.natural)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ops.BACKENDS, "permuted", lambda: permuted)
         other = nvfp4jax.QuantizedActivation(hopper.permute_k(a.operand), a.row_scale, a.source, None, "permuted")

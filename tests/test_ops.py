@@ -227,7 +227,8 @@ def test_dispatch(key, monkeypatch, caplog, unchecked):
     def refuses(*args):
         raise NotImplementedError("K=32 is too small")
 
-    picky = types.SimpleNamespace(NAME="picky", activation=xla.activation, natural=xla.natural, matmul=refuses)
+    picky = types.ModuleType("picky")
+    vars(picky).update(vars(xla) | dict(NAME="picky", matmul=refuses))
     monkeypatch.setitem(ops.BACKENDS, "picky", lambda: picky)
     with pytest.raises(NotImplementedError, match="too small"):
         nvfp4jax.matmul(x, w, implementation="picky")
