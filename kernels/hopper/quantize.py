@@ -47,15 +47,15 @@ def _f32(value: float) -> str:
 
 # A pair of bf16 with -0 made +0: adding +0 does, where a product with 1 would not.
 CANONICAL = "{.reg .b32 o,z; mov.b32 o,0x3F803F80; mov.b32 z,0; fma.rn.bf16x2 $0,$1,o,z;}"
-# bf16(silu(gate)) * up of two elements, as `numerics.silu_mul` and without -0: gate / (1 +- SILU_NUDGE + exp(-gate)). The exponential
-# overflows below a gate of -87.25, where the reciprocal is flushed: silu is zero.
+# bf16(silu(gate)) * up of two elements, as `numerics.silu_mul`: gate / (1 + sign(gate) * SILU_NUDGE + exp(-gate)); adding +0 to the
+# product makes -0 +0. Below a gate of SILU_MIN the reciprocal is a denormal, which is flushed: zero.
 SILU = ("{.reg .b32 g0,g1,e0,e1,k; shl.b32 g0,$1,16; and.b32 g1,$1,0xFFFF0000;" +
         "".join(f"mul.rn.f32 e{i},g{i},{_f32(-numerics.SILU_RATE / math.log(2))}; ex2.approx.ftz.f32 e{i},e{i};"
                 f"add.rn.f32 e{i},e{i},{_f32(1 - numerics.SILU_NUDGE)}; mul.rn.sat.f32 k,g{i},{_f32(2.0**127)};"
                 f"fma.rn.f32 e{i},k,{_f32(2 * numerics.SILU_NUDGE)},e{i};"
                 f"rcp.approx.ftz.f32 e{i},e{i}; mul.rn.f32 e{i},e{i},g{i};" for i in range(2)) +
         "cvt.rn.bf16x2.f32 e0,e1,e0; mov.b32 k,0; fma.rn.bf16x2 $0,e0,$2,k;}")
-# Two elements x, the inverse RMS, two weights: bf16(bf16(x * inverse) * weight), without -0.
+# Two elements x, the inverse RMS, two weights: bf16(bf16(x * inverse) * weight); -0 as above.
 NORM = ("{.reg .b32 l,h,z; shl.b32 l,$1,16; and.b32 h,$1,0xFFFF0000; mul.rn.f32 l,l,$2; mul.rn.f32 h,h,$2;"
         "cvt.rn.bf16x2.f32 l,h,l; mov.b32 z,0; fma.rn.bf16x2 $0,l,$3,z;}")
 # The sum of squares of a block: low and high halves in order, then the two sums.
@@ -65,7 +65,7 @@ SQUARES = ("{.reg .b32 l,h,a,b; mov.b32 a,0; mov.b32 b,0;" +
 ADD = "add.rn.f32 $0,$1,$2;"
 # v = sum of squares * (1/K) + eps -> 1 / sqrt(v), root and reciprocal each rounded to nearest even; 0 where v is infinite.
 # rsqrt's approximation, refined: the residuals of the root (e) and of the reciprocal (the last d) are exact. Right for every
-# mantissa of v and every first guess up to 6 ulps away (tried out); the factor a little above 2 serves the root 2 - 2**-23, whose
+# mantissa of v and every first guess up to 6 ulps away (all tried); the factor a little above 2 serves the root 2 - 2**-23, whose
 # reciprocal lies next to a tie.
 INVERSE_RMS = ("{{.reg .pred p; .reg .b32 v,s,h,d,e,n,y; mul.rn.f32 v,$1,{share}; add.rn.f32 v,v,{eps}; rsqrt.approx.ftz.f32 $0,v;"
                "mul.rn.f32 s,v,$0; mul.rn.f32 h,$0,{half}; neg.f32 n,s; fma.rn.f32 d,n,h,{half}; fma.rn.f32 s,s,d,s; fma.rn.f32 h,h,d,h;"
