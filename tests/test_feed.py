@@ -88,7 +88,7 @@ def layer_call(implementation):
 def kernels_of(jaxpr):
     """The Pallas calls of a program, those in inner programs too."""
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "pallas_call" or "mosaic" in eqn.primitive.name:
+        if eqn.primitive.name in ("pallas_call", "mpmd_map", "core_map"):
             yield eqn
             continue
         for value in eqn.params.values():
