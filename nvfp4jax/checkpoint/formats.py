@@ -387,12 +387,14 @@ ADVISORY = re.compile(r".*([_.]input_scale|\.input_global_scale|\.[kv]_scale)")
 
 
 def weight_tensors(checkpoint: Checkpoint, module: str) -> set[str]:
-    """The tensors that a linear module's weight is made of, whatever its format."""
+    """The tensors that a module's weight is made of, whatever its format; empty where it is not stored."""
     names = _names(checkpoint, module)
     if names is not None:
         return {names.packed, names.scale, names.global_scale, names.input_scale}
-    info = checkpoint.tensors.get(f"{module}.weight")
-    return {f"{module}.weight"} | ({f"{module}.weight_scale_inv"} if info is not None and info.dtype == E4M3 else set())
+    name = next((name for name in (f"{module}.weight", module) if name in checkpoint.tensors), None)
+    if name is None:
+        return set()
+    return {name} | ({f"{module}.weight_scale_inv"} if checkpoint.tensors[name].dtype == E4M3 else set())
 
 
 def input_scale_of(checkpoint: Checkpoint, module: str, index: int | None = None) -> np.ndarray | None:

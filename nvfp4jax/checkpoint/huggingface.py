@@ -44,8 +44,8 @@ def open_folder(directory: str | Path) -> tuple[Checkpoint, Family]:
     head, table = (family.tensor_name((name, "kernel")) for name in (family.head, family.embedding))
     if not checkpoint.config.get("tie_word_embeddings"):
         return checkpoint, family
-    stored = next((name for name in formats.weight_tensors(checkpoint, family.module_name((family.head,))) if name in checkpoint.tensors), None)
-    if stored is None or _same_bytes(checkpoint.tensors[stored], checkpoint.tensors.get(table)):
+    stored = formats.weight_tensors(checkpoint, family.module_name((family.head,)))
+    if not stored or (stored == {head} and _same_bytes(checkpoint.tensors[head], checkpoint.tensors.get(table))):
         return checkpoint, family
     _log.warning("%s: config.json ties the head to the embedding, but %r is stored and differs: it is used", checkpoint.directory, head)
     return dataclasses.replace(checkpoint, config=checkpoint.config | {"tie_word_embeddings": False}), family
@@ -273,7 +273,10 @@ def check_tensors(checkpoint: Checkpoint, family: Family, model: nnx.Module) -> 
         else:
             parts = [name] if isinstance(module, nnx.Linear | NVFP4Linear) else []
         for part in parts:
-            known |= formats.weight_tensors(checkpoint, part)
+            stored = formats.weight_tensors(checkpoint, part)
+            if not stored:
+                raise CheckpointError(f"{checkpoint.directory}: tensor {part + '.weight'!r} is missing")
+            known |= stored
         known |= {family.tensor_name((*path, param)) for param in plain_params(module)}
     if checkpoint.config.get("tie_word_embeddings"):  # a tied head is stored now and then, a copy of the embedding
         known |= formats.weight_tensors(checkpoint, family.module_name((family.head,)))
