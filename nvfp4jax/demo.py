@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 import nvfp4jax
-from nvfp4jax import Rule, Static, Token, ops
+from nvfp4jax import Rule, Static, Token, models, ops
 from nvfp4jax.array import NVFP4Array
-from nvfp4jax.checkpoint import orbax
+from nvfp4jax.checkpoint import convert, orbax
 from nvfp4jax.layers import set_scaling
 from nvfp4jax.rollout import rollout as jitted_rollout
 from nvfp4jax.rollout.prompts import pack
@@ -97,9 +97,8 @@ def main(
         error = np.abs(np.asarray(base) - wanted)[packed.valid].max()
         say(f"float32 logits: largest difference to transformers' (reference.npz) {error:.1e}")
 
-    rules = [Rule("lm_head|.*/mlp/gate", skip=True), Rule(".*", scaling="token")]
-    rules = rules if not config.get("tie_word_embeddings") else [Rule(".*", scaling="token")]
     half = nvfp4jax.load_model(directory, jnp.bfloat16, scan_layers=True)
+    rules = convert.rules_for(half, models.family_of(config), convert.Selection())
     qmodel = nvfp4jax.quantize_model(half, rules)
     sizes = [sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(nnx.state(m))) for m in (half, qmodel)]
     say(f"swapped {len(quantized_layers(qmodel))} stacks of layers to NVFP4: {sizes[0] / 1e6:.2f} MB -> {sizes[1] / 1e6:.2f} MB")

@@ -29,9 +29,10 @@ from nvfp4jax.array import NVFP4Array, check_k, quantize
 from nvfp4jax.calibration import input_scales
 from nvfp4jax.checkpoint import formats, huggingface, orbax, resume
 from nvfp4jax.checkpoint.formats import BF16, BLOCK, E4M3, Checkpoint, PackedWeight
-from nvfp4jax.checkpoint.huggingface import module_name, quantizable
+from nvfp4jax.checkpoint.huggingface import quantizable
 from nvfp4jax.checkpoint.safetensors import CheckpointError, TensorInfo, Writer, open_regular, read_header
 from nvfp4jax.layers import WEIGHTS, Experts, NVFP4Experts, NVFP4Linear
+from nvfp4jax.models import Family
 from nvfp4jax.scaling import Name, Request, Scaling, Static, Token, parse
 from nvfp4jax.swap import Rule, path_string, quantize_model, scaled_layers
 
@@ -42,8 +43,6 @@ REPORT = "quantization_report.json"
 # Files beside the weights that a user of the result needs.
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "vocab.json", "merges.txt",
               "chat_template.jinja")  # fmt: skip
-# Never quantized unless a rule names them: the head, routers, and gates of shared experts.
-_KEPT = r"(.*/)?(lm_head|mlp/gate|mlp/shared_expert_gate|router)"
 _CHUNK = 2**22  # elements quantized at once, which bounds the scratch memory
 _EXPORT_SHARD_BYTES = 4 * 2**30
 _LARGEST_COMPANION = 2**28
@@ -84,20 +83,22 @@ class Calibration:
     headroom: float = 1.0
 
 
-def _calibrated(qmodel: nnx.Module, calibration: Calibration, float_model: nnx.Module | None = None) -> dict[str, np.ndarray]:
+def _calibrated(
+    qmodel: nnx.Module, family: Family, calibration: Calibration, float_model: nnx.Module | None = None
+) -> dict[str, np.ndarray]:
     """Input scales f32 [] by checkpoint module, of all NVFP4 layers."""
     static = nnx.view(qmodel, scaling="static")
     modules = scaled_layers(static)
     scales: dict[str, np.ndarray] = {}
     found = input_scales(static, calibration.batches, headroom=calibration.headroom, float_model=float_model)
     for path, inputs in found.items():
-        name = module_name(path)
+        name = family.module_name(path)
         if isinstance(modules[path], NVFP4Linear):
             scales[name] = np.asarray(inputs["input"])
             continue
-        of = {"gate_proj": "gate_up_input", "up_proj": "gate_up_input", "down_proj": "down_input"}
+        of = {"gate": "gate_up_input", "up": "gate_up_input", "down": "down_input"}
         for e in range(modules[path].num_experts):
-            scales |= {f"{name}.{e}.{projection}": np.asarray(inputs[which]) for projection, which in of.items()}
+            scales |= {family.experts.module(name, e, role): np.asarray(inputs[which]) for role, which in of.items()}
     return scales
 
 
@@ -105,7 +106,7 @@ def _with_input_scales(weights: Sequence[PackedWeight], names: Sequence[str], ca
     return [dataclasses.replace(w, input_scale=calibrated.get(name, w.input_scale)) for w, name in zip(weights, names, strict=True)]
 
 
-def rules_for(model: nnx.Module, selection: Selection) -> list[Rule]:
+def rules_for(model: nnx.Module, family: Family, selection: Selection) -> list[Rule]:
     """The rules of a selection for a float model (abstract is enough), without any that would match nothing.
 
     ValueError for an `exclude` that matches no layer, and for a selection that leaves nothing to quantize.
@@ -114,13 +115,13 @@ def rules_for(model: nnx.Module, selection: Selection) -> list[Rule]:
     depth = len(model.layers)
     if selection.keep_first_n < 0 or selection.keep_last_n < 0:
         raise ValueError(f"keep_first_n={selection.keep_first_n} and keep_last_n={selection.keep_last_n} must not be negative")
-    skipped: dict[str, list[str]] = {_KEPT: [path for path in paths if re.fullmatch(_KEPT, path)]}
+    skipped: dict[str, list[str]] = {family.kept: [path for path in paths if family.keeps(path)]}
     kept = [*range(min(selection.keep_first_n, depth)), *range(max(depth - selection.keep_last_n, 0), depth)]
     for layer in dict.fromkeys(kept):
         skipped[rf"layers/{layer}/.*"] = [path for path in paths if path.startswith(f"layers/{layer}/")]
     for pattern in selection.exclude:
         try:
-            found = [path for path in paths if re.search(pattern, path) or re.search(pattern, module_name(path.split("/")))]
+            found = [path for path in paths if re.search(pattern, path) or re.search(pattern, family.module_name(path.split("/")))]
         except re.error as error:
             raise ValueError(f"exclude {pattern!r} is no regular expression: {error}") from error
         if not found:
@@ -215,10 +216,13 @@ def _row(name: str, weight: PackedWeight, error: float | None) -> dict[str, Any]
     return row
 
 
-def _has_input_scale(checkpoint: Checkpoint, module: str) -> bool:
-    return any(f"{module}.{name}" in checkpoint.tensors for name in ("input_scale", "input_global_scale")) or (
-        f"{module}_input_scale" in checkpoint.tensors
-    )
+def _stored_input_scale(checkpoint: Checkpoint, module: str, index: int | None = None) -> np.ndarray | None:
+    """The folder's input scale, None where it has none or one that is no scale: it is then left out."""
+    try:
+        return formats.input_scale_of(checkpoint, module, index)
+    except CheckpointError as error:
+        _log.warning("%s; it is left out", error)
+        return None
 
 
 def _float_source(checkpoint: Checkpoint, module: str) -> TensorInfo:
@@ -229,7 +233,7 @@ def _float_source(checkpoint: Checkpoint, module: str) -> TensorInfo:
 
 
 def _units(
-    checkpoint: Checkpoint, qmodel: nnx.Module, method: str, share: bool, notes: huggingface.Notes, calibrated: Mapping[str, np.ndarray]
+    checkpoint: Checkpoint, family: Family, qmodel: nnx.Module, method: str, share: bool, notes: huggingface.Notes, calibrated: Mapping[str, np.ndarray]
 ) -> Iterator[_Unit]:
     """The work that turns a folder into `method`'s tensors. share: q, k, v, and gate and up, get one global scale each group.
 
@@ -239,46 +243,40 @@ def _units(
     layers = dict(huggingface.owning_modules(qmodel))
     for path, layer in layers.items():
         if isinstance(layer, NVFP4Experts):
-            yield from _expert_units(checkpoint, path, layer, method, notes, calibrated)
+            yield from _expert_units(checkpoint, family, path, layer, method, notes, calibrated)
             continue
         if isinstance(layer, NVFP4Linear):
             if path not in done:
-                group = _group(path, layers, checkpoint) if share else [path]
+                group = _group(path, layers, checkpoint, family) if share else [path]
                 done |= set(group)
-                yield _linear_unit(checkpoint, [(p, layers[p]) for p in group], method, calibrated)
-            own = {"bias"}
-        else:
-            own = None
-        yield from _copies(checkpoint, path, layer, own)
+                yield _linear_unit(checkpoint, family, [(p, layers[p]) for p in group], method, calibrated)
+        yield from _copies(checkpoint, family, path, layer)
 
 
-def _group(path: tuple, layers: dict[tuple, nnx.Module], checkpoint: Checkpoint) -> list[tuple]:
+def _group(path: tuple, layers: dict[tuple, nnx.Module], checkpoint: Checkpoint, family: Family) -> list[tuple]:
     """The linears that serving stacks fuse with this one, and so must share its global scale; packed ones keep theirs."""
-    if not huggingface.is_packed(checkpoint, path, layers[path]):
-        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-            group = [(*path[:-1], name) for name in names]
-            if path[-1] in names and all(isinstance(layers.get(p), NVFP4Linear) for p in group):
-                if not any(huggingface.is_packed(checkpoint, p, layers[p]) for p in group):
-                    return group
-    return [path]
+    group = [*family.group(path)]
+    fused = all(isinstance(layers.get(p), NVFP4Linear) and not huggingface.is_packed(checkpoint, family, p, layers[p]) for p in group)
+    return group if fused else [path]
 
 
 def _linear_unit(
-    checkpoint: Checkpoint, group: list[tuple[tuple, NVFP4Linear]], method: str, calibrated: Mapping[str, np.ndarray]
+    checkpoint: Checkpoint, family: Family, group: list[tuple[tuple, NVFP4Linear]], method: str, calibrated: Mapping[str, np.ndarray]
 ) -> _Unit:
-    names = [module_name(path) for path, _ in group]
-    shapes = [(layer.out_features, layer.in_features) for _, layer in group]
+    names = [family.module_name(path) for path, _ in group]
+    shapes = [layer.matrix_shape for _, layer in group]
     sources = [_float_source(checkpoint, name) for name in names]
     specs = {}
     for name, shape in zip(names, shapes, strict=True):
-        specs |= _packed_specs(name, shape, method, name in calibrated or _has_input_scale(checkpoint, name))
+        specs |= _packed_specs(name, shape, method, name in calibrated or _stored_input_scale(checkpoint, name) is not None)
 
     def make():
         weights = [formats.read_weight(checkpoint, name, shape) for name, shape in zip(names, shapes, strict=True)]
+        stored = {name: _stored_input_scale(checkpoint, name) for name in names}
         errors: Sequence[float | None] = [None] * len(weights)
         if not isinstance(weights[0], PackedWeight):
             weights, errors = quantize_together(weights, names, group[0][1].weight_four_over_six)
-        weights = _with_input_scales(weights, names, calibrated)
+        weights = _with_input_scales(weights, names, stored | dict(calibrated))
         tensors = {}
         for name, weight in zip(names, weights, strict=True):
             tensors |= formats.packed_tensors(name, weight, method)
@@ -288,28 +286,32 @@ def _linear_unit(
 
 
 def _expert_units(
-    checkpoint: Checkpoint, path: tuple, layer: NVFP4Experts, method: str, notes: huggingface.Notes, calibrated: Mapping[str, np.ndarray]
+    checkpoint: Checkpoint, family: Family, path: tuple, layer: NVFP4Experts, method: str, notes: huggingface.Notes, calibrated: Mapping[str, np.ndarray]
 ) -> Iterator[_Unit]:
-    experts, e, h, i = module_name(path), layer.num_experts, layer.hidden, layer.intermediate
+    experts, e, h, i = family.module_name(path), layer.num_experts, layer.hidden, layer.intermediate
     for index in range(e):
-        for projections, shape in ((("gate_proj", "up_proj"), (e, i, h)), (("down_proj",), (e, h, i))):
-            names = [f"{experts}.{index}.{projection}" for projection in projections]
-            fused = formats.fused_experts(checkpoint, experts, projections[0])
+        for roles, shape in ((("gate", "up"), (e, i, h)), (("down",), (e, h, i))):
+            names = [family.experts.module(experts, index, role) for role in roles]
+            fused = formats.fused_experts(checkpoint, family.experts, experts, roles[0])
             sources = [_float_source(checkpoint, name) for name in names] if fused is None else [checkpoint.tensors[fused]]
+            holders = names if fused is None else [fused.removesuffix(".weight")] * len(names)
+            stored = {
+                name: _stored_input_scale(checkpoint, holder, None if fused is None else index)
+                for name, holder in zip(names, holders, strict=True)
+            }
             specs = {}
             for name in names:
-                stored = _has_input_scale(checkpoint, name if fused is None else fused.removesuffix(".weight"))
-                specs |= _packed_specs(name, shape[1:], method, name in calibrated or stored)
+                specs |= _packed_specs(name, shape[1:], method, name in calibrated or stored[name] is not None)
 
-            def make(index=index, projections=projections, shape=shape, names=names):
-                if len(projections) == 2:
-                    weights = list(huggingface.gate_up(checkpoint, experts, index, shape, notes))
+            def make(index=index, roles=roles, shape=shape, names=names, stored=stored):
+                if len(roles) == 2:
+                    weights = huggingface.gate_up(checkpoint, family, experts, index, shape, notes)
                 else:
-                    weights = [formats.read_expert(checkpoint, experts, projections[0], index, shape)]
+                    weights = [formats.read_expert(checkpoint, family.experts, experts, roles[0], index, shape)]
                 errors: Sequence[float | None] = [None] * len(weights)
                 if not isinstance(weights[0], PackedWeight):
                     weights, errors = quantize_together(weights, names, layer.weight_four_over_six)
-                weights = _with_input_scales(weights, names, calibrated)
+                weights = _with_input_scales(weights, names, stored | dict(calibrated))
                 tensors = {}
                 for name, weight in zip(names, weights, strict=True):
                     tensors |= formats.packed_tensors(name, weight, method)
@@ -318,9 +320,9 @@ def _expert_units(
             yield _Unit(sources[0].file.name, sum(s.nbytes for s in sources) // (1 if fused is None else e), specs, make)
 
 
-def _copies(checkpoint: Checkpoint, path: tuple, layer: nnx.Module, own: set[str] | None) -> Iterator[_Unit]:
+def _copies(checkpoint: Checkpoint, family: Family, path: tuple, layer: nnx.Module) -> Iterator[_Unit]:
     """What stays in floating point, as it is (FP8 as bfloat16), and the KV cache's scales."""
-    module = module_name(path)
+    module = family.module_name(path)
 
     def decode(name: str, shape: tuple[int, ...]):
         return lambda: ({f"{name}.weight": formats.read_weight(checkpoint, name, shape).astype(BF16)}, [])
@@ -334,18 +336,13 @@ def _copies(checkpoint: Checkpoint, path: tuple, layer: nnx.Module, own: set[str
             return _Unit(info.file.name, info.nbytes, {info.name: (BF16, info.shape)}, decode(name, info.shape))
         return _Unit(info.file.name, info.nbytes, {info.name: (info.dtype, info.shape)}, copy(info))
 
+    names = [family.tensor_name((*path, param)) for param in huggingface.plain_params(layer)]
     if isinstance(layer, Experts):
-        for projection in ("gate_proj", "up_proj", "down_proj"):
-            fused = formats.fused_experts(checkpoint, module, projection)
-            names = [f"{module}.{e}.{projection}.weight" for e in range(layer.num_experts)] if fused is None else [fused]
-            for name in names if fused is None or projection != "up_proj" else ():
-                if name not in checkpoint.tensors:
-                    raise CheckpointError(f"{checkpoint.directory}: tensor {name!r} is missing")
-                yield unit(checkpoint.tensors[name])
-        return
-    params = [name for name, v in vars(layer).items() if isinstance(v, nnx.Variable) and (own is None or name in own)]
-    for param in params:
-        name = f"{module}.{huggingface.tensor_of_param(param)}"
+        modules = dict.fromkeys(huggingface.expert_modules(checkpoint, family, path, layer))
+        names += [m if m in checkpoint.tensors else f"{m}.weight" for m in modules]
+    elif isinstance(layer, nnx.Linear):
+        names.append(f"{module}.weight")
+    for name in names:
         if name not in checkpoint.tensors:
             raise CheckpointError(f"{checkpoint.directory}: tensor {name!r} is missing")
         yield unit(checkpoint.tensors[name])
@@ -354,11 +351,12 @@ def _copies(checkpoint: Checkpoint, path: tuple, layer: nnx.Module, own: set[str
             yield unit(checkpoint.tensors[f"{module}.{kind}"])
 
 
-def _excluded(qmodel: nnx.Module, method: str) -> list[str]:
+def _excluded(qmodel: nnx.Module, family: Family, method: str) -> list[str]:
     """The modules left in floating point, in the format's own spelling."""
-    names = ["lm_head", "model.embed_tokens"] if method == "modelopt" else ["lm_head"]
+    head, embedding = (family.module_name((name,)) for name in (family.head, family.embedding))
+    names = [head, embedding] if method == "modelopt" else [head]
     for path, module in quantizable(qmodel).items():
-        name = module_name(path)
+        name = family.module_name(path)
         if isinstance(module, Experts):
             name = f"{name}*" if method == "modelopt" else f"re:{re.escape(name)}\\..*"
         names.append(name)
@@ -414,7 +412,8 @@ def _finish_folder(folder: Path, config: dict[str, Any], method: str, qmodel: nn
             weight_map[name] = piece.name
             size += info.nbytes
     resume.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
-    quantization, separate = formats.quantization_configs(method, _excluded(qmodel, method), weight_only=weight_only, kv_cache=kv)
+    excluded = _excluded(qmodel, models.family_of(config), method)
+    quantization, separate = formats.quantization_configs(method, excluded, weight_only=weight_only, kv_cache=kv)
     resume.write_json(folder / "config.json", {k: v for k, v in config.items() if k != "quantization_config"} | {"quantization_config": quantization})
     if separate is not None:
         resume.write_json(folder / "hf_quant_config.json", separate)
@@ -422,24 +421,26 @@ def _finish_folder(folder: Path, config: dict[str, Any], method: str, qmodel: nn
 
 def _extras(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """Scales that the model does not hold, kept for a way back: input scales and the KV cache's, by ModelOpt's names."""
-    found = {}
+    found: dict[str, np.ndarray | None] = {}
     for name in checkpoint.tensors:
-        if name.endswith((".input_scale", ".k_scale", ".v_scale")):
+        module, _, kind = name.rpartition(".")
+        if kind in ("k_scale", "v_scale"):
             found[name] = formats.read_scalar(checkpoint, name)
-        elif name.endswith(".input_global_scale"):
-            found[name.replace(".input_global_scale", ".input_scale")] = formats.reciprocal(formats.read_scalar(checkpoint, name))
+        elif kind in ("input_scale", "input_global_scale"):
+            found[f"{module}.input_scale"] = _stored_input_scale(checkpoint, module)
+    found = {name: value for name, value in found.items() if value is not None}
     return found
 
 
 def _to_orbax(checkpoint: Checkpoint, qmodel: nnx.Module, rules: Sequence[Rule], target: Path, progress: Progress) -> None:
     """A packed Hugging Face folder into an Orbax folder, some modules at a time."""
-    notes = huggingface.Notes()
+    family, notes = models.family_of(checkpoint.config), huggingface.Notes()
     save = orbax.PartialSave(target)
     modules = list(huggingface.owning_modules(qmodel))
     batch: dict[str, np.ndarray] = {}
     limit = min(2**28, max(info.nbytes for info in checkpoint.tensors.values()) * 4)
     for number, (path, module) in enumerate(modules):
-        for name, leaf in huggingface.module_leaves(checkpoint, path, module, notes).items():
+        for name, leaf in huggingface.module_leaves(checkpoint, family, path, module, notes).items():
             batch[path_string((*path, name))] = leaf
         if sum(leaf.nbytes for leaf in batch.values()) >= limit and number + 1 < len(modules):
             save.add(batch)
@@ -506,19 +507,19 @@ def _quantize(
     source: Path, save_dir: Path, selection: Selection, output: str, calibration: Calibration | None, progress: Progress
 ) -> list[dict[str, Any]]:
     """A Hugging Face folder into any output."""
-    checkpoint = formats.open_checkpoint(source)
+    checkpoint, family = huggingface.open_folder(source)
     model = models.build(checkpoint.config, jnp.bfloat16)
     layers = quantizable(model)
-    packed = [path for path, module in layers.items() if huggingface.is_packed(checkpoint, path, module)]
+    packed = [path for path, module in layers.items() if huggingface.is_packed(checkpoint, family, path, module)]
     if packed and selection.selects:
-        raise CheckpointError(f"{source}: the weights are NVFP4 already ({module_name(packed[0])}, ...); only the activation mode can be chosen")
+        raise CheckpointError(f"{source}: the weights are NVFP4 already ({family.module_name(packed[0])}, ...); only the activation mode can be chosen")
     if packed:
         rules = [
             Rule(re.escape(path_string(path)), scaling=selection.scaling)
             for path in packed
         ]
     else:
-        rules = rules_for(model, selection)
+        rules = rules_for(model, family, selection)
         if isinstance(selection.scaling, Static) and calibration is None:
             raise CheckpointError(f"{source}: scaling='static' needs input scales, which this folder has not; calibrate on some prompts "
                                   "(--calibration-prompts), or use an online mode")
@@ -527,13 +528,14 @@ def _quantize(
         progress(0, 1, "calibration")
         if packed:
             weights_only = [dataclasses.replace(rule, scaling=None) for rule in rules]
-            calibrated = _calibrated(huggingface.load_model(source, rules=weights_only), calibration)
+            calibrated = _calibrated(huggingface.load_model(source, rules=weights_only), family, calibration)
         else:
-            calibrated = _calibrated(quantize_model(model, rules), calibration, huggingface.load_model(source))
+            calibrated = _calibrated(quantize_model(model, rules), family, calibration, huggingface.load_model(source))
     qmodel = huggingface.with_input_scales(quantize_model(model, rules))
+    huggingface.check_tensors(checkpoint, family, qmodel)
     method, share = ("modelopt", False) if output == "orbax" else (output, True)
     notes = huggingface.Notes()
-    units = list(_units(checkpoint, qmodel, method, share, notes, calibrated))
+    units = list(_units(checkpoint, family, qmodel, method, share, notes, calibrated))
     if output == "compressed-tensors" and checkpoint.quantization.kv_cache is not None:
         _log.warning("%s: the KV cache's scales are left out: compressed-tensors output has none", source)
         units = [unit for unit in units if not any(name.endswith((".k_scale", ".v_scale")) for name in unit.specs)]
@@ -554,8 +556,7 @@ def _quantize(
             _finish_folder(working, checkpoint.config, method, qmodel, weight_only, kv)
             if output == "orbax":
                 _to_orbax(formats.open_checkpoint(working), qmodel, rules, working / "orbax", progress)
-        names = [module_name(path) for path in packed]
-        huggingface.warn_about(checkpoint, names, notes, huggingface.unused_tensors(checkpoint, qmodel))
+        huggingface.warn_about(checkpoint, [family.module_name(path) for path in packed], notes)
         sources.check()
         _publish(working, save_dir, source, report, output)
     return report
@@ -588,10 +589,11 @@ def _export(
     folder = orbax.read_folder(source)
     metadata = folder.metadata
     qmodel = orbax.abstract_model(source, metadata)
+    family = models.family_of(metadata["config"])
     extras = orbax.restore_extras(folder)
     if calibration is not None:
         progress(0, 1, "calibration")
-        found = _calibrated(orbax.load_model(source), calibration)
+        found = _calibrated(orbax.load_model(source), family, calibration)
         extras |= {f"{name}.input_scale": scale for name, scale in found.items()}
     shapes = orbax.flatten(nnx.state(qmodel, WEIGHTS))
     working = save_dir.with_name(save_dir.name + ".partial")
@@ -615,7 +617,7 @@ def _export(
             for path, module in shard:
                 wanted = {name: leaf for name, leaf in shapes.items() if name.rpartition("/")[0] == path_string(path)}
                 leaves = {name.rpartition("/")[2]: np.asarray(v) for name, v in orbax.restore_leaves(folder, wanted, subset=True).items()}
-                tensors |= _export_module(path, module, leaves, extras, method, report)
+                tensors |= _export_module(family, path, module, leaves, extras, method, report)
                 done += 1
                 progress(done, len(modules), path_string(path))
             if number == 0 and method == "modelopt":
@@ -636,9 +638,9 @@ def _export(
 
 
 def _export_module(
-    path: tuple, module: nnx.Module, leaves: dict[str, np.ndarray], extras: dict[str, np.ndarray], method: str, report: list
+    family: Family, path: tuple, module: nnx.Module, leaves: dict[str, np.ndarray], extras: dict[str, np.ndarray], method: str, report: list
 ) -> dict[str, np.ndarray]:
-    name = module_name(path)
+    name = family.module_name(path)
     packed: dict[str, PackedWeight] = {}
     tensors: dict[str, np.ndarray] = {}
 
@@ -650,22 +652,23 @@ def _export_module(
         add(name, leaves.pop("kernel_packed"), leaves.pop("kernel_scale"), leaves.pop("kernel_global_scale"), leaves.pop("input_scale", None))
     elif isinstance(module, NVFP4Experts):
         for e in range(module.num_experts):
-            for half, projection in enumerate(("gate_proj", "up_proj")):
+            for half, role in enumerate(("gate", "up")):
                 given = leaves.get("gate_up_input_scale")
-                add(f"{name}.{e}.{projection}", leaves["gate_up_packed"][e, half], leaves["gate_up_scale"][e, half],
+                add(family.experts.module(name, e, role), leaves["gate_up_packed"][e, half], leaves["gate_up_scale"][e, half],
                     leaves["gate_up_global_scale"][e], None if given is None else given[e])  # fmt: skip
             given = leaves.get("down_input_scale")
-            add(f"{name}.{e}.down_proj", leaves["down_packed"][e], leaves["down_scale"][e], leaves["down_global_scale"][e],
+            add(family.experts.module(name, e, "down"), leaves["down_packed"][e], leaves["down_scale"][e], leaves["down_global_scale"][e],
                 None if given is None else given[e])  # fmt: skip
         leaves = {}
     elif isinstance(module, Experts):
-        for projection, value in leaves.items():
-            tensors |= {f"{name}.{e}.{projection}.weight": np.ascontiguousarray(value[e].T) for e in range(module.num_experts)}
+        for role, param in huggingface.EXPERT_PARAMS.items():
+            value, e = leaves[param], range(module.num_experts)
+            tensors |= {f"{family.experts.module(name, i, role)}.weight": np.ascontiguousarray(value[i].T) for i in e}
         leaves = {}
     for weight_name, weight in packed.items():
         tensors |= formats.packed_tensors(weight_name, weight, method)
         report.append(_row(weight_name, weight, None))
     for param, value in leaves.items():
         value = np.ascontiguousarray(value.T) if param == "kernel" else value
-        tensors[f"{name}.{huggingface.tensor_of_param(param)}"] = value
+        tensors[family.tensor_name((*path, param))] = value
     return tensors

@@ -23,6 +23,7 @@ import numpy as np
 from nvfp4jax.checkpoint.digest import LARGEST_WEIGHT_GLOBAL_SCALE
 from nvfp4jax.checkpoint.safetensors import CheckpointError, TensorInfo, read_folder, read_json, read_tensor
 from nvfp4jax.checkpoint.survey import require_folder
+from nvfp4jax.models.family import ExpertNames
 
 BLOCK = 16
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -381,6 +382,33 @@ def is_packed(checkpoint: Checkpoint, module: str) -> bool:
     return _names(checkpoint, module) is not None
 
 
+# Scales of activations and of the KV cache: read where a mode asks for them, of no meaning to a weight.
+ADVISORY = re.compile(r".*([_.]input_scale|\.input_global_scale|\.[kv]_scale)")
+
+
+def weight_tensors(checkpoint: Checkpoint, module: str) -> set[str]:
+    """The tensors that a module's weight is made of, whatever its format; empty where it is not stored."""
+    names = _names(checkpoint, module)
+    if names is not None:
+        return {names.packed, names.scale, names.global_scale, names.input_scale}
+    name = next((name for name in (f"{module}.weight", module) if name in checkpoint.tensors), None)
+    if name is None:
+        return set()
+    return {name} | ({f"{module}.weight_scale_inv"} if checkpoint.tensors[name].dtype == E4M3 else set())
+
+
+def input_scale_of(checkpoint: Checkpoint, module: str, index: int | None = None) -> np.ndarray | None:
+    """The input scale f32 [] stored beside a packed module's weight (of expert `index`), None where there is none.
+
+    CheckpointError where it is no scale: zero, negative, NaN or infinite, as that of an expert that no prompt was routed to.
+    """
+    names = _names(checkpoint, module)
+    if names is None or names.input_scale not in checkpoint.tensors:
+        return None
+    value = read_scalar(checkpoint, names.input_scale, index)
+    return reciprocal(value) if names.inverse else value
+
+
 def _global_scale(checkpoint: Checkpoint, name: str, inverse: bool, index: int | None) -> np.ndarray:
     value = read_scalar(checkpoint, name, index)
     value = reciprocal(value) if inverse else value
@@ -388,15 +416,6 @@ def _global_scale(checkpoint: Checkpoint, name: str, inverse: bool, index: int |
         stands = f"{'1 / ' if inverse else ''}{name} = {float(value):.4g}"
         raise CheckpointError(f"{checkpoint.directory}: {stands} stands for weights up to {2688 * float(value):.3g}: is it the inverse of a scale?")
     return value
-
-
-def _packed(checkpoint: Checkpoint, names: _Names, packed: np.ndarray, scale: np.ndarray, index: int | None = None) -> PackedWeight:
-    """Bytes of a weight -> the weight with its global and input scale."""
-    input_scale = None
-    if names.input_scale in checkpoint.tensors:
-        input_scale = read_scalar(checkpoint, names.input_scale, index)
-        input_scale = reciprocal(input_scale) if names.inverse else input_scale
-    return PackedWeight(packed, scale, _global_scale(checkpoint, names.global_scale, names.inverse, index), input_scale)
 
 
 def _fp8(checkpoint: Checkpoint, module: str, shape: tuple[int, int]) -> np.ndarray:
@@ -416,7 +435,7 @@ def _fp8(checkpoint: Checkpoint, module: str, shape: tuple[int, int]) -> np.ndar
 
 
 def read_weight(checkpoint: Checkpoint, module: str, shape: tuple[int, int]) -> np.ndarray | PackedWeight:
-    """The weight [N, K] of a linear module: NVFP4 with its own bytes, else floats (FP8 as float32).
+    """The weight [N, K] of a linear module: NVFP4 with its own bytes and without its input scale, else floats (FP8 as float32).
 
     CheckpointError names the file and tensor for one that is missing, has another shape or dtype, or holds NaN.
     """
@@ -426,7 +445,8 @@ def read_weight(checkpoint: Checkpoint, module: str, shape: tuple[int, int]) -> 
         packed, scale = _info(checkpoint, names.packed), _info(checkpoint, names.scale)
         _check(packed, (n, k // 2), (np.dtype(np.uint8),))
         _check(scale, (n, k // BLOCK), (E4M3,))
-        return _packed(checkpoint, names, read_tensor(packed), _finite(read_tensor(scale), scale))
+        global_scale = _global_scale(checkpoint, names.global_scale, names.inverse, None)
+        return PackedWeight(read_tensor(packed), _finite(read_tensor(scale), scale), global_scale)
     info = _info(checkpoint, f"{module}.weight")
     if info.dtype == E4M3:
         return _fp8(checkpoint, module, shape)
@@ -441,28 +461,47 @@ def _fused_expert(info: TensorInfo, index: int, shape: tuple[int, int, int], tra
     return matrix.T if transposed else matrix
 
 
-def fused_experts(checkpoint: Checkpoint, experts: str, projection: str) -> str | None:
-    """The name under which a projection of all experts is stored as one tensor, None where each expert has its own."""
-    fused = f"{experts}.{'down_proj' if projection == 'down_proj' else 'gate_up_proj'}"
+def fused_experts(checkpoint: Checkpoint, names: ExpertNames, experts: str, role: str) -> str | None:
+    """The name under which a role ("gate", "up", "down") of all experts is stored as one tensor, None where each has its own."""
+    fused = f"{experts}.{names.fused_down if role == 'down' else names.fused_gate_up}"
     return next((name for name in (fused, f"{fused}.weight") if name in checkpoint.tensors), None)
 
 
-def read_expert(
-    checkpoint: Checkpoint, experts: str, projection: str, index: int, shape: tuple[int, int, int]
-) -> np.ndarray | PackedWeight:
-    """One expert's projection [N, K]; experts: 'model.layers.0.mlp.experts', shape: (E, N, K).
+def expert_modules(checkpoint: Checkpoint, names: ExpertNames, experts: str, count: int, role: str) -> list[str]:
+    """The modules that hold a role of `count` experts: one each, or one for all."""
+    fused = fused_experts(checkpoint, names, experts, role)
+    return [names.module(experts, e, role) for e in range(count)] if fused is None else [fused.removesuffix(".weight")]
 
-    Stored as a module an expert, or fused: `gate_up_proj` [E, 2N, K] (gate first) and `down_proj` [E, N, K], also transposed
-    ([E, K, 2N], packed [E, K/2, 2N]), as the batched-matmul experts of some models are.
+
+def read_expert(
+    checkpoint: Checkpoint, names: ExpertNames, experts: str, role: str, index: int, shape: tuple[int, int, int], *, input_scale: bool = False
+) -> np.ndarray | PackedWeight:
+    """One expert's gate, up or down [N, K]; experts: 'model.layers.0.mlp.experts', shape: (E, N, K).
+
+    Stored as a module an expert, or fused: gate and up [E, 2N, K] (gate first) and down [E, N, K], also transposed
+    ([E, K, 2N], packed [E, K/2, 2N]), as the batched-matmul experts of some models are. input_scale: read it too.
     """
     total, n, k = shape
-    fused = fused_experts(checkpoint, experts, projection)
+    fused = fused_experts(checkpoint, names, experts, role)
+    module = names.module(experts, index, role) if fused is None else fused.removesuffix(".weight")
     if fused is None:
-        return read_weight(checkpoint, f"{experts}.{index}.{projection}", (n, k))
+        weight = read_weight(checkpoint, module, (n, k))
+    else:
+        weight = _read_fused(checkpoint, fused, module, role, index, shape)
+    if input_scale and isinstance(weight, PackedWeight):
+        scale = input_scale_of(checkpoint, module, None if fused is None else index)
+        weight = dataclasses.replace(weight, input_scale=scale)
+    return weight
+
+
+def _read_fused(
+    checkpoint: Checkpoint, fused: str, module: str, role: str, index: int, shape: tuple[int, int, int]
+) -> np.ndarray | PackedWeight:
+    total, n, k = shape
     info = checkpoint.tensors[fused]
-    rows = n if projection == "down_proj" else 2 * n
-    part = {"down_proj": slice(None), "gate_proj": slice(0, n), "up_proj": slice(n, None)}[projection]
-    names = _names(checkpoint, fused.removesuffix(".weight"))
+    rows = n if role == "down" else 2 * n
+    part = {"down": slice(None), "gate": slice(0, n), "up": slice(n, None)}[role]
+    names = _names(checkpoint, module)
     if names is None:
         matrix = _fused_expert(info, index, (total, rows, k), info.shape != (total, rows, k) and info.shape == (total, k, rows))
         _check(info, info.shape, FLOATS)
@@ -471,7 +510,8 @@ def read_expert(
     transposed = scale.shape == (total, k // BLOCK, rows) and info.shape == (total, k // 2, rows)
     packed = _fused_expert(info, index, (total, rows, k // 2), transposed)[part]
     scales = _finite(_fused_expert(scale, index, (total, rows, k // BLOCK), transposed)[part], scale)
-    return _packed(checkpoint, names, np.ascontiguousarray(packed), np.ascontiguousarray(scales), index)
+    global_scale = _global_scale(checkpoint, names.global_scale, names.inverse, index)
+    return PackedWeight(np.ascontiguousarray(packed), np.ascontiguousarray(scales), global_scale)
 
 
 def reconcile(a: PackedWeight, b: PackedWeight, name: str) -> tuple[PackedWeight, PackedWeight]:

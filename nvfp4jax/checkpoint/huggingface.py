@@ -1,7 +1,8 @@
 """Hugging Face folders into models: bfloat16, FP8 by blocks, ModelOpt NVFP4 and compressed-tensors NVFP4.
 
-A model's module paths are the checkpoint's names with '/' and without 'model.', so the names follow from the paths. NVFP4 weights
-keep their own bytes. Modules are read one at a time, experts one expert at a time; no layer is ever held in bfloat16 and NVFP4 both.
+What a model's tensors are called is its `models.Family`'s business. NVFP4 weights keep their own bytes. Modules are read one at a
+time, experts one expert at a time; no layer is ever held in bfloat16 and NVFP4 both. Every tensor of a folder is read, or known to
+mean nothing to the model, or refused by name.
 """
 
 import dataclasses
@@ -20,28 +21,40 @@ from flax import nnx
 from nvfp4jax import models
 from nvfp4jax.checkpoint import formats
 from nvfp4jax.checkpoint.formats import BLOCK, E4M3, Checkpoint, PackedWeight
-from nvfp4jax.checkpoint.safetensors import CheckpointError
+from nvfp4jax.checkpoint.safetensors import CheckpointError, TensorInfo, read_tensor
 from nvfp4jax.layers import Experts, InputAmax, InputScale, NVFP4Experts, NVFP4Linear, quantize_weight
+from nvfp4jax.models import Family
 from nvfp4jax.scaling import Name, Scaling, Static
 from nvfp4jax.swap import Rule, path_string, quantize_model
 
 _log = logging.getLogger(__name__)
 
-# What a float module's Params are called in a checkpoint, where the names differ.
-_TENSOR_OF_PARAM = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
-# Tensors that no model here computes with, left out without a word.
-_IGNORED = re.compile(r".*(\.rotary_emb\.inv_freq|[_.]input_scale|\.input_global_scale|\.[kv]_scale)")
+# A role of a mixture's experts -> the Param of `layers.Experts` that holds it.
+EXPERT_PARAMS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
-def module_name(path: Sequence[Any]) -> str:
-    """('layers', 0, 'mlp', 'up_proj') -> 'model.layers.0.mlp.up_proj'; the head has no prefix."""
-    name = ".".join(map(str, path))
-    return name if name == "lm_head" else f"model.{name}"
+def open_folder(directory: str | Path) -> tuple[Checkpoint, Family]:
+    """A folder and the family that its config names.
+
+    A head that the folder stores though its config ties it to the embedding, and that differs, is taken, as transformers 5
+    does: the config in the result says tie_word_embeddings=false, and that is logged.
+    """
+    checkpoint = formats.open_checkpoint(directory)
+    family = models.family_of(checkpoint.config)
+    head, table = (family.tensor_name((name, "kernel")) for name in (family.head, family.embedding))
+    if not checkpoint.config.get("tie_word_embeddings"):
+        return checkpoint, family
+    stored = formats.weight_tensors(checkpoint, family.module_name((family.head,)))
+    if not stored or (stored == {head} and _same_bytes(checkpoint.tensors[head], checkpoint.tensors.get(table))):
+        return checkpoint, family
+    _log.warning("%s: config.json ties the head to the embedding, but %r is stored and differs: it is used", checkpoint.directory, head)
+    return dataclasses.replace(checkpoint, config=checkpoint.config | {"tie_word_embeddings": False}), family
 
 
-def tensor_of_param(param: str) -> str:
-    """'kernel' -> 'weight': what a float module's Param is called in a checkpoint."""
-    return _TENSOR_OF_PARAM.get(param, param)
+def _same_bytes(a: TensorInfo, b: TensorInfo | None) -> bool:
+    if b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return np.array_equal(read_tensor(a).view(np.uint8), read_tensor(b).view(np.uint8))
 
 
 def quantizable(model: nnx.Module) -> dict[tuple, nnx.Module]:
@@ -49,15 +62,17 @@ def quantizable(model: nnx.Module) -> dict[tuple, nnx.Module]:
     return {tuple(path): module for path, module in nnx.iter_modules(model) if isinstance(module, nnx.Linear | Experts)}
 
 
-def is_packed(checkpoint: Checkpoint, path: Sequence[Any], module: nnx.Module) -> bool:
+def expert_modules(checkpoint: Checkpoint, family: Family, path: Sequence[Any], module: Experts | NVFP4Experts) -> list[str]:
+    """The checkpoint's modules that a mixture is made of."""
+    name = family.module_name(path)
+    return [m for role in EXPERT_PARAMS for m in formats.expert_modules(checkpoint, family.experts, name, module.num_experts, role)]
+
+
+def is_packed(checkpoint: Checkpoint, family: Family, path: Sequence[Any], module: nnx.Module) -> bool:
     """Whether the checkpoint stores a quantizable module in NVFP4. CheckpointError where only some of the experts are."""
-    name = module_name(path)
     if not isinstance(module, Experts | NVFP4Experts):
-        return formats.is_packed(checkpoint, name)
-    modules = []
-    for projection in ("gate_proj", "up_proj", "down_proj"):
-        fused = formats.fused_experts(checkpoint, name, projection)
-        modules += [f"{name}.{e}.{projection}" for e in range(module.num_experts)] if fused is None else [fused.removesuffix(".weight")]
+        return formats.is_packed(checkpoint, family.module_name(path))
+    modules = expert_modules(checkpoint, family, path, module)
     packed = [formats.is_packed(checkpoint, m) for m in modules]
     if any(packed) != all(packed):
         raise CheckpointError(f"{checkpoint.directory}: {modules[packed.index(True)]!r} is NVFP4, {modules[packed.index(False)]!r} is not: "
@@ -69,7 +84,6 @@ def is_packed(checkpoint: Checkpoint, path: Sequence[Any], module: nnx.Module) -
 class Notes:
     """What a load has to tell, gathered so that each thing is said once."""
 
-    used: set[str] = dataclasses.field(default_factory=set)
     reconciled: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -93,28 +107,34 @@ def _check_size(checkpoint: Checkpoint, name: str, shape: tuple[int, int, int]) 
         raise CheckpointError(f"{checkpoint.directory}: {name!r}: {shape[0]} experts of {shape[1:]} are more than the folder holds")
 
 
-def _linear(checkpoint: Checkpoint, path: Sequence[Any], layer: NVFP4Linear) -> dict[str, np.ndarray]:
-    name = module_name(path)
-    w = formats.read_weight(checkpoint, name, (layer.out_features, layer.in_features))
+def _linear(checkpoint: Checkpoint, family: Family, path: Sequence[Any], layer: NVFP4Linear) -> dict[str, np.ndarray]:
+    name = family.module_name(path)
+    w = formats.read_weight(checkpoint, name, layer.matrix_shape)
     leaves = {}
     if isinstance(layer.scaling, Static):
-        leaves["input_scale"] = _input_scale([w] if isinstance(w, PackedWeight) else [PackedWeight(w, w, w)], checkpoint, name)
+        scale = formats.input_scale_of(checkpoint, name)
+        leaves["input_scale"] = _input_scale([PackedWeight(w, w, w, scale)], checkpoint, name)
     if not isinstance(w, PackedWeight):
         w = _quantize(w, layer, name)
     return leaves | {"kernel_packed": w.packed, "kernel_scale": w.scale, "kernel_global_scale": w.global_scale}
 
 
-def gate_up(checkpoint: Checkpoint, experts: str, index: int, shape: tuple[int, int, int], notes: Notes):
+def gate_up(
+    checkpoint: Checkpoint, family: Family, experts: str, index: int, shape: tuple[int, int, int], notes: Notes, *, input_scale: bool = False
+) -> list[np.ndarray | PackedWeight]:
     """One expert's gate and up: both floats, or both NVFP4 with one global scale (reconciled, and noted, where they differ)."""
-    gate, up = (formats.read_expert(checkpoint, experts, p, index, shape) for p in ("gate_proj", "up_proj"))
+    gate, up = (
+        formats.read_expert(checkpoint, family.experts, experts, role, index, shape, input_scale=input_scale) for role in ("gate", "up")
+    )
     if isinstance(gate, PackedWeight) and isinstance(up, PackedWeight) and gate.global_scale != up.global_scale:
         notes.reconciled.append(f"{experts}.{index}")
         gate, up = formats.reconcile(gate, up, f"{experts}.{index}")
-    return gate, up
+    return [gate, up]
 
 
-def _experts(checkpoint: Checkpoint, path: Sequence[Any], layer: NVFP4Experts, notes: Notes) -> dict[str, np.ndarray]:
-    name, e, h, i = module_name(path), layer.num_experts, layer.hidden, layer.intermediate
+def _experts(checkpoint: Checkpoint, family: Family, path: Sequence[Any], layer: NVFP4Experts, notes: Notes) -> dict[str, np.ndarray]:
+    name, e, h, i = family.module_name(path), layer.num_experts, layer.hidden, layer.intermediate
+    static = isinstance(layer.scaling, Static)
     _check_size(checkpoint, name, (e, h, i))
     leaves = {
         "gate_up_packed": np.empty((e, 2, i, h // 2), np.uint8),
@@ -124,20 +144,21 @@ def _experts(checkpoint: Checkpoint, path: Sequence[Any], layer: NVFP4Experts, n
         "down_scale": np.empty((e, h, i // BLOCK), E4M3),
         "down_global_scale": np.empty((e,), np.float32),
     }
-    if isinstance(layer.scaling, Static):
+    if static:
         leaves |= {"gate_up_input_scale": np.empty((e,), np.float32), "down_input_scale": np.empty((e,), np.float32)}
     for index in range(e):
-        gate, up = gate_up(checkpoint, name, index, (e, i, h), notes)
-        down = formats.read_expert(checkpoint, name, "down_proj", index, (e, h, i))
-        if isinstance(layer.scaling, Static):
+        gate, up = gate_up(checkpoint, family, name, index, (e, i, h), notes, input_scale=static)
+        down = formats.read_expert(checkpoint, family.experts, name, "down", index, (e, h, i), input_scale=static)
+        names = [family.experts.module(name, index, role) for role in EXPERT_PARAMS]
+        if static:
             read = [w if isinstance(w, PackedWeight) else PackedWeight(w, w, w) for w in (gate, up, down)]
-            leaves["gate_up_input_scale"][index] = _input_scale(read[:2], checkpoint, f"{name}.{index}.gate_proj")
-            leaves["down_input_scale"][index] = _input_scale(read[2:], checkpoint, f"{name}.{index}.down_proj")
+            leaves["gate_up_input_scale"][index] = _input_scale(read[:2], checkpoint, names[0])
+            leaves["down_input_scale"][index] = _input_scale(read[2:], checkpoint, names[2])
         if not isinstance(gate, PackedWeight):
-            both = _quantize(np.concatenate([gate, up]), layer, f"{name}.{index}.gate_proj")
+            both = _quantize(np.concatenate([gate, up]), layer, names[0])
             gate, up = (PackedWeight(both.packed[s], both.scale[s], both.global_scale) for s in (slice(0, i), slice(i, None)))
         if not isinstance(down, PackedWeight):
-            down = _quantize(down, layer, f"{name}.{index}.down_proj")
+            down = _quantize(down, layer, names[2])
         for half, w in enumerate((gate, up)):
             leaves["gate_up_packed"][index, half], leaves["gate_up_scale"][index, half] = w.packed, w.scale
         leaves["gate_up_global_scale"][index] = gate.global_scale
@@ -146,38 +167,45 @@ def _experts(checkpoint: Checkpoint, path: Sequence[Any], layer: NVFP4Experts, n
     return leaves
 
 
-def _float_experts(checkpoint: Checkpoint, path: Sequence[Any], layer: Experts) -> dict[str, np.ndarray]:
-    name, e = module_name(path), layer.num_experts
+def _float_experts(checkpoint: Checkpoint, family: Family, path: Sequence[Any], layer: Experts) -> dict[str, np.ndarray]:
+    name, e = family.module_name(path), layer.num_experts
     _check_size(checkpoint, name, layer.gate_proj.shape)
     leaves = {}
-    for projection in ("gate_proj", "up_proj", "down_proj"):
-        param = getattr(layer, projection)
+    for role, param_name in EXPERT_PARAMS.items():
+        param = getattr(layer, param_name)
         leaf = np.empty(param.shape, np.dtype(param.dtype))
         for index in range(e):
-            leaf[index] = formats.read_expert(checkpoint, name, projection, index, (e, leaf.shape[2], leaf.shape[1])).T
-        leaves[projection] = leaf
+            leaf[index] = formats.read_expert(checkpoint, family.experts, name, role, index, (e, leaf.shape[2], leaf.shape[1])).T
+        leaves[param_name] = leaf
     return leaves
 
 
-def module_leaves(checkpoint: Checkpoint, path: Sequence[Any], module: nnx.Module, notes: Notes) -> dict[str, np.ndarray]:
+def module_leaves(
+    checkpoint: Checkpoint, family: Family, path: Sequence[Any], module: nnx.Module, notes: Notes
+) -> dict[str, np.ndarray]:
     """The values of one module's own Params by name, on the host; what lies in modules below is theirs."""
-    own = {name: v for name, v in vars(module).items() if isinstance(v, nnx.Variable)}
-    leaves: dict[str, np.ndarray] = {}
     if isinstance(module, NVFP4Experts):
-        return _experts(checkpoint, path, module, notes)
+        return _experts(checkpoint, family, path, module, notes)
     if isinstance(module, Experts):
-        return _float_experts(checkpoint, path, module)
+        return _float_experts(checkpoint, family, path, module)
+    leaves: dict[str, np.ndarray] = {}
     if isinstance(module, NVFP4Linear):
-        leaves = _linear(checkpoint, path, module)
-        own = {name: v for name, v in own.items() if name == "bias"}
+        leaves = _linear(checkpoint, family, path, module)
     elif isinstance(module, nnx.Linear):
-        weight = formats.read_weight(checkpoint, module_name(path), (module.out_features, module.in_features))
+        weight = formats.read_weight(checkpoint, family.module_name(path), (module.out_features, module.in_features))
         leaves = {"kernel": np.ascontiguousarray(weight.T).astype(np.dtype(module.kernel.dtype))}
-        own = {name: v for name, v in own.items() if name == "bias"}
-    for name, variable in own.items():
-        tensor = f"{module_name(path)}.{tensor_of_param(name)}"
+    for name, variable in plain_params(module).items():
+        tensor = family.tensor_name((*path, name))
         leaves[name] = formats.read_float(checkpoint, tensor, tuple(variable.shape)).astype(np.dtype(variable.dtype))
     return leaves
+
+
+def plain_params(module: nnx.Module) -> dict[str, nnx.Variable]:
+    """A module's own Params that are stored one tensor each: all but the weight of a linear layer, and experts."""
+    if isinstance(module, Experts | NVFP4Experts):
+        return {}
+    own = {name: v for name, v in vars(module).items() if isinstance(v, nnx.Variable)}
+    return {name: v for name, v in own.items() if name == "bias" or not isinstance(module, nnx.Linear | NVFP4Linear)}
 
 
 def owning_modules(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Module]]:
@@ -187,19 +215,22 @@ def owning_modules(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Module]]:
 
 
 def abstract_model(
-    checkpoint: Checkpoint, dtype: jnp.dtype, *, scaling: Name | Scaling | None = None, rules: Sequence[Rule] = ()
+    checkpoint: Checkpoint, family: Family, dtype: jnp.dtype, *, scaling: Name | Scaling | None = None, rules: Sequence[Rule] = ()
 ) -> nnx.Module:
     """The model that the folder makes, without values: layers it stores in NVFP4 swapped, and those that `rules` name."""
     model = models.build(checkpoint.config, dtype)
     layers = quantizable(model)
-    packed = {path for path, module in layers.items() if is_packed(checkpoint, path, module)}
+    packed = {path for path, module in layers.items() if is_packed(checkpoint, family, path, module)}
+    if scaling is not None and not packed:
+        raise CheckpointError(f"{checkpoint.directory}: scaling={scaling!r}: the folder stores no layer in NVFP4, so there is nothing that it could "
+                              "scale; quantize on loading with rules=[Rule(..., scaling=...)], or `nvfp4jax quantize` the folder first")
     decided = {path for path in packed if any(re.fullmatch(rule.module_path, path_string(path)) for rule in rules)}
     rules = [*rules, *(Rule(re.escape(path_string(path)), scaling=scaling) for path in layers if path in packed - decided)]
     if not rules:
         return model
     qmodel = quantize_model(model, rules)
     for path in packed & set(quantizable(qmodel)):
-        raise CheckpointError(f"{checkpoint.directory}: {module_name(path)!r} is stored in NVFP4; a rule that skips it cannot be followed")
+        raise CheckpointError(f"{checkpoint.directory}: {family.module_name(path)!r} is stored in NVFP4; a rule that skips it cannot be followed")
     return with_input_scales(qmodel)
 
 
@@ -214,36 +245,53 @@ def with_input_scales(qmodel: nnx.Module) -> nnx.Module:
     return qmodel
 
 
-def warn_about(checkpoint: Checkpoint, packed: Sequence[str], notes: Notes, unused: Sequence[str]) -> None:
-    """Says once what is odd about a folder: reconciled scales, tensors without a place, an exclude list at odds with the tensors."""
+def warn_about(checkpoint: Checkpoint, packed: Sequence[str], notes: Notes) -> None:
+    """Says once what is odd about a folder: reconciled scales, an exclude list at odds with the tensors."""
     if notes.reconciled:
         _log.warning("%s: gate and up had different global scales in %d experts (first: %s); block scales were rounded again to the larger one",
                      checkpoint.directory, len(notes.reconciled), notes.reconciled[0])  # fmt: skip
-    unused = [name for name in unused if not _IGNORED.fullmatch(name)]
-    if unused:
-        _log.warning("%s: %d tensors have no place in the model (first: %s)", checkpoint.directory, len(unused), unused[0])
     excluded = [name for name in packed if formats.is_excluded(name, checkpoint.quantization.exclude)]
     if excluded:
         _log.warning("%s: %d modules are NVFP4 though the config excludes them (first: %s); the tensors are followed",
                      checkpoint.directory, len(excluded), excluded[0])  # fmt: skip
 
 
-def unused_tensors(checkpoint: Checkpoint, model: nnx.Module) -> list[str]:
-    """Tensors of the folder that no module of the model reads."""
-    known = set()
+def check_tensors(checkpoint: Checkpoint, family: Family, model: nnx.Module) -> None:
+    """Every tensor of the folder is one that the model reads, or one that means nothing to it, or refused.
+
+    CheckpointError, naming it, for a tensor inside a module of the model: with it the folder computes something else. One
+    warning, with the first names, for those of modules that the model has not. Scales of activations and what the family calls
+    `unread` are left out without a word.
+    """
+    known: set[str] = set()
+    modules: set[str] = set()
     for path, module in owning_modules(model):
-        known.add(module_name(path))
+        name = family.module_name(path)
+        modules.add(name)
         if isinstance(module, Experts | NVFP4Experts):
-            known |= {f"{module_name(path)}.{e}.{p}" for e in range(module.num_experts) for p in ("gate_proj", "up_proj", "down_proj")}
-            known |= {f"{module_name(path)}.{p}" for p in ("gate_up_proj", "down_proj")}
-    tied = "lm_head" not in known  # a tied head is stored now and then, a copy of the embedding
-
-    def is_used(name: str) -> bool:
-        owner = name.rsplit(".", 1)[0]
-        fused = name.split("_proj")[0] + "_proj"
-        return name in known or owner in known or fused in known or (tied and owner == "lm_head")
-
-    return [name for name in checkpoint.tensors if not is_used(name)]
+            parts = expert_modules(checkpoint, family, path, module)
+        else:
+            parts = [name] if isinstance(module, nnx.Linear | NVFP4Linear) else []
+        for part in parts:
+            stored = formats.weight_tensors(checkpoint, part)
+            if not stored:
+                raise CheckpointError(f"{checkpoint.directory}: tensor {part + '.weight'!r} is missing")
+            known |= stored
+        known |= {family.tensor_name((*path, param)) for param in plain_params(module)}
+    if checkpoint.config.get("tie_word_embeddings"):  # a tied head is stored now and then, a copy of the embedding
+        known |= formats.weight_tensors(checkpoint, family.module_name((family.head,)))
+    layers = {family.module_name(path[:2]) for path, _ in owning_modules(model) if len(path) > 2}
+    left = [name for name in checkpoint.tensors if name not in known and not formats.ADVISORY.fullmatch(name)]
+    left = [name for name in left if not any(re.fullmatch(pattern, name) for pattern, _ in family.unread)]
+    for name in left:
+        parts = name.split(".")
+        inside = next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in modules | layers), None)
+        if inside is not None:
+            raise CheckpointError(f"{checkpoint.directory}: tensor {name!r} is not computed with: {inside!r} of this model has no such parameter "
+                                  "(is it an adapter to be merged, or does config.json say something else?)")
+    if left:
+        _log.warning("%s: %d tensors have no place in the model, which has no such modules: they are not read (%s%s)",
+                     checkpoint.directory, len(left), ", ".join(left[:4]), ", ..." if len(left) > 4 else "")  # fmt: skip
 
 
 def load_model(
@@ -258,26 +306,27 @@ def load_model(
 
     dtype: of the activations and of the weights that stay in floating point; float32 computes exact products.
     scaling: how layers that the folder stores in NVFP4 treat their input: None (weights only: the exact decode), "static" (the
-        folder's input scales), "delayed", "tensor", "tensor_pow2", "token", and "expert" for experts.
+        folder's input scales), "delayed", "tensor", "tensor_pow2", "token", and "expert" for experts. An error for a folder without any.
     scan_layers: stack layers of equal structure, so that compile time does not grow with depth.
     rules: quantize while loading, expert by expert: as `quantize_model` and `quantize_params` afterwards, to the bit. For layers
         stored in NVFP4 already a rule gives the activation.
 
     CheckpointError, one line that names the file and tensor, for anything missing, truncated, misshapen, not finite or unknown.
     """
-    checkpoint = formats.open_checkpoint(directory)
-    model = abstract_model(checkpoint, dtype, scaling=scaling, rules=rules or ())
+    checkpoint, family = open_folder(directory)
+    model = abstract_model(checkpoint, family, dtype, scaling=scaling, rules=rules or ())
+    check_tensors(checkpoint, family, model)
     notes = Notes()
     values: dict[tuple, Any] = {}
     packed = []
     # Committed to the device, as what Orbax restores is: then reloaded weights run the same compiled program.
     device = jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
     for path, module in owning_modules(model):
-        for name, value in module_leaves(checkpoint, path, module, notes).items():
+        for name, value in module_leaves(checkpoint, family, path, module, notes).items():
             values[(*path, name)] = jax.device_put(value, device)
-        if isinstance(module, NVFP4Linear | NVFP4Experts) and is_packed(checkpoint, path, module):
-            packed.append(module_name(path))
-    warn_about(checkpoint, packed, notes, unused_tensors(checkpoint, model))
+        if isinstance(module, NVFP4Linear | NVFP4Experts) and is_packed(checkpoint, family, path, module):
+            packed.append(family.module_name(path))
+    warn_about(checkpoint, packed, notes)
     model = fill(model, values)
     return models.stack_layers(model) if scan_layers else model
 

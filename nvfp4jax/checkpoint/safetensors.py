@@ -7,6 +7,7 @@ caller's memory is its own choice.
 
 import contextvars
 import json
+import logging
 import math
 import os
 import secrets
@@ -20,6 +21,8 @@ import ml_dtypes
 import numpy as np
 
 from nvfp4jax.checkpoint.errors import CheckpointError, failure
+
+_log = logging.getLogger(__name__)
 
 # What the format's own library accepts as a header; a larger one is an attack or an accident.
 MAX_HEADER_BYTES = 100_000_000
@@ -200,13 +203,20 @@ def read_index(path: str | Path) -> dict[str, str]:
 
 
 def read_folder(directory: str | Path) -> dict[str, TensorInfo]:
-    """All tensors of a Hugging Face folder: those of the index where there is one, else of its safetensors files."""
+    """All tensors of a Hugging Face folder: those of the index where there is one, else of its safetensors files.
+
+    model.safetensors beside an index that does not know it is what transformers reads: it is taken, and that is logged.
+    """
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such folder")
     index = directory / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_index(index)
+    single = directory / "model.safetensors"
+    weight_map = read_index(index) if index.exists() else {}
+    if weight_map and single.exists() and single.name not in weight_map.values():
+        _log.warning("%s: model.safetensors is read, not the shards of the index beside it (as transformers does); remove one", directory)
+        weight_map = {}
+    if weight_map:
         headers = {shard: read_header(directory / shard) for shard in sorted(set(weight_map.values()))}
         for name, shard in weight_map.items():
             if name not in headers[shard]:

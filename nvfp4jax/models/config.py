@@ -68,7 +68,7 @@ class Keys:
         """Refuses sliding windows and other layer types, in the spelling of Qwen's configs; their sizes change nothing then."""
         self.only("use_sliding_window", False)
         types = self.get("layer_types", ["full_attention"] * layers)
-        if not isinstance(types, list) or set(types) - {"full_attention"}:
+        if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
             raise ValueError(f"config.json: layer_types={str(types)[:80]} is not supported, only 'full_attention'")
         if len(types) < layers:
             raise ValueError(f"config.json: layer_types names {len(types)} layers, num_hidden_layers={layers}")
@@ -163,6 +163,8 @@ def _rope(key: str, table: dict[str, Any], theta: float | None, kinds: Collectio
             continue
         if not numeric or not (value > 0 if positive else value >= 0):
             raise ValueError(f"config.json: {key}: {name}={str(value)[:40]} must be a {'positive ' * positive}number")
+    if kind == "yarn" and not theta > 1:
+        raise ValueError(f"config.json: {key}: rope_theta={theta} must be above 1")
     if kind == "llama3" and not fields["low_freq_factor"] < fields["high_freq_factor"]:
         raise ValueError(f"config.json: {key}: low_freq_factor must be below high_freq_factor")
     kinds_of = {"original_max_position_embeddings": int, "truncate": bool}

@@ -29,6 +29,10 @@ class ExpertNames:
     fused_gate_up: str = "gate_up_proj"
     fused_down: str = "down_proj"
 
+    def module(self, experts: str, index: int, role: str) -> str:
+        """Expert `index`'s "gate", "up" or "down": 'model.layers.0.mlp.experts.3.up_proj'."""
+        return f"{experts}.{index}.{getattr(self, role)}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
@@ -41,6 +45,7 @@ class Family:
     shared: names of sibling modules that read one activation and that serving stacks fuse: in the formats of others
         they share one global scale.
     prefix: in front of every tensor but those of the modules in `bare`.
+    head, embedding: the modules at the top that share a weight where config.json says tie_word_embeddings.
     tensors: what a Param is called in a checkpoint, where the names differ.
     experts: the names of a mixture's experts.
     unread: (regular expression of tensors that the model does not compute with, the reason), left out without a word.
@@ -53,6 +58,8 @@ class Family:
     shared: tuple[tuple[str, ...], ...] = ()
     prefix: str = "model."
     bare: tuple[str, ...] = ("lm_head",)
+    head: str = "lm_head"
+    embedding: str = "embed_tokens"
     tensors: Mapping[str, str] = dataclasses.field(
         default_factory=lambda: {"kernel": "weight", "embedding": "weight", "scale": "weight"}
     )

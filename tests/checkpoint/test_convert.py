@@ -25,6 +25,10 @@ NAMES = ("qwen3-tiny", "qwen3-moe-tiny")
 MOE = DATA / "qwen3-moe-tiny"
 
 
+def rules_for(model, selection):
+    return convert.rules_for(model, models.family_of({"architectures": ["Qwen3MoeForCausalLM"]}), selection)
+
+
 def small(path, shards=1, **config):
     config = folders.small_config(**config)
     return folders.write(path, config, folders.small_weights(config), shards)
@@ -36,7 +40,7 @@ def test_offline_equals_quantize_params(tmp_path, name, kind):
     selection = Selection(keep_first_n=1, four_over_six=kind)
     quantize_folder(source, tmp_path / "out", selection)
     floats = load_model(source)
-    rules = convert.rules_for(floats, selection)
+    rules = rules_for(floats, selection)
     qmodel = nvfp4jax.quantize_model(nnx.eval_shape(lambda: models.build(json.loads((source / "config.json").read_text()), rngs=nnx.Rngs(0))), rules)
     expected = nvfp4jax.quantize_params(nnx.state(floats), qmodel)
     expected = {path: np.asarray(leaf) for path, leaf in orbax.flatten(expected).items()}
@@ -137,12 +141,12 @@ def test_gate_and_up_in_different_shards(tmp_path):
 ])  # fmt: skip
 def test_selection(tmp_path, selection, packed):
     model = models.build(folders.small_config())
-    qmodel = nvfp4jax.quantize_model(model, convert.rules_for(model, selection))
+    qmodel = nvfp4jax.quantize_model(model, rules_for(model, selection))
     quantized = {"/".join(map(str, path)) for path in set(huggingface.quantizable(model)) - set(huggingface.quantizable(qmodel))}
     assert sorted(quantized) == packed
     quantize_folder(small(tmp_path / "source"), tmp_path / "out", selection)
     rules = orbax.rules_from_json(orbax.read_folder(tmp_path / "out").metadata["rules"], "")
-    assert rules == convert.rules_for(model, selection)
+    assert rules == rules_for(model, selection)
     load_model(tmp_path / "out")
 
 

@@ -270,13 +270,22 @@ NAN_SCALE = np.full((128, 8), 0x7F, np.uint8).view(ml_dtypes.float8_e4m3fn)
     bad({"model.norm.weight": np.full((128,), np.inf, ml_dtypes.bfloat16)}, "tensor 'model.norm.weight' holds NaN or inf", "bf16"),
     bad({f"{X}.weight": np.zeros((128, 128), np.int8)}, f"{X}.weight' has dtype int8", "bf16"),
     bad({f"{X}.weight": np.zeros((128, 128), ml_dtypes.float8_e4m3fn)}, f"{X}.weight' is FP8, but", "bf16"),
-    bad(None, "architectures=.*LlamaForCausalLM.* is not supported", "bf16", {"architectures": ["LlamaForCausalLM"]}),
+    bad(None, "architectures=.*GemmaForCausalLM.* is not supported", "bf16", {"architectures": ["GemmaForCausalLM"]}),
+    bad(None, "model_type='qwen3_moe' is not a Llama", "bf16", {"architectures": ["LlamaForCausalLM"]}),
     bad(None, "architectures=.*xxx.* is not supported", "bf16", {"architectures": ["x" * 5000]}),
-    bad(None, "num_key_value_heads=0 must be at least 1", "bf16", {"num_key_value_heads": 0}),
-    bad(None, "decoder_sparse_step=0 must be at least 1", "bf16", {"decoder_sparse_step": 0}),
+    bad(None, "num_key_value_heads=0 must be an integer of at least 1", "bf16", {"num_key_value_heads": 0}),
+    bad(None, "decoder_sparse_step=0 must be an integer of at least 1", "bf16", {"decoder_sparse_step": 0}),
     bad(None, "head_dim=33 must be even", "bf16", {"head_dim": 33}),
     bad(None, "layer_types=.* is not supported", "bf16", {"layer_types": ["x" * 50] * 200}),
-    bad(None, "rope_frequency_dtype='3' must be", "bf16", {"rope_frequency_dtype": 3}),
+    bad(None, "key 'rope_frequency_dtype'=3 is not known", "bf16", {"rope_frequency_dtype": 3}),
+    bad({f"{X}.bias": np.zeros(128, np.float32)}, f"'{X}.bias' is not computed with: '{X}'", "bf16"),
+    bad({f"{X}.lora_B.weight": np.zeros((128, 4), np.float32)}, f"'{X}.lora_B.weight' is not computed with", "bf16"),
+    bad({f"{X}.weight_scale": np.zeros((128, 1), np.float32)}, f"'{X}.weight_scale' is not computed with", "bf16"),
+    bad({"model.layers.0.mlp.gate.e_score_correction_bias": np.zeros(8, np.float32)}, "e_score_correction_bias' is not computed with", "bf16"),
+    bad({"model.layers.0.mlp.experts.8.up_proj.weight": np.zeros((64, 128), np.float32)}, "experts.8.up_proj.weight' is not computed with", "bf16"),
+    bad({"model.layers.1.post_norm.weight": np.zeros(128, np.float32)}, "'model.layers.1.post_norm.weight' is not computed with", "bf16"),
+    bad({"model.norm.bias": np.zeros(128, np.float32)}, "'model.norm.bias' is not computed with: 'model.norm'", "bf16"),
+    bad(None, "stores no layer in NVFP4", "bf16", scaling="token"),
     bad(None, "quant_method 'gptq' is not read", "bf16", {"quantization_config": {"quant_method": "gptq"}}),
     bad(None, "'NVFP4_AWQ' is not read", "modelopt-nvfp4", {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}}),
     bad(None, "group_size=32", "bf16", {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 32}}),
@@ -348,12 +357,52 @@ def test_exclude_patterns_that_could_hang_are_refused(pattern):
 
 
 def test_tensors_without_a_place_are_told_once(tmp_path, caplog):
-    extra = {"model.layers.0.mystery.weight": np.zeros(3, np.float32), "model.mtp.weight": np.zeros(3, np.float32),
+    extra = {"model.layers.4.mlp.gate.weight": np.zeros(3, np.float32), "model.mtp.weight": np.zeros(3, np.float32),
              "model.rotary_emb.inv_freq": np.zeros(3, np.float32)}  # fmt: skip
     folder = folders.copy(MOE / "bf16", tmp_path / "more", extra)
     with caplog.at_level(logging.WARNING):
         load_model(folder)
-    assert len(caplog.records) == 1 and "2 tensors have no place" in caplog.records[0].getMessage()
+    told = caplog.records[0].getMessage()
+    assert len(caplog.records) == 1 and "2 tensors have no place" in told and "model.mtp.weight" in told
+
+
+def test_a_tied_head_that_is_stored(tmp_path, caplog):
+    """A copy of the embedding says nothing; another one is used, and told."""
+    folder, table = DATA / "qwen3-tiny" / "bf16", "model.embed_tokens.weight"
+    weights = folders.tensors(folder)
+    same = folders.copy(folder, tmp_path / "same", {"lm_head.weight": weights[table]})
+    head = weights[table][::-1].copy()
+    other = folders.copy(folder, tmp_path / "other", {"lm_head.weight": head})
+    untied = folders.copy(folder, tmp_path / "untied", {"lm_head.weight": head}, {"tie_word_embeddings": False})
+    with caplog.at_level(logging.WARNING):
+        assert_same(load_model(same), load_model(folder))
+        assert not caplog.records
+        assert_same(load_model(other), load_model(untied))
+    assert len(caplog.records) == 1 and "'lm_head.weight' is stored and differs: it is used" in caplog.records[0].getMessage()
+
+
+def test_a_single_file_beside_an_index_that_does_not_know_it(tmp_path, caplog):
+    folder = folders.copy(DATA / "qwen3-tiny" / "bf16", tmp_path / "both")
+    old = {name: -value for name, value in folders.tensors(folder).items()}
+    folders.save_file(old, folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(old, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with caplog.at_level(logging.WARNING):
+        assert_same(load_model(folder), load_model(DATA / "qwen3-tiny" / "bf16"))
+    assert len(caplog.records) == 1 and "model.safetensors is read" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize("form, name, value", [
+    ("compressed-tensors-nvfp4", "input_global_scale", np.array([np.inf], np.float32)), ("modelopt-nvfp4", "input_scale", np.float32(0)),
+])  # fmt: skip
+def test_input_scales_that_the_mode_does_not_read(tmp_path, form, name, value):
+    """An expert that no prompt reached: only static scaling minds."""
+    tensor = f"model.layers.1.mlp.experts.3.down_proj.{name}"
+    folder = folders.copy(MOE / form, tmp_path / "odd", {tensor: value})
+    for scaling in (None, "token"):
+        assert_same(load_model(folder, scaling=scaling), load_model(MOE / form, scaling=scaling))
+    with pytest.raises(CheckpointError, match=tensor):
+        load_model(folder, scaling="static")
 
 
 def test_packed_modules_that_the_config_excludes_are_told_once(tmp_path, caplog):
