@@ -223,6 +223,9 @@ def soak(seconds: float, seed: int) -> dict:
     trainer, outcome, stop = Trainer(), Outcome(), threading.Event()
     faults = Faults(directory, trainer, random.Random(seed + 1))
     live = nvfp4jax.quantize_model(trainer.model, RULES)
+    ids = np.asarray([[1, 2, 3, 4]] * 2)
+    versions = np.asarray([FIRST_STEP] * SWAP_EVERY + [FIRST_STEP + 1] * (NEW_TOKENS - SWAP_EVERY))
+    nvfp4jax.generate(trainer.packed(0), ids, max_new_tokens=NEW_TOKENS, weights=Replay(trainer, versions), swap_every=SWAP_EVERY)  # compiles
     thread = threading.Thread(target=train, args=(directory, trainer, faults, random.Random(seed + 2), stop, outcome), daemon=True)
     thread.start()
     begin, marks, seen = time.monotonic(), [], -1

@@ -20,13 +20,13 @@ from flax import nnx
 from nvfp4jax.checkpoint import orbax
 from nvfp4jax.checkpoint.errors import CheckpointError, failure
 from nvfp4jax.checkpoint.locks import held
-from nvfp4jax.checkpoint.safetensors import read_json
+from nvfp4jax.checkpoint.safetensors import open_regular, read_json
 
 _log = logging.getLogger(__name__)
 
 LARGEST_STEP = 10**18 - 1
 _NAME = re.compile(r"0|[1-9][0-9]{0,17}")  # no other spelling of a number is a step: '07' and '7' would be the same one
-_LOCK, _WORKING, _REMOVED = ".publish.lock", ".publishing", ".removed-"
+_LOCK, _WORKING, _REMOVED, _GENERATION = ".publish.lock", ".publishing", ".removed-", ".generation"
 _WAIT_SECONDS = 600.0  # for another writer
 
 
@@ -62,12 +62,29 @@ def generation(path: Path) -> int:
 
 
 def _newest_generation(directory: Path, present: Sequence[int]) -> int:
-    for step in reversed(present):
+    """That of the directory: kept in a file from the first time that the trainer goes back, because a step may be damaged."""
+    found = [0]
+    try:
+        opened, _ = open_regular(directory / _GENERATION)
+        with opened:
+            found.append(int(opened.read(20)))
+    except ValueError:  # no such file, or not of ours: the steps tell
+        pass
+    for step in present[-8:]:
         try:
-            return generation(directory / str(step))
-        except CheckpointError:  # damaged: the one before it tells
+            found.append(generation(directory / str(step)))
+        except CheckpointError:
             continue
-    return 0
+    return max(found)
+
+
+def _write_generation(directory: Path, era: int) -> None:
+    temporary = directory / f"{_WORKING}{_GENERATION}"  # what a killed writer leaves of it goes with its other leftovers
+    try:
+        temporary.write_text(str(era))
+        os.replace(temporary, directory / _GENERATION)
+    except OSError as error:
+        raise failure(f"{directory}: not published: {_GENERATION} cannot be written", error) from error
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:
@@ -129,6 +146,8 @@ def publish(
         hidden: list[tuple[Path, Path]] = []
         try:
             orbax.write(working, state, described, str(path))
+            if rewind:
+                _write_generation(directory, era)
             for old in later:
                 hidden.append((_hide(directory, old), directory / str(old)))
             orbax.appear(working, path)

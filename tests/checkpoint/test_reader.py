@@ -329,7 +329,7 @@ def test_a_trainer_goes_back(tmp_path):
     with pytest.raises(CheckpointError, match="501 is not after step 600.*rewind=True"):
         publish(tmp_path, 501, net(3), CONFIG)
     publish(tmp_path, 501, net(3), CONFIG, rewind=True)
-    assert reload.steps(tmp_path) == [500, 501] and not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+    assert reload.steps(tmp_path) == [500, 501] and sorted(os.listdir(tmp_path)) == [".generation", "500", "501"]
     assert reader.poll() == 501 and contents(reader.take().state) == contents(net(3))
     assert reader.poll() is None
     publish(tmp_path, 600, net(4), CONFIG)
@@ -341,6 +341,10 @@ def test_a_trainer_goes_back(tmp_path):
     publish(tmp_path, 501, net(6), CONFIG, rewind=True)
     next((tmp_path / "501").rglob("manifest.ocdbt")).unlink()
     assert reader.poll() is None and list(reader.failures) == [501] and reader.active_step == 600
+    # The line goes on though none of its steps can be read.
+    (tmp_path / "501" / "_CHECKPOINT_METADATA").unlink()
+    publish(tmp_path, 502, net(7), CONFIG)
+    assert reader.poll() == 502 and contents(reader.take().state) == contents(net(7))
 
 
 def test_a_trainer_goes_back_in_memory(tmp_path):
