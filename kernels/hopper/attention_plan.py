@@ -1,0 +1,84 @@
+"""Who does what in decode attention: a table for all layers of a step, in plain jnp.
+
+A unit is a (row, key head) or some of its pieces. A whole one writes the output; of a divided (row, head) each unit leaves sums in
+memory and the last to come adds them up. The table may follow from the whole batch: no bit of a result depends on it.
+"""
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nvfp4jax.kernels.hopper.attention_sums import GROUP, PIECE
+
+SMS = 132
+SLOTS = 12 * SMS  # sums that may wait in memory, of pieces and of groups each
+SIZES = 1 << 24, 4 * GROUP, GROUP, 1  # pieces of a unit, at most
+WHOLE, PIECES, GROUPS = 0, 1, 2  # what becomes of a unit's sums
+WORDS = 8  # of a record: (row, head), end, first piece, pieces, kind, slot of piece 0, slot of group 0, 0
+
+
+class Plan(NamedTuple):
+    """table: i32 [CTAs, 1 + units + 1, WORDS]: the CTA's pieces in all, its units, and one of no pieces. counters: i32 zeros,
+    which each call leaves at zero: no two calls may run on them at a time."""
+
+    table: jax.Array
+    counters: jax.Array
+
+
+def units(rows, heads, capacity):
+    """The units that a table holds, at most."""
+    return min(rows * heads * -(-capacity // PIECE), rows * heads + SLOTS)
+
+
+def plan(starts, *, tokens: int, heads: int, capacity: int, window: int | None = None, ctas: int = SMS) -> Plan:
+    """starts: i32 [B], a row's position of its first of `tokens` queries; key heads and slots of the cache.
+
+    Units of full size come first, then what is left of the rows, the longest first; they are dealt to the CTAs back and forth.
+    Which size is best follows from what the fullest CTA would have, weighed by measured times in units of a piece (2 us).
+    """
+    rows = starts.shape[0]
+    end = jnp.clip(starts.astype(jnp.int32) + tokens, 1, capacity)
+    first = jnp.zeros_like(end) if window is None else jnp.maximum(end - tokens + 1 - window, 0) // PIECE
+    last = (end - 1) // PIECE
+    rounds = -(-units(rows, heads, capacity) // ctas)
+    i = jnp.arange(rounds * ctas, dtype=jnp.int32).reshape(rounds, ctas)
+    i = jnp.where(jnp.arange(rounds)[:, None] % 2 == 1, i[:, ::-1], i).reshape(-1)  # the unit at each place
+    groups = last // GROUP - first // GROUP + 1
+
+    def bases(count, origin):
+        """Of each row: the slot of its head 0's number 0, where `count` are saved from number `origin` on."""
+        return heads * (jnp.cumsum(count) - count) - origin
+
+    def deal(size):
+        number = last // size - first // size + 1  # units of a head
+        full = number - 1
+        rest = last + 1 - jnp.maximum(first, last // size * size)
+        ends, order = jnp.cumsum(full * heads), jnp.argsort(-rest)
+        row = jnp.searchsorted(ends, i, side="right", method="scan_unrolled").astype(jnp.int32)
+        late = i - ends[-1]
+        early = late < 0
+        row = jnp.where(early, row, order[jnp.clip(late // heads, 0, rows - 1)].astype(jnp.int32))
+        of = lambda values: values[jnp.minimum(row, rows - 1)]
+        at, per_head = i - of(ends - full * heads), jnp.maximum(of(full), 1)
+        head = jnp.where(early, at // per_head, late % heads)
+        index = of(first) // size + jnp.where(early, at % per_head, of(full))
+        start = jnp.maximum(of(first), index * size)
+        count = jnp.where(late < rows * heads, jnp.minimum(of(last) + 1, (index + 1) * size) - start, 0)
+        kind = jnp.where(of(full) == 0, WHOLE, PIECES if size == 1 else GROUPS)
+        pieces = last + 1 - first
+        piece_slot = of(bases(pieces, first)) + head * of(pieces)
+        group_slot = SLOTS + of(bases(groups, first // GROUP)) + head * of(groups)
+        saved = (pieces if size == 1 else groups).sum() * heads
+        load, cut = count.reshape(rounds, ctas).sum(0), ((count > 0) & (kind != WHOLE)).sum()
+        # in tenths of a piece, of all CTAs: bandwidth is shared, so that a full CTA gets more of it at last
+        cost = jnp.maximum(10 * count.sum(), 8 * ctas * load.max()) + jnp.where(cut > 0, (24 if size == 1 else 12) * ctas, 0) + 4 * cut
+        fits = (saved <= SLOTS) & (number.sum() * heads <= rounds * ctas) if size < SIZES[0] else True
+        words = [row * heads + head, of(end), start, count, kind, piece_slot, group_slot, jnp.zeros_like(row)]
+        return jnp.stack([w.astype(jnp.int32) for w in words], 1), load, jnp.where(fits, cost, 2**31 - 1)
+
+    tables, loads, costs = (jnp.stack(a) for a in zip(*map(deal, SIZES)))
+    best = jnp.argmin(costs)
+    head = jnp.pad(loads[best].astype(jnp.int32)[:, None, None], ((0, 0), (0, 0), (0, WORDS - 1)))
+    table = tables[best].reshape(rounds, ctas, WORDS).swapaxes(0, 1)
+    table = jnp.concatenate([head, table, jnp.zeros((ctas, 1, WORDS), jnp.int32)], 1)
+    return Plan(table, jnp.zeros((rows * heads + SLOTS,), jnp.int32))

@@ -1,0 +1,119 @@
+"""Runs the PTX of the attention kernels on the CPU: `ptx_hopper`, and the asynchronous copies that a thread issues itself.
+
+A copy poisons its target at once and lands when its thread has waited for its group. Powers of two are exact to
+float32 here, so that two kernels with one order of sums agree to the bit.
+"""
+import re
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import ptx
+import ptx_hopper
+
+
+def run_thread_kernel(program, names, out_types, *, grid, warps, shared_words=0, seed=None):
+    """Stands in for `mosaic.thread_kernel`, one CTA after another, in random order."""
+    def call(*inputs):
+        inputs = [np.ascontiguousarray(x) for x in inputs]
+        types = tuple((x.shape, jnp.dtype(x.dtype)) for x in inputs)
+        captured = tuple(cell.cell_contents for cell in program.__closure__ or ())
+        text, order = ptx._compiled(program, program.__code__, captured, tuple(names), tuple(out_types), types, grid, warps, 1,
+                                    shared_words, 0)
+        outputs = [np.frombuffer(b"\xa5" * (int(np.prod(o.shape)) * o.dtype.itemsize), np.dtype(o.dtype)).reshape(o.shape).copy()
+                   for o in out_types]
+        buffers = dict(zip(names, [*inputs, *outputs]))
+        rng = np.random.default_rng(seed)
+        instructions, labels = _parse(text)
+        flat = [buffers[name] for name in order]
+        for cta in rng.permutation(grid):
+            _Run(instructions, labels, flat, cta, cta + 1, warps * 32, 1, shared_words * 4, rng, [], 0, {}).run()
+        return outputs
+
+    return call
+
+
+_parsed = {}
+
+
+def _parse(text):
+    if text not in _parsed:
+        instructions, labels = ptx.parse(text)
+        _parsed[text] = [(*i[:3], ptx_hopper._whole(i[3])) for i in instructions], labels
+    return _parsed[text]
+
+
+class _Run(ptx_hopper._Run):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.copies, self.groups = {}, {}  # of each warp: since the last commit; committed, in order
+
+    def step(self, at, pc):
+        if pc >= len(self.instructions):
+            return super().step(at, pc)
+        predicate, negated, op, operands = self.instructions[pc]
+        own = op.startswith(("cp.async.cg", "cp.async.commit", "cp.async.wait", "atom.", "ldmatrix"))
+        if not own or op.startswith("cp.async.bulk"):
+            return super().step(at, pc)
+        self.pc[at] = pc + 1
+        if predicate is not None:
+            at = at[(self.registers[predicate][at] != 0) != negated]
+        if not len(at):
+            return None
+        if op.startswith("atom."):
+            return self.atomic_add(operands, at)
+        if op.startswith("ldmatrix"):
+            return self.load_matrix(op, operands, at)
+        for warp in np.unique(self.warp[at]):
+            lanes = at[self.warp[at] == warp]
+            if op.startswith("cp.async.cg"):
+                self.copy(operands, lanes, warp)
+            elif op.startswith("cp.async.commit"):
+                self.groups.setdefault(warp, []).append(self.copies.pop(warp, []))
+            else:
+                left = 0 if "all" in op else int(operands[0])
+                waiting = self.groups.get(warp, [])
+                for group in waiting[:len(waiting) - left]:
+                    for offsets, data in group:
+                        self.shared[0][offsets] = data
+                self.groups[warp] = waiting[len(waiting) - left:]
+
+    def copy(self, operands, lanes, warp):
+        to = (self.address(operands[0], lanes) % np.uint64(1 << 32)).astype(int)
+        assert (to % 16 == 0).all() and to.max() + 16 <= self.shared_size, "cp.async outside shared memory or misaligned"
+        size = self.value(operands[3], lanes).astype(int) if len(operands) > 3 else np.full(len(lanes), 16)
+        offsets, data = to[:, None] + np.arange(16), np.zeros((len(lanes), 16), np.uint8)
+        some = np.flatnonzero(size)
+        if len(some):
+            for memory, where, start in self.memory("cp.async.global", self.address(operands[1], lanes)[some], lanes[some], 16):
+                data[some[where]] = memory[start[:, None] + np.arange(16)]
+        self.shared[0][offsets] = 0xA5
+        self.copies.setdefault(warp, []).append((offsets, data))
+
+    def load_matrix(self, op, operands, at):
+        self.whole_warps(at, op)
+        names = [name.strip() for name in operands[0].strip("{} ").split(",")]
+        starts = (self.address(operands[1], at) % np.uint64(1 << 32)).astype(int).reshape(-1, 4, 8)
+        assert len(names) == 4 and (starts % 16 == 0).all() and starts.max() + 16 <= self.shared_size
+        values = self.shared[0][starts[..., None] + np.arange(16)].view(np.uint16)  # warp, matrix, row, 8
+        if ".trans" in op:
+            values = values.swapaxes(-1, -2)
+        words = np.ascontiguousarray(values).view(np.uint32)
+        for i, name in enumerate(names):
+            self.write(name, at, words[:, i].reshape(-1))
+
+    def single(self, base, parts, v):
+        if base in ("ex2", "rcp"):
+            x = ptx._f(v(1)).astype(np.float64)
+            out = (np.exp2(x) if base == "ex2" else 1 / x).astype(np.float32)
+            return ptx._flush(out) if "ftz" in parts else out
+        return super().single(base, parts, v)
+
+    def compute(self, op, parts, operands, at):
+        if op == "mov.f32" or op == "mov.b32" and re.match(r"0f", operands[1]):
+            self.write(operands[0], at, self.value(operands[1], at))
+        else:
+            super().compute(op, parts, operands, at)
+
+
+BF16 = ml_dtypes.bfloat16
