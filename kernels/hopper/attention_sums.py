@@ -52,6 +52,7 @@ pack = _pure("cvt.rn.bf16x2.f32 $0,$2,$1;", "r")  # low, high
 
 bit_or = _pure("or.b32 $0,$1,$2;", "r")
 not_negative = _pure("max.s32 $0,$1,0;", "r")
+least = _pure("min.s32 $0,$1,$2;", "r")
 
 
 def wide_add(address, offset):
