@@ -102,6 +102,43 @@ class _Run(ptx_hopper._Run):
         for i, name in enumerate(names):
             self.write(name, at, words[:, i].reshape(-1))
 
+    def wgmma(self, op, operands, group):
+        n = int(re.search(r"m64n(\d+)k16", op)[1])
+        sums, left, right, keep, _, _, *transposed = operands
+        names = [name.strip() for name in sums.strip("{} ").split(",")]
+        if left.startswith("{"):
+            a, thread = np.zeros((64, 16)), np.arange(128)
+            rows, quad = thread // 32 * 16 + thread % 32 // 4, thread % 4
+            for i, name in enumerate(left.strip("{} ").split(",")):
+                for e, column in enumerate(self.pairs(name.strip(), group).T):
+                    a[rows + 8 * (i % 2), 2 * quad + 8 * (i // 2) + e] = column
+        else:
+            assert transposed[0] == "0"
+            a = self.matrix(left, group, 64, False)
+        product = a @ self.matrix(right, group, n, transposed[-1] == "1").T
+        keep = self.value(keep, group[:1])[0] != 0
+        thread = np.arange(128)
+        rows, quad = thread // 32 * 16 + thread % 32 // 4, thread % 4
+        for i, name in enumerate(names):
+            old = ptx._f(self.value(name, group)).astype(np.float64) if keep else 0.0
+            with np.errstate(all="ignore"):
+                new = (old + product[rows + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * quad + i % 2]).astype(np.float32)
+            self.write(name, group, ptx._u(new))
+
+    def matrix(self, name, group, rows, transposed):
+        """[rows, 16] of rows of 128 swizzled bytes: rows of K, or of 64 columns where transposed."""
+        descriptor = int(self.value(name, group[:1])[0])
+        assert descriptor >> 62 == 1
+        start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+        row, k = np.arange(rows)[:, None], np.arange(16)[None]
+        if transposed:
+            offsets = start + row // 64 * leading + k // 8 * stride + k % 8 * 128 + row % 64 * 2
+        else:
+            offsets = start + row // 8 * stride + row % 8 * 128 + 2 * k
+        offsets = offsets ^ ((offsets >> 7 & 7) << 4)
+        raw = self.shared[0][offsets[..., None] + np.arange(2)]
+        return raw.view(ml_dtypes.bfloat16)[..., 0].astype(np.float64)
+
     def single(self, base, parts, v):
         if base in ("ex2", "rcp"):
             x = ptx._f(v(1)).astype(np.float64)
@@ -116,4 +153,15 @@ class _Run(ptx_hopper._Run):
             super().compute(op, parts, operands, at)
 
 
-BF16 = ml_dtypes.bfloat16
+def run_prefill(kernel, inputs, out, *, grid, threads=384, seed=None):
+    """The PTX of a prefill on numpy inputs (q, keys, values, layer, starts, counts), written to `out`."""
+    q, keys, values, layer, starts, counts = inputs
+    tokens = q.swapaxes(1, 2)  # what a copy has one of comes last; an axis of 1 is left out
+    maps = [ptx_hopper.TensorMap(tokens if len(q) > 1 else tokens[0], (64, 64, 1, 1)[:3 + (len(q) > 1)], 128)]
+    maps += [ptx_hopper.TensorMap(a.reshape(-1, *a.shape[3:]), (64, 128, 1), 128) for a in (keys, values)]
+    before, ptx_hopper._Run = ptx_hopper._Run, _Run
+    try:
+        ptx_hopper.run(kernel.ptx, {"ld.global": [starts, counts, layer.reshape(1)], "st.global": [out]}, maps, grid=grid, threads=threads,
+                       shared=kernel.smem, seed=seed)
+    finally:
+        ptx_hopper._Run = before
