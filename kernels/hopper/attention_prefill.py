@@ -41,6 +41,7 @@ class Shape:
     scale: float
     window: int | None
     soft_cap: float | None
+    turns: bool = False
 
     @property
     def tiles(self):
@@ -60,7 +61,7 @@ def _descriptor(ref, leading=1):
     return llvm.or_(address, arith.constant(i64, (1 << 62) | (64 << 32) | (leading << 16)))
 
 
-def _wgmma(columns, steps, left, descriptors):
+def _wgmma(columns, steps, left, descriptors, turn=()):
     """Sum over k16 steps from zero, in one accumulator: f32 registers. steps: of A and B, 16 bytes on from the descriptors;
     left: registers of A (a step each), or None where A lies in shared memory too."""
     n = columns // 2
@@ -76,10 +77,14 @@ def _wgmma(columns, steps, left, descriptors):
             text.append(f"add.s64 b,${at},{b};")
             operand, flags = "{" + ",".join(f"${n + 4 * i + j}" for j in range(4)) + "}", "1,1,1"
         text.append(f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {accumulator},{operand},b,{'p' if i else 'z'},{flags};")
-    text.append("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;}")
-    constraints = ",".join(["=f"] * n + ["r"] * len(registers) + ["l"] * len(descriptors))
+    text.append("wgmma.commit_group.sync.aligned;")
+    if turn:
+        text.insert(0, f"bar.sync ${at + len(descriptors)},256;")
+        text.append(f"bar.arrive ${at + len(descriptors) + 1},256;")
+    text.append("wgmma.wait_group.sync.aligned 0;}")
+    constraints = ",".join(["=f"] * n + ["r"] * len(registers) + ["l"] * len(descriptors) + ["r"] * len(turn))
     f32_type = ir.F32Type.get()
-    struct = llvm.inline_asm(llvm.StructType.get_literal([f32_type] * n), [*registers, *descriptors], "\n".join(text), constraints,
+    struct = llvm.inline_asm(llvm.StructType.get_literal([f32_type] * n), [*registers, *descriptors, *turn], "\n".join(text), constraints,
                              has_side_effects=True)
     return [llvm.extractvalue(f32_type, struct, [i]) for i in range(n)]
 
@@ -129,17 +134,29 @@ def _fresh(columns):
     return f()
 
 
-def _scores(q, k, s: Shape):
+def _scores(q, k, wg, s: Shape):
     """Queries times keys: f32 (64, PIECE)."""
     rows = plgpu.RefType(mg.ROWS_128)
 
-    @plgpu.inline_mgpu(arg_types=(rows, rows), return_type=_wgmma_type(PIECE))
-    def f(ctx, q, k):
+    @plgpu.inline_mgpu(arg_types=(rows, rows, mg.SPLAT), return_type=_wgmma_type(PIECE))
+    def f(ctx, q, k, wg):
         del ctx
+        wg = mg.scalar(wg)
+        turn = (mg.add(wg, 8), mg.sub(9, wg)) if s.turns else ()
         steps = [(half * ROWS * 8 + 2 * i, half * PIECE * 8 + 2 * i) for half in range(s.d // HALF) for i in range(4)]
-        return _array(_wgmma(PIECE, steps, None, [_descriptor(q), _descriptor(k)]), PIECE)
+        return _array(_wgmma(PIECE, steps, None, [_descriptor(q), _descriptor(k)], turn), PIECE)
 
-    return f(q, k)
+    return f(q, k, wg)
+
+
+def _give_turn(wg):
+    """At the start the second warpgroup lets the first go."""
+    @plgpu.inline_mgpu(arg_types=(mg.SPLAT,))
+    def f(ctx, wg):
+        del ctx
+        mg.branch(mg.flag("eq", mg.scalar(wg), 1), lambda: mg.asm("bar.arrive 8,256;", outputs=""))
+
+    f(wg)
 
 
 def _weights(scores, marks, c):
@@ -372,7 +389,7 @@ def _kernel(q, keys, values, layer, starts, counts, out, *, q_sm, k_sm, v_sm, st
                 it, group, marks, row_marks, some = carry
                 slot, base = lax.rem(it, jnp.int32(STAGES)), p * PIECE
                 plgpu.barrier_wait(k_full.at[slot])
-                scores = _scores(q_sm.at[wg], k_sm.at[slot], s)
+                scores = _scores(q_sm.at[wg], k_sm.at[slot], wg, s)
                 plgpu.barrier_arrive(k_empty.at[slot])
                 pl.when(p == stop - 1)(lambda: plgpu.barrier_arrive(q_empty.at[wg]))
                 masked = base + PIECE > jnp.minimum(own + 1, end)
@@ -397,6 +414,8 @@ def _kernel(q, keys, values, layer, starts, counts, out, *, q_sm, k_sm, v_sm, st
             _finish(group, marks, row_marks, state.at[wg], out, place, s)
             return it, *fetched
 
+        if s.turns:
+            _give_turn(wg)
         *_, start, count = known(jnp.int32(0))
         lax.fori_loop(0, own_tiles, tile, (jnp.int32(0), start, count))
 
@@ -413,11 +432,11 @@ def _kernel(q, keys, values, layer, starts, counts, out, *, q_sm, k_sm, v_sm, st
         consume()
 
 
-def prefill(q, keys, values, layer, starts, counts, *, scale, window=None, soft_cap=None, ctas=SMS):
+def prefill(q, keys, values, layer, starts, counts, *, scale, window=None, soft_cap=None, ctas=SMS, turns=False):
     """q bf16 [B, T, Hq, D], keys and values bf16 [L, B, Hkv, S, D], layer i32 [], starts and counts i32 [B] -> q's shape."""
     rows, tokens, query_heads, d = q.shape
     layers, _, heads, capacity, _ = keys.shape
-    s = Shape(rows, tokens, heads, query_heads // heads, d, capacity, scale, window, soft_cap)
+    s = Shape(rows, tokens, heads, query_heads // heads, d, capacity, scale, window, soft_cap, turns)
     halves = d // HALF
     tile = lambda *shape: plgpu.SMEM((*shape, HALF), jnp.bfloat16, transforms=mg.ROWS_128)
     scratch = dict(
