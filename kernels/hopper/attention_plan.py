@@ -18,7 +18,8 @@ WORDS = 8  # of a record: (row, head), end, first piece, pieces, kind, slot of p
 
 
 class Plan(NamedTuple):
-    """table: i32 [CTAs, 1 + units + 1, WORDS]: the CTA's pieces in all, its units, and one of no pieces. counters: i32 zeros,
+    """table: i32 [CTAs, 1 + units + 1, WORDS]: the CTA's pieces, units and stages of
+    `attention_decode._join`; its units; one of no pieces. counters: i32 zeros,
     which each call leaves at zero: no two calls may run on them at a time."""
 
     table: jax.Array
@@ -78,7 +79,9 @@ def plan(starts, *, tokens: int, heads: int, capacity: int, window: int | None =
 
     tables, loads, costs = (jnp.stack(a) for a in zip(*map(deal, SIZES)))
     best = jnp.argmin(costs)
-    head = jnp.pad(loads[best].astype(jnp.int32)[:, None, None], ((0, 0), (0, 0), (0, WORDS - 1)))
     table = tables[best].reshape(rounds, ctas, WORDS).swapaxes(0, 1)
+    stages = jnp.where((table[..., 4] == PIECES).any() & (groups > 2).any(), 2, (table[..., 4] != WHOLE).any().astype(jnp.int32))
+    head = [loads[best], (table[..., 3] > 0).sum(1), jnp.full((ctas,), stages)]
+    head = jnp.pad(jnp.stack(head, 1).astype(jnp.int32)[:, None], ((0, 0), (0, 0), (0, WORDS - 3)))
     table = jnp.concatenate([head, table, jnp.zeros((ctas, 1, WORDS), jnp.int32)], 1)
     return Plan(table, jnp.zeros((rows * heads + SLOTS,), jnp.int32))
