@@ -62,8 +62,9 @@ def _descriptor(ref, leading=1):
 
 
 def _wgmma(columns, steps, left, descriptors, turn=()):
-    """Sum over k16 steps from zero, in one accumulator: f32 registers. steps: of A and B, 16 bytes on from the descriptors;
-    left: registers of A (a step each), or None where A lies in shared memory too."""
+    """Starts the sum over k16 steps from zero, in one accumulator: f32 registers, to be waited for. steps: of A and B, 16 bytes on
+    from the descriptors; left: registers of A (a step each), or None where A lies in shared memory too. turn: named barriers:
+    to wait at before, and to arrive at after."""
     n = columns // 2
     registers = [] if left is None else [r for step in left for r in step]
     accumulator = "{" + ",".join(f"${i}" for i in range(n)) + "}"
@@ -77,16 +78,23 @@ def _wgmma(columns, steps, left, descriptors, turn=()):
             text.append(f"add.s64 b,${at},{b};")
             operand, flags = "{" + ",".join(f"${n + 4 * i + j}" for j in range(4)) + "}", "1,1,1"
         text.append(f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {accumulator},{operand},b,{'p' if i else 'z'},{flags};")
-    text.append("wgmma.commit_group.sync.aligned;")
+    text.append("wgmma.commit_group.sync.aligned;}")
     if turn:
         text.insert(0, f"bar.sync ${at + len(descriptors)},256;")
         text.append(f"bar.arrive ${at + len(descriptors) + 1},256;")
-    text.append("wgmma.wait_group.sync.aligned 0;}")
     constraints = ",".join(["=f"] * n + ["r"] * len(registers) + ["l"] * len(descriptors) + ["r"] * len(turn))
     f32_type = ir.F32Type.get()
     struct = llvm.inline_asm(llvm.StructType.get_literal([f32_type] * n), [*registers, *descriptors, *turn], "\n".join(text), constraints,
                              has_side_effects=True)
     return [llvm.extractvalue(f32_type, struct, [i]) for i in range(n)]
+
+
+def _wait(values):
+    """The values of `_wgmma` when it is through."""
+    n = len(values)
+    struct = llvm.inline_asm(llvm.StructType.get_literal([ir.F32Type.get()] * n), list(values), "wgmma.wait_group.sync.aligned 0;",
+                             ",".join(["=f"] * n + [str(i) for i in range(n)]), has_side_effects=True)
+    return [llvm.extractvalue(ir.F32Type.get(), struct, [i]) for i in range(n)]
 
 
 def _if_else(condition, then, otherwise):
@@ -134,19 +142,51 @@ def _fresh(columns):
     return f()
 
 
+def _start_scores(q, k, wg, s: Shape):
+    steps = [(half * ROWS * 8 + 2 * i, half * PIECE * 8 + 2 * i) for half in range(s.d // HALF) for i in range(4)]
+    turn = (mg.add(wg, 8), mg.sub(9, wg)) if s.turns else ()
+    return _wgmma(PIECE, steps, None, [_descriptor(q), _descriptor(k)], turn)
+
+
+ROWS_TYPE = plgpu.RefType(mg.ROWS_128)
+
+
 def _scores(q, k, wg, s: Shape):
     """Queries times keys: f32 (64, PIECE)."""
-    rows = plgpu.RefType(mg.ROWS_128)
-
-    @plgpu.inline_mgpu(arg_types=(rows, rows, mg.SPLAT), return_type=_wgmma_type(PIECE))
+    @plgpu.inline_mgpu(arg_types=(ROWS_TYPE, ROWS_TYPE, mg.SPLAT), return_type=_wgmma_type(PIECE))
     def f(ctx, q, k, wg):
         del ctx
-        wg = mg.scalar(wg)
-        turn = (mg.add(wg, 8), mg.sub(9, wg)) if s.turns else ()
-        steps = [(half * ROWS * 8 + 2 * i, half * PIECE * 8 + 2 * i) for half in range(s.d // HALF) for i in range(4)]
-        return _array(_wgmma(PIECE, steps, None, [_descriptor(q), _descriptor(k)], turn), PIECE)
+        return _array(_wait(_start_scores(q, k, mg.scalar(wg), s)), PIECE)
 
     return f(q, k, wg)
+
+
+def _fold(group, piece, factors):
+    return [sums.fold(x, y, factors[i // 2 % 2], factors[2 + i // 2 % 2]) for i, (x, y) in enumerate(zip(group, piece))]
+
+
+def _fold_piece(group, piece, factors, s: Shape):
+    """A piece's values folded to the group's."""
+    @plgpu.inline_mgpu(arg_types=(mg.WGMMA,) * 2 + (mg.PER_THREAD,) * 4, return_type=_wgmma_type(s.d))
+    def f(ctx, group, piece, *factors):
+        del ctx
+        return _array(_fold(_registers(group), _registers(piece), _marks(factors)), s.d)
+
+    return f(group, piece, *factors)
+
+
+def _fold_and_score(q, k, wg, group, piece, factors, s: Shape):
+    """`_scores` of the next piece, and while they run `_fold_piece` of this one."""
+    types = (ROWS_TYPE, ROWS_TYPE, mg.SPLAT, *(mg.WGMMA,) * 2, *(mg.PER_THREAD,) * 4)
+
+    @plgpu.inline_mgpu(arg_types=types, return_type=(_wgmma_type(PIECE), _wgmma_type(s.d)))
+    def f(ctx, q, k, wg, group, piece, *factors):
+        del ctx
+        running = _start_scores(q, k, mg.scalar(wg), s)
+        folded = _fold(_registers(group), _registers(piece), _marks(factors))
+        return _array(_wait(running), PIECE), _array(folded, s.d)
+
+    return f(q, k, wg, group, piece, *factors)
 
 
 def _give_turn(wg):
@@ -188,13 +228,14 @@ def _weights(scores, marks, c):
     return left, new, old_factors, factors
 
 
-def _absorb(scores, v, group, marks, place, s: Shape):
-    """Folds a piece to the group's sums. place: i32 scalars: the first row's end less the piece's first slot, the row's end less
-    it, and whether any slot is not seen by all 64 queries."""
-    types = (mg.WGMMA, plgpu.RefType(mg.ROWS_128), mg.WGMMA, *(mg.PER_THREAD,) * MARKS, *(mg.SPLAT,) * 3)
+def _values(scores, v, marks, place, s: Shape):
+    """A piece's values f32 (64, D), the group's marks with it, and the factors of the fold: of the fragment's two rows, first the
+    group's. place: i32 scalars: the first row's end less the piece's first slot, the row's end less it, and whether any slot is
+    not seen by all 64 queries."""
+    types = (mg.WGMMA, ROWS_TYPE, *(mg.PER_THREAD,) * MARKS, *(mg.SPLAT,) * 3)
 
-    @plgpu.inline_mgpu(arg_types=types, return_type=(_wgmma_type(s.d), *PER_THREAD * MARKS))
-    def f(ctx, scores, v, group, *rest):
+    @plgpu.inline_mgpu(arg_types=types, return_type=(_wgmma_type(s.d), *PER_THREAD * (MARKS + 4)))
+    def f(ctx, scores, v, *rest):
         del ctx
         marks, (first, end, masked) = _marks(rest[:MARKS]), map(mg.scalar, rest[MARKS:])
         values = [sums.cap(x, s.scale, s.soft_cap) for x in _registers(scores)]
@@ -206,14 +247,12 @@ def _absorb(scores, v, group, marks, place, s: Shape):
             return [sums.see(x, rests[i // 2 % 2], s.window, 8 * (i // 4) + i % 2) for i, x in enumerate(values)]
 
         values = _if_else(masked, mask, values)
-        c = f32(s.c)
-        left, new, old_factors, factors = _weights(values, marks, c)
+        left, new, old_factors, factors = _weights(values, marks, f32(s.c))
         steps = [(0, i * 16 * 8) for i in range(PIECE // 16)]
-        piece = _wgmma(s.d, steps, left, [_descriptor(v, PIECE * 8)])
-        folded = [sums.fold(x, y, old_factors[i // 2 % 2], factors[i // 2 % 2]) for i, (x, y) in enumerate(zip(_registers(group), piece))]
-        return _array(folded, s.d), *_as_marks(new)
+        piece = _wait(_wgmma(s.d, steps, left, [_descriptor(v, PIECE * 8)]))
+        return _array(piece, s.d), *_as_marks(new + old_factors + factors)
 
-    return f(scores, v, group, *marks, *place)
+    return f(scores, v, *marks, *place)
 
 
 def _zero_values(v, rest, s: Shape):
@@ -332,13 +371,13 @@ def _tile(tile, s: Shape):
 
 
 def _span(start, count, first_token, s: Shape):
-    """The end of what a tile's queries see, and its pieces: first, stop."""
+    """The end of what a tile's queries see, and its pieces: first, stop. One piece where no query counts."""
     end = start + jnp.minimum(first_token + CONSUMERS * ROWS, count)
-    stop = jnp.where(count > first_token, lax.div(end + (PIECE - 1), jnp.int32(PIECE)), 0)
+    stop = jnp.where(count > first_token, lax.div(end + (PIECE - 1), jnp.int32(PIECE)), 1)
     if s.window is None:
         return end, jnp.int32(0), stop
     low = lax.div(jnp.maximum(start + first_token + 1 - s.window, 0), jnp.int32(PIECE))
-    return end, jnp.minimum(low, stop), stop
+    return end, jnp.minimum(low, stop - 1), stop
 
 
 def _kernel(q, keys, values, layer, starts, counts, out, *, q_sm, k_sm, v_sm, state, q_full, q_empty, k_full, k_empty, v_full, v_empty,
@@ -385,30 +424,44 @@ def _kernel(q, keys, values, layer, starts, counts, out, *, q_sm, k_sm, v_sm, st
             own = start + token + wg * ROWS  # the first query's position
             plgpu.barrier_wait(q_full.at[wg])
 
-            def piece(p, carry):
-                it, group, marks, row_marks, some = carry
-                slot, base = lax.rem(it, jnp.int32(STAGES)), p * PIECE
-                plgpu.barrier_wait(k_full.at[slot])
-                scores = _scores(q_sm.at[wg], k_sm.at[slot], wg, s)
-                plgpu.barrier_arrive(k_empty.at[slot])
-                pl.when(p == stop - 1)(lambda: plgpu.barrier_arrive(q_empty.at[wg]))
+            def slot_of(it):
+                return lax.rem(it, jnp.int32(STAGES))
+
+            def values(p, it, scores, marks):
+                slot, base = slot_of(it), p * PIECE
                 masked = base + PIECE > jnp.minimum(own + 1, end)
                 if s.window is not None:
                     masked |= base < jnp.minimum(own + ROWS, end) - s.window
                 plgpu.barrier_wait(v_full.at[slot])
                 _zero_values(v_sm.at[slot], end - base, s)
                 place = own + 1 - base, end - base, masked.astype(jnp.int32)
-                group, *marks = _absorb(scores, v_sm.at[slot], group, marks, place, s)
+                out, *rest = _values(scores, v_sm.at[slot], marks, place, s)
                 plgpu.barrier_arrive(v_empty.at[slot])
-                done = (lax.rem(p, jnp.int32(GROUP)) == GROUP - 1) & (p < stop - 1)
-                done = done.astype(jnp.int32)
-                out = _bank(group, marks, row_marks, state.at[wg], done, some, s)
-                return it + 1, group, list(out[:MARKS]), list(out[MARKS:]), some | done
+                return out, list(rest[:MARKS]), rest[MARKS:]
+
+            def piece(p, carry):
+                """Piece p, and the scores of the next."""
+                it, scores, group, marks, row_marks, some = carry
+                out, marks, factors = values(p, it, scores, marks)
+                slot = slot_of(it + 1)
+                plgpu.barrier_wait(k_full.at[slot])
+                scores, group = _fold_and_score(q_sm.at[wg], k_sm.at[slot], wg, group, out, factors, s)
+                plgpu.barrier_arrive(k_empty.at[slot])
+                done = (lax.rem(p, jnp.int32(GROUP)) == GROUP - 1).astype(jnp.int32)
+                banked = _bank(group, marks, row_marks, state.at[wg], done, some, s)
+                return it + 1, scores, group, list(banked[:MARKS]), list(banked[MARKS:]), some | done
 
             group, *marks = _fresh(s.d)
-            carry = it, group, marks, marks, jnp.int32(0)
-            it, group, marks, row_marks, some = lax.fori_loop(first, stop, piece, carry)
-            pl.when(first >= stop)(lambda: plgpu.barrier_arrive(q_empty.at[wg]))
+            slot = slot_of(it)
+            plgpu.barrier_wait(k_full.at[slot])
+            scores = _scores(q_sm.at[wg], k_sm.at[slot], wg, s)
+            plgpu.barrier_arrive(k_empty.at[slot])
+            carry = it, scores, group, marks, marks, jnp.int32(0)
+            it, scores, group, marks, row_marks, some = lax.fori_loop(first, stop - 1, piece, carry)
+            plgpu.barrier_arrive(q_empty.at[wg])
+            out_of_last, marks, factors = values(stop - 1, it, scores, marks)
+            group = _fold_piece(group, out_of_last, factors, s)
+            it = it + 1
             at = token + wg * ROWS
             place = some, row * s.tokens + at, s.tokens - at, head
             _finish(group, marks, row_marks, state.at[wg], out, place, s)
