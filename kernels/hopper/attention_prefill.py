@@ -27,6 +27,7 @@ CONSUMERS = 2  # warpgroups
 ROWS = 64  # queries of each
 STAGES = 2
 HALF = 64  # head dimensions of a 128-byte row
+REGISTERS = 240, 24  # of a consumer's and a producer's thread: 2 x 240 + 24 are the 3 x 168 that are launched
 MARKS = 4  # per-thread registers of a state: maxima and parts of the sum of the fragment's two rows
 
 
@@ -61,50 +62,51 @@ def _descriptor(ref, leading=1):
     return llvm.or_(address, arith.constant(i64, (1 << 62) | (64 << 32) | (leading << 16)))
 
 
-def _wgmma(columns, steps, left, descriptors, turn=()):
-    """Starts the sum over k16 steps from zero, in one accumulator: f32 registers, to be waited for. steps: of A and B, 16 bytes on
-    from the descriptors; left: registers of A (a step each), or None where A lies in shared memory too. turn: named barriers:
-    to wait at before, and to arrive at after."""
-    n = columns // 2
-    registers = [] if left is None else [r for step in left for r in step]
+def _wgmma(columns, steps, operands, descriptors, between, turn=()):
+    """Sum over k16 steps from zero, in one accumulator: f32 registers.
+
+    steps: of A and B, 16 bytes on from the descriptors. operands: None where A lies in shared memory too, else a function of the
+    step that makes its registers of A, while the step before runs. between: a function of the step, called behind it. turn: named
+    barriers: to wait at before, and to arrive at after.
+    """
+    n, f32_type = columns // 2, ir.F32Type.get()
     accumulator = "{" + ",".join(f"${i}" for i in range(n)) + "}"
-    at = n + len(registers)
-    text = ["{.reg .b64 a,b; .reg .pred z,p; setp.ne.u32 z,0,0; setp.eq.u32 p,0,0; wgmma.fence.sync.aligned;"]
+    struct, values = llvm.StructType.get_literal([f32_type] * n), []
     for i, (a, b) in enumerate(steps):
-        if left is None:
-            text.append(f"add.s64 a,${at},{a}; add.s64 b,${at + 1},{b};")
-            operand, flags = "a", "1,1,0,0"
+        registers = [] if operands is None else operands(i)
+        first, last = i == 0, i == len(steps) - 1
+        at = n + len(values) + len(registers)
+        text = "{.reg .b64 a,b; .reg .pred p; " + ("setp.ne.u32 p,0,0; " if first else "setp.eq.u32 p,0,0; ")
+        if turn and first:
+            text += f"bar.sync ${at + len(descriptors)},256; "
+        text += "wgmma.fence.sync.aligned; "
+        if operands is None:
+            text += f"add.s64 a,${at},{a}; add.s64 b,${at + 1},{b}; "
+            left, flags = "a", "1,1,0,0"
         else:
-            text.append(f"add.s64 b,${at},{b};")
-            operand, flags = "{" + ",".join(f"${n + 4 * i + j}" for j in range(4)) + "}", "1,1,1"
-        text.append(f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {accumulator},{operand},b,{'p' if i else 'z'},{flags};")
-    text.append("wgmma.commit_group.sync.aligned;}")
-    if turn:
-        text.insert(0, f"bar.sync ${at + len(descriptors)},256;")
-        text.append(f"bar.arrive ${at + len(descriptors) + 1},256;")
-    constraints = ",".join(["=f"] * n + ["r"] * len(registers) + ["l"] * len(descriptors) + ["r"] * len(turn))
-    f32_type = ir.F32Type.get()
-    struct = llvm.inline_asm(llvm.StructType.get_literal([f32_type] * n), [*registers, *descriptors, *turn], "\n".join(text), constraints,
+            text += f"add.s64 b,${at},{b}; "
+            left, flags = "{" + ",".join(f"${at - 4 + j}" for j in range(4)) + "}", "1,1,1"
+        text += f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {accumulator},{left},b,p,{flags};"
+        if last:
+            text += "wgmma.commit_group.sync.aligned;"
+        if turn and last:
+            text += f"bar.arrive ${at + len(descriptors) + 1},256;"
+        constraints = ["=f"] * n + [str(j) for j in range(len(values))] + ["r"] * len(registers) + ["l"] * len(descriptors)
+        packed = llvm.inline_asm(struct, [*values, *registers, *descriptors, *turn], text + "}", ",".join(constraints + ["r"] * len(turn)),
+                                 has_side_effects=True)
+        values = [llvm.extractvalue(f32_type, packed, [j]) for j in range(n)]
+        between(i)
+    packed = llvm.inline_asm(struct, values, "wgmma.wait_group.sync.aligned 0;", ",".join(["=f"] * n + [str(j) for j in range(n)]),
                              has_side_effects=True)
-    return [llvm.extractvalue(f32_type, struct, [i]) for i in range(n)]
-
-
-def _wait(values):
-    """The values of `_wgmma` when it is through."""
-    n = len(values)
-    struct = llvm.inline_asm(llvm.StructType.get_literal([ir.F32Type.get()] * n), list(values), "wgmma.wait_group.sync.aligned 0;",
-                             ",".join(["=f"] * n + [str(i) for i in range(n)]), has_side_effects=True)
-    return [llvm.extractvalue(ir.F32Type.get(), struct, [i]) for i in range(n)]
+    return [llvm.extractvalue(f32_type, packed, [j]) for j in range(n)]
 
 
 def _if_else(condition, then, otherwise):
-    """Values of then() or otherwise(), of the same types."""
-    flag = arith.cmpi(arith.CmpIPredicate.ne, condition, mg.i32(0))
-    op = scf.IfOp(flag, [v.type for v in otherwise], has_else=True)
-    with ir.InsertionPoint(op.then_block):
-        scf.yield_(then())
-    with ir.InsertionPoint(op.else_block):
-        scf.yield_(list(otherwise))
+    """Values of then(), or `otherwise`, of the same types."""
+    op = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ne, condition, mg.i32(0)), [v.type for v in otherwise], has_else=True)
+    for block, values in ((op.then_block, then), (op.else_block, lambda: otherwise)):
+        with ir.InsertionPoint(block):
+            scf.yield_(list(values()))
     return list(op.results)
 
 
@@ -142,10 +144,10 @@ def _fresh(columns):
     return f()
 
 
-def _start_scores(q, k, wg, s: Shape):
+def _scores_of(q, k, wg, between, s: Shape):
     steps = [(half * ROWS * 8 + 2 * i, half * PIECE * 8 + 2 * i) for half in range(s.d // HALF) for i in range(4)]
     turn = (mg.add(wg, 8), mg.sub(9, wg)) if s.turns else ()
-    return _wgmma(PIECE, steps, None, [_descriptor(q), _descriptor(k)], turn)
+    return _wgmma(PIECE, steps, None, [_descriptor(q), _descriptor(k)], between, turn)
 
 
 ROWS_TYPE = plgpu.RefType(mg.ROWS_128)
@@ -156,13 +158,13 @@ def _scores(q, k, wg, s: Shape):
     @plgpu.inline_mgpu(arg_types=(ROWS_TYPE, ROWS_TYPE, mg.SPLAT), return_type=_wgmma_type(PIECE))
     def f(ctx, q, k, wg):
         del ctx
-        return _array(_wait(_start_scores(q, k, mg.scalar(wg), s)), PIECE)
+        return _array(_scores_of(q, k, mg.scalar(wg), lambda i: None, s), PIECE)
 
     return f(q, k, wg)
 
 
-def _fold(group, piece, factors):
-    return [sums.fold(x, y, factors[i // 2 % 2], factors[2 + i // 2 % 2]) for i, (x, y) in enumerate(zip(group, piece))]
+def _fold(group, piece, factors, which=slice(None)):
+    return [sums.fold(x, y, factors[i // 2 % 2], factors[2 + i // 2 % 2]) for i, (x, y) in list(enumerate(zip(group, piece)))[which]]
 
 
 def _fold_piece(group, piece, factors, s: Shape):
@@ -182,9 +184,10 @@ def _fold_and_score(q, k, wg, group, piece, factors, s: Shape):
     @plgpu.inline_mgpu(arg_types=types, return_type=(_wgmma_type(PIECE), _wgmma_type(s.d)))
     def f(ctx, q, k, wg, group, piece, *factors):
         del ctx
-        running = _start_scores(q, k, mg.scalar(wg), s)
-        folded = _fold(_registers(group), _registers(piece), _marks(factors))
-        return _array(_wait(running), PIECE), _array(folded, s.d)
+        group, piece, factors, folded = _registers(group), _registers(piece), _marks(factors), []
+        each = len(group) // (s.d // 16)
+        scores = _scores_of(q, k, mg.scalar(wg), lambda i: folded.extend(_fold(group, piece, factors, slice(each * i, each * i + each))), s)
+        return _array(scores, PIECE), _array(folded, s.d)
 
     return f(q, k, wg, group, piece, *factors)
 
@@ -199,13 +202,11 @@ def _give_turn(wg):
     f(wg)
 
 
-def _weights(scores, marks, c):
-    """Scores of the fragment's two rows -> A registers of the weights, a k16 step each; the new marks; factors of the old sums and
-    of the piece's, by row."""
-    left, new, old_factors, factors = [[[None] * 4 for _ in range(PIECE // 16)], [None] * MARKS, [], []]
+def _maxima(scores, marks, c):
+    """Of the fragment's two rows: -m c of the piece; the maxima with it; the factors of the old sums and of the piece's."""
+    shifts, maxima, old_factors, factors = [], [], [], []
     for h in range(2):
-        own = [[scores[8 * k + 4 * e8 + 2 * h:][:2] for e8 in range(2)] for k in range(PIECE // 16)]  # [k][8 slots][e]
-        chains = [[own[k][e8][e] for k in range(PIECE // 16)] for e8 in range(2) for e in range(2)]
+        chains = [[scores[8 * k + 4 * e8 + 2 * h + e] for k in range(PIECE // 16)] for e8 in range(2) for e in range(2)]
         m = f32(EMPTY)
         for chain in chains:
             top = chain[0]
@@ -213,19 +214,24 @@ def _weights(scores, marks, c):
                 top = sums.fmax(top, x)
             m = sums.fmax(m, top)
         m = sums.lanes(m, sums.fmax, (1, 2))
-        shift = sums.fneg(sums.fmul(m, c))
-        part = None
-        for k in range(PIECE // 16):
-            p = [[sums.weight(x, c, shift) for x in pair] for pair in own[k]]
-            of_step = sums.fadd(sums.fadd(p[0][0], p[1][0]), sums.fadd(p[0][1], p[1][1]))
-            part = of_step if part is None else sums.fadd(part, of_step)
-            for e8 in range(2):
-                left[k][2 * e8 + h] = sums.pack(*p[e8])
-        new[h], a, b = sums.fold_factors(marks[h], m, c)
-        new[2 + h] = sums.fold(marks[2 + h], part, a, b)
+        shifts.append(sums.fneg(sums.fmul(m, c)))
+        new, a, b = sums.fold_factors(marks[h], m, c)
+        maxima.append(new)
         old_factors.append(a)
         factors.append(b)
-    return left, new, old_factors, factors
+    return shifts, maxima, old_factors, factors
+
+
+def _weights_of(scores, step, shifts, parts, c):
+    """Registers of A of a k16 step; adds to the parts of the sum."""
+    left = [None] * 4
+    for h in range(2):
+        p = [[sums.weight(x, c, shifts[h]) for x in scores[8 * step + 4 * e8 + 2 * h:][:2]] for e8 in range(2)]
+        of_step = sums.fadd(sums.fadd(p[0][0], p[1][0]), sums.fadd(p[0][1], p[1][1]))
+        parts[h] = of_step if step == 0 else sums.fadd(parts[h], of_step)
+        for e8 in range(2):
+            left[2 * e8 + h] = sums.pack(*p[e8])
+    return left
 
 
 def _values(scores, v, marks, place, s: Shape):
@@ -247,10 +253,12 @@ def _values(scores, v, marks, place, s: Shape):
             return [sums.see(x, rests[i // 2 % 2], s.window, 8 * (i // 4) + i % 2) for i, x in enumerate(values)]
 
         values = _if_else(masked, mask, values)
-        left, new, old_factors, factors = _weights(values, marks, f32(s.c))
+        c, parts = f32(s.c), [None, None]
+        shifts, maxima, old_factors, factors = _maxima(values, marks, c)
         steps = [(0, i * 16 * 8) for i in range(PIECE // 16)]
-        piece = _wait(_wgmma(s.d, steps, left, [_descriptor(v, PIECE * 8)]))
-        return _array(piece, s.d), *_as_marks(new + old_factors + factors)
+        piece = _wgmma(s.d, steps, lambda i: _weights_of(values, i, shifts, parts, c), [_descriptor(v, PIECE * 8)], lambda i: None)
+        parts = [sums.fold(old, new, a, b) for old, new, a, b in zip(marks[2:], parts, old_factors, factors)]
+        return _array(piece, s.d), *_as_marks(maxima + parts + old_factors + factors)
 
     return f(scores, v, *marks, *place)
 
@@ -277,70 +285,81 @@ def _zero_values(v, rest, s: Shape):
     f(v, rest)
 
 
-def _state_address(state):
-    return mg.add(mg.smem_address(state), mg.mul(mg.rem(mg.thread_index(), mg.WARPGROUP), 16))
+class _State:
+    """The row's sums of a thread in shared memory: values, 16 bytes a thread, then 64 times 4 parts. Its maxima are registers: all of
+    it in shared memory is 96 bytes too much."""
+
+    def __init__(self, state, d):
+        self.count = d // 2
+        tid = mg.rem(mg.thread_index(), mg.WARPGROUP)
+        base = mg.smem_address(state)
+        self.values = mg.add(base, mg.mul(tid, 16))
+        row = mg.add(mg.mul(mg.div(tid, 32), 16), mg.div(mg.rem(tid, 32), 4))
+        self.parts = mg.add(mg.add(base, 4 * ROWS * d), mg.add(mg.mul(row, 16), mg.mul(mg.rem(tid, 4), 4)))
+
+    def load(self):
+        values = [x for i in range(0, self.count, 4) for x in mg.asm(
+            f"ld.shared.v4.f32 {{$0,$1,$2,$3}},[$4+{i // 4 * 16 * mg.WARPGROUP}];", [self.values], "ffff")]
+        return values, [mg.asm(f"ld.shared.f32 $0,[$1+{128 * h}];", [self.parts], "f") for h in range(2)]
+
+    def store(self, values, parts):
+        for i in range(0, self.count, 4):
+            mg.asm(f"st.shared.v4.f32 [$0+{i // 4 * 16 * mg.WARPGROUP}],{{$1,$2,$3,$4}};", [self.values, *values[i:i + 4]], "")
+        for h in range(2):
+            mg.asm(f"st.shared.f32 [$0+{128 * h}],$1;", [self.parts, parts[h]], "")
+
+    def fold(self, maxima, group, marks, c):
+        """The row's sums with a group's: values, maxima, parts."""
+        values, parts = self.load()
+        new, a, b = zip(*(sums.fold_factors(x, y, c) for x, y in zip(maxima, marks[:2])))
+        parts = [sums.fold(x, y, a[h], b[h]) for h, (x, y) in enumerate(zip(parts, marks[2:]))]
+        return [sums.fold(x, y, a[i // 2 % 2], b[i // 2 % 2]) for i, (x, y) in enumerate(zip(values, group))], list(new), parts
 
 
-def _load_state(at, n):
-    return [x for i in range(0, n, 4) for x in mg.asm(f"ld.shared.v4.f32 {{$0,$1,$2,$3}},[$4+{i // 4 * 16 * mg.WARPGROUP}];", [at], "ffff")]
+def _bank(group, marks, maxima, state, done, some, s: Shape):
+    """Folds a group that is done to the row's sums. some: whether there are any yet. -> the marks of the group to go on with, the
+    row's maxima."""
+    types = (mg.WGMMA, *(mg.PER_THREAD,) * (MARKS + 2), mg.REF, mg.SPLAT, mg.SPLAT)
 
-
-def _fold_group(row_sums, row_marks, group, marks, c):
-    new, factors = [None] * MARKS, []
-    for h in range(2):
-        new[h], a, b = sums.fold_factors(row_marks[h], marks[h], c)
-        new[2 + h] = sums.fold(row_marks[2 + h], marks[2 + h], a, b)
-        factors.append((a, b))
-    return [sums.fold(x, y, *factors[i // 2 % 2]) for i, (x, y) in enumerate(zip(row_sums, group))], new
-
-
-def _bank(group, marks, row_marks, state, done, some, s: Shape):
-    """Folds a group that is done to the row's sums in shared memory. some: whether there are any yet. -> the group's and the row's
-    marks."""
-    types = (mg.WGMMA, *(mg.PER_THREAD,) * 2 * MARKS, mg.REF, mg.SPLAT, mg.SPLAT)
-
-    @plgpu.inline_mgpu(arg_types=types, return_type=PER_THREAD * 2 * MARKS)
+    @plgpu.inline_mgpu(arg_types=types, return_type=PER_THREAD * (MARKS + 2))
     def f(ctx, group, *rest):
         del ctx
-        marks, row_marks = _marks(rest[:MARKS]), _marks(rest[MARKS:2 * MARKS])
-        state, done, some = rest[2 * MARKS], *map(mg.scalar, rest[2 * MARKS + 1:])
+        marks, maxima, state = _marks(rest[:MARKS]), _marks(rest[MARKS:MARKS + 2]), rest[MARKS + 2]
+        done, some = map(mg.scalar, rest[MARKS + 3:])
         values = _registers(group)
 
-        def store():
-            at = _state_address(state)
+        def fold():
+            row = _State(state, s.d)
+            folded, new, parts = row.fold(maxima, values, marks, f32(s.c))
+            row.store(folded, parts)
+            return new
 
-            def fold():
-                folded, new = _fold_group(_load_state(at, len(values)), row_marks, values, marks, f32(s.c))
-                return folded + new
+        def bank():
+            mg.branch(mg.bit_xor(some, 1), lambda: _State(state, s.d).store(values, marks[2:]))
+            return [f32(EMPTY)] * 2 + [f32(0)] * 2 + _if_else(some, fold, marks[:2])
 
-            out = _if_else(some, fold, values + marks)
-            for i in range(0, len(values), 4):
-                mg.asm(f"st.shared.v4.f32 [$0+{i // 4 * 16 * mg.WARPGROUP}],{{$1,$2,$3,$4}};", [at, *out[i:i + 4]], "")
-            return [f32(EMPTY)] * 2 + [f32(0)] * 2 + out[len(values):]
+        return _as_marks(_if_else(done, bank, marks + maxima))
 
-        return _as_marks(_if_else(done, store, marks + row_marks))
-
-    return f(group, *marks, *row_marks, state, done, some)
+    return f(group, *marks, *maxima, state, done, some)
 
 
-def _finish(group, marks, row_marks, state, out, place, s: Shape):
+def _finish(group, marks, maxima, state, out, place, s: Shape):
     """Writes the tile. place: i32 scalars: whether groups lie in `state`, the first query's row of `out`, how many queries there
     are, the query head."""
-    types = (mg.WGMMA, *(mg.PER_THREAD,) * 2 * MARKS, mg.REF, mg.REF, *(mg.SPLAT,) * 4)
+    types = (mg.WGMMA, *(mg.PER_THREAD,) * (MARKS + 2), mg.REF, mg.REF, *(mg.SPLAT,) * 4)
 
     @plgpu.inline_mgpu(arg_types=types)
     def f(ctx, group, *rest):
         del ctx
-        marks, row_marks = _marks(rest[:MARKS]), _marks(rest[MARKS:2 * MARKS])
-        state, out = rest[2 * MARKS:2 * MARKS + 2]
-        some, first, count, head = map(mg.scalar, rest[2 * MARKS + 2:])
+        marks, maxima, (state, out) = _marks(rest[:MARKS]), _marks(rest[MARKS:MARKS + 2]), rest[MARKS + 2:MARKS + 4]
+        some, first, count, head = map(mg.scalar, rest[MARKS + 4:])
         values = _registers(group)
 
         def fold():
-            folded, new = _fold_group(_load_state(_state_address(state), len(values)), row_marks, values, marks, f32(s.c))
-            return folded + new
+            folded, _, parts = _State(state, s.d).fold(maxima, values, marks, f32(s.c))
+            return folded + parts
 
-        values = _if_else(some, fold, values + marks)
+        values = _if_else(some, fold, values + marks[2:])
         # Where nothing is seen all is zero, and so is the result.
         factors = [sums.reciprocal(sums.fmax(sums.lanes(p, sums.fadd, (1, 2)), f32(1e-30))) for p in values[-2:]]
         warp, quad, row, _ = mg.lanes(False, pinned=True)
@@ -354,7 +373,7 @@ def _finish(group, marks, row_marks, state, out, place, s: Shape):
                 pair = [sums.fmul(x, factors[h]) for x in values[4 * j + 2 * h:][:2]]
                 mg.store_global(mg.offset_address(at, 16 * j), [sums.pack(*pair)], inside)
 
-    f(group, *marks, *row_marks, state, out, *place)
+    f(group, *marks, *maxima, state, out, *place)
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------
@@ -418,11 +437,13 @@ def _kernel(q, keys, values, layer, starts, counts, out, *, q_sm, k_sm, v_sm, st
         def tile(i, carry):
             it, start, count = carry
             row, head, token = _tile(cta + i * ctas, s)
-            following = jnp.minimum(i + 1, own_tiles - 1)  # fetched a tile ahead
-            _, _, _, *fetched = known(following)
             end, first, stop = _span(start, count, token, s)
             own = start + token + wg * ROWS  # the first query's position
             plgpu.barrier_wait(q_full.at[wg])
+
+            def banked_before(p):
+                """Whether groups before that of piece p lie in shared memory."""
+                return (lax.div(p, jnp.int32(GROUP)) > lax.div(first, jnp.int32(GROUP))).astype(jnp.int32)
 
             def slot_of(it):
                 return lax.rem(it, jnp.int32(STAGES))
@@ -441,30 +462,31 @@ def _kernel(q, keys, values, layer, starts, counts, out, *, q_sm, k_sm, v_sm, st
 
             def piece(p, carry):
                 """Piece p, and the scores of the next."""
-                it, scores, group, marks, row_marks, some = carry
+                it, scores, group, marks, maxima = carry
                 out, marks, factors = values(p, it, scores, marks)
                 slot = slot_of(it + 1)
                 plgpu.barrier_wait(k_full.at[slot])
                 scores, group = _fold_and_score(q_sm.at[wg], k_sm.at[slot], wg, group, out, factors, s)
                 plgpu.barrier_arrive(k_empty.at[slot])
                 done = (lax.rem(p, jnp.int32(GROUP)) == GROUP - 1).astype(jnp.int32)
-                banked = _bank(group, marks, row_marks, state.at[wg], done, some, s)
-                return it + 1, scores, group, list(banked[:MARKS]), list(banked[MARKS:]), some | done
+                banked = _bank(group, marks, maxima, state.at[wg], done, banked_before(p), s)
+                return it + 1, scores, group, list(banked[:MARKS]), list(banked[MARKS:])
 
             group, *marks = _fresh(s.d)
             slot = slot_of(it)
             plgpu.barrier_wait(k_full.at[slot])
             scores = _scores(q_sm.at[wg], k_sm.at[slot], wg, s)
             plgpu.barrier_arrive(k_empty.at[slot])
-            carry = it, scores, group, marks, marks, jnp.int32(0)
-            it, scores, group, marks, row_marks, some = lax.fori_loop(first, stop - 1, piece, carry)
+            carry = it, scores, group, marks, marks[:2]
+            it, scores, group, marks, maxima = lax.fori_loop(first, stop - 1, piece, carry)
             plgpu.barrier_arrive(q_empty.at[wg])
             out_of_last, marks, factors = values(stop - 1, it, scores, marks)
             group = _fold_piece(group, out_of_last, factors, s)
             it = it + 1
             at = token + wg * ROWS
-            place = some, row * s.tokens + at, s.tokens - at, head
-            _finish(group, marks, row_marks, state.at[wg], out, place, s)
+            place = banked_before(stop - 1), row * s.tokens + at, s.tokens - at, head
+            _, _, _, *fetched = known(jnp.minimum(i + 1, own_tiles - 1))  # in time for the next tile
+            _finish(group, marks, maxima, state.at[wg], out, place, s)
             return it, *fetched
 
         if s.turns:
@@ -472,16 +494,15 @@ def _kernel(q, keys, values, layer, starts, counts, out, *, q_sm, k_sm, v_sm, st
         *_, start, count = known(jnp.int32(0))
         lax.fori_loop(0, own_tiles, tile, (jnp.int32(0), start, count))
 
-    consumer_registers, producer_registers = mg.register_budget(CONSUMERS)
 
     @pl.when(wg == CONSUMERS)
     def _():
-        plgpu.set_max_registers(producer_registers, action="decrease")
+        plgpu.set_max_registers(REGISTERS[1], action="decrease")
         produce()
 
     @pl.when(wg < CONSUMERS)
     def _():
-        plgpu.set_max_registers(consumer_registers, action="increase")
+        plgpu.set_max_registers(REGISTERS[0], action="increase")
         consume()
 
 
@@ -494,7 +515,7 @@ def prefill(q, keys, values, layer, starts, counts, *, scale, window=None, soft_
     tile = lambda *shape: plgpu.SMEM((*shape, HALF), jnp.bfloat16, transforms=mg.ROWS_128)
     scratch = dict(
         q_sm=tile(CONSUMERS, halves * ROWS), k_sm=tile(STAGES, halves * PIECE), v_sm=tile(STAGES, halves * PIECE),
-        state=plgpu.SMEM((CONSUMERS, ROWS * d), jnp.float32),
+        state=plgpu.SMEM((CONSUMERS, ROWS * (d + 4)), jnp.float32),
         q_full=plgpu.Barrier(num_arrivals=halves, num_barriers=CONSUMERS), q_empty=plgpu.Barrier(num_arrivals=1, num_barriers=CONSUMERS),
         **{f"{x}_full": plgpu.Barrier(num_arrivals=halves, num_barriers=STAGES) for x in "kv"},
         **{f"{x}_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES) for x in "kv"})
