@@ -5,6 +5,8 @@ float32 here, so that two kernels with one order of sums agree to the bit.
 """
 import re
 
+import aot
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -165,3 +167,11 @@ def run_prefill(kernel, inputs, out, *, grid, threads=384, seed=None):
                        shared=kernel.smem, seed=seed)
     finally:
         ptx_hopper._Run = before
+
+
+def compiled_text(f, *structs):
+    """The program that XLA makes of jit(f) for an H200."""
+    device, sharding = aot._device("h200")
+    structs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in structs]
+    with aot._default_device(device):
+        return jax.jit(f).lower(*structs).compile().as_text()

@@ -55,7 +55,7 @@ def plan(starts, *, tokens: int, heads: int, capacity: int, window: int | None =
         full = number - 1
         rest = last + 1 - jnp.maximum(first, last // size * size)
         ends, order = jnp.cumsum(full * heads), jnp.argsort(-rest)
-        row = jnp.searchsorted(ends, i, side="right", method="scan_unrolled").astype(jnp.int32)
+        row = (i[:, None] >= ends[None]).sum(1, dtype=jnp.int32)
         late = i - ends[-1]
         early = late < 0
         row = jnp.where(early, row, order[jnp.clip(late // heads, 0, rows - 1)].astype(jnp.int32))
@@ -65,19 +65,19 @@ def plan(starts, *, tokens: int, heads: int, capacity: int, window: int | None =
         index = of(first) // size + jnp.where(early, at % per_head, of(full))
         start = jnp.maximum(of(first), index * size)
         count = jnp.where(late < rows * heads, jnp.minimum(of(last) + 1, (index + 1) * size) - start, 0)
-        kind = jnp.where(of(full) == 0, WHOLE, PIECES if size == 1 else GROUPS)
+        kind = jnp.where(of(full) == 0, WHOLE, jnp.where(size == 1, PIECES, GROUPS))
         pieces = last + 1 - first
         piece_slot = of(bases(pieces, first)) + head * of(pieces)
         group_slot = SLOTS + of(bases(groups, first // GROUP)) + head * of(groups)
-        saved = (pieces if size == 1 else groups).sum() * heads
+        saved = jnp.where(size == 1, pieces, groups).sum() * heads
         load, cut = count.reshape(rounds, ctas).sum(0), ((count > 0) & (kind != WHOLE)).sum()
         # in tenths of a piece, of all CTAs: bandwidth is shared, so that a full CTA gets more of it at last
-        cost = jnp.maximum(10 * count.sum(), 8 * ctas * load.max()) + jnp.where(cut > 0, (24 if size == 1 else 12) * ctas, 0) + 4 * cut
-        fits = (saved <= SLOTS) & (number.sum() * heads <= rounds * ctas) if size < SIZES[0] else True
+        cost = jnp.maximum(10 * count.sum(), 8 * ctas * load.max()) + jnp.where(cut > 0, jnp.where(size == 1, 24, 12) * ctas, 0) + 4 * cut
+        fits = (cut == 0) | (saved <= SLOTS) & (number.sum() * heads <= rounds * ctas)
         words = [row * heads + head, of(end), start, count, kind, piece_slot, group_slot, jnp.zeros_like(row)]
         return jnp.stack([w.astype(jnp.int32) for w in words], 1), load, jnp.where(fits, cost, 2**31 - 1)
 
-    tables, loads, costs = (jnp.stack(a) for a in zip(*map(deal, SIZES)))
+    tables, loads, costs = jax.vmap(deal)(jnp.array(SIZES))
     best = jnp.argmin(costs)
     table = tables[best].reshape(rounds, ctas, WORDS).swapaxes(0, 1)
     stages = jnp.where((table[..., 4] == PIECES).any() & (groups > 2).any(), 2, (table[..., 4] != WHOLE).any().astype(jnp.int32))
