@@ -49,12 +49,13 @@ class _Run(ptx_hopper._Run):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.copies, self.groups = {}, {}  # of each warp: since the last commit; committed, in order
+        self.come = {}  # threads that have arrived at a named barrier and gone on
 
     def step(self, at, pc):
         if pc >= len(self.instructions):
             return super().step(at, pc)
         predicate, negated, op, operands = self.instructions[pc]
-        own = op.startswith(("cp.async.cg", "cp.async.commit", "cp.async.wait", "atom.", "ldmatrix"))
+        own = op.startswith(("cp.async.cg", "cp.async.commit", "cp.async.wait", "atom.", "ldmatrix", "bar.arrive"))
         if not own or op.startswith("cp.async.bulk"):
             return super().step(at, pc)
         self.pc[at] = pc + 1
@@ -64,6 +65,10 @@ class _Run(ptx_hopper._Run):
             return None
         if op.startswith("atom."):
             return self.atomic_add(operands, at)
+        if op.startswith("bar.arrive"):
+            barrier = int(self.value(operands[0], at[:1])[0])
+            self.come[barrier] = self.come.get(barrier, 0) + len(at)
+            return None
         if op.startswith("ldmatrix"):
             return self.load_matrix(op, operands, at)
         for warp in np.unique(self.warp[at]):
@@ -79,6 +84,14 @@ class _Run(ptx_hopper._Run):
                     for offsets, data in group:
                         self.shared[0][offsets] = data
                 self.groups[warp] = waiting[len(waiting) - left:]
+
+    def release(self):
+        for barrier, come in self.come.items():
+            at = self.waiting == 1 + barrier
+            if at.any() and at.sum() + come >= self.wanted[at][0]:
+                self.come[barrier] -= self.wanted[at][0] - at.sum()
+                self.waiting[at] = 0
+        super().release()
 
     def copy(self, operands, lanes, warp):
         to = (self.address(operands[0], lanes) % np.uint64(1 << 32)).astype(int)

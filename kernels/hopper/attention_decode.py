@@ -120,6 +120,7 @@ class _Thread:
         query = rem(lane, 8)
         self.query_at = add(mul(query, s.row), mul(xor(div(lane, 8), query), 16))
         self.slice = rem(self.warp, s.d // 16)  # of the head dimension: where it is short, two warps do the same
+        self.place, self.own_slice = add(mul(self.slice, 32), lane), mg.flag("lt", self.warp, s.d // 16)
         slot = add(rem(lane, 8), mul(div(lane, 16), 8))
         unit = add(mul(self.slice, 2), rem(div(lane, 8), 2))
         self.value_at = add(mul(slot, s.row), add(mul(xor(unit, rem(lane, 8)), 16), PIECE * s.row))

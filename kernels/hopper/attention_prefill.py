@@ -112,7 +112,7 @@ def _kernel(q, keys, values, layer, starts, counts, out, *, q_sm, k_sm, v_sm, st
                 out, marks, factors = values(p, it, scores, marks)
                 slot = slot_of(it + 1)
                 plgpu.barrier_wait(k_full.at[slot])
-                scores, group = part.fold_and_score(q_sm.at[wg], k_sm.at[slot], wg, group, out, factors, s)
+                scores, group = part.fold_and_score(q_sm.at[wg], k_sm.at[slot], group, out, factors, s)
                 plgpu.barrier_arrive(k_empty.at[slot])
                 done = (lax.rem(p, jnp.int32(GROUP)) == GROUP - 1).astype(jnp.int32)
                 banked = part.bank(group, marks, maxima, state.at[wg], done, banked_before(p), s)
@@ -121,7 +121,7 @@ def _kernel(q, keys, values, layer, starts, counts, out, *, q_sm, k_sm, v_sm, st
             group, *marks = part.fresh(s.d)
             slot = slot_of(it)
             plgpu.barrier_wait(k_full.at[slot])
-            scores = part.scores(q_sm.at[wg], k_sm.at[slot], wg, s)
+            scores = part.scores(q_sm.at[wg], k_sm.at[slot], s)
             plgpu.barrier_arrive(k_empty.at[slot])
             carry = it, scores, group, marks, marks[:2]
             it, scores, group, marks, maxima = lax.fori_loop(first, stop - 1, piece, carry)
@@ -135,8 +135,7 @@ def _kernel(q, keys, values, layer, starts, counts, out, *, q_sm, k_sm, v_sm, st
             part.finish(group, marks, maxima, state.at[wg], out, place, s)
             return it, *fetched
 
-        if s.turns:
-            part.give_turn(wg)
+        part.give_turn(wg)
         *_, start, count = known(jnp.int32(0))
         lax.fori_loop(0, own_tiles, tile, (jnp.int32(0), start, count))
 
@@ -152,11 +151,11 @@ def _kernel(q, keys, values, layer, starts, counts, out, *, q_sm, k_sm, v_sm, st
         consume()
 
 
-def prefill(q, keys, values, layer, starts, counts, *, scale, window=None, soft_cap=None, ctas=SMS, turns=False):
+def prefill(q, keys, values, layer, starts, counts, *, scale, window=None, soft_cap=None, ctas=SMS):
     """q bf16 [B, T, Hq, D], keys and values bf16 [L, B, Hkv, S, D], layer i32 [], starts and counts i32 [B] -> q's shape."""
     rows, tokens, query_heads, d = q.shape
     layers, _, heads, capacity, _ = keys.shape
-    s = Shape(rows, tokens, heads, query_heads // heads, d, capacity, scale, window, soft_cap, turns)
+    s = Shape(rows, tokens, heads, query_heads // heads, d, capacity, scale, window, soft_cap)
     halves = d // HALF
     tile = lambda *shape: plgpu.SMEM((*shape, HALF), jnp.bfloat16, transforms=mg.ROWS_128)
     scratch = dict(

@@ -4,6 +4,7 @@ Arrays in Pallas carry registers from one function to the next: f32 (64, n) in t
 its fragment: two maxima and two parts of the sum of weights.
 """
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +33,6 @@ class Shape:
     scale: float
     window: int | None
     soft_cap: float | None
-    turns: bool = False
 
     @property
     def tiles(self):
@@ -50,12 +50,16 @@ def _descriptor(ref, leading=1):
     return llvm.or_(address, arith.constant(i64, (1 << 62) | (64 << 32) | (leading << 16)))
 
 
-def _wgmma(columns, steps, operands, descriptors, between, turn=()):
+# Named barriers 8 and 9: a warpgroup's turn to start its scores. In the registers that the compiler has left.
+TURN = "{{.reg .b32 t; mov.u32 t,%tid.x; shr.u32 t,t,7; {id}; bar.{op} t,256;}} "
+
+
+def _wgmma(columns, steps, operands, descriptors, between, turn=False):
     """Sum over k16 steps from zero, in one accumulator: f32 registers.
 
     steps: of A and B, 16 bytes on from the descriptors. operands: None where A lies in shared memory too, else a function of the
-    step that makes its registers of A, while the step before runs. between: a function of the step, called behind it. turn: named
-    barriers: to wait at before, and to arrive at after.
+    step that makes its registers of A, while the step before runs. between: a function of the step, called behind it. turn: waits for
+    this warpgroup's turn, and gives it to the other.
     """
     n, f32_type = columns // 2, ir.F32Type.get()
     accumulator = "{" + ",".join(f"${i}" for i in range(n)) + "}"
@@ -66,7 +70,7 @@ def _wgmma(columns, steps, operands, descriptors, between, turn=()):
         at = n + len(values) + len(registers)
         text = "{.reg .b64 a,b; .reg .pred p; " + ("setp.ne.u32 p,0,0; " if first else "setp.eq.u32 p,0,0; ")
         if turn and first:
-            text += f"bar.sync ${at + len(descriptors)},256; "
+            text += TURN.format(op="sync", id="add.u32 t,t,8")
         text += "wgmma.fence.sync.aligned; "
         if operands is None:
             text += f"add.s64 a,${at},{a}; add.s64 b,${at + 1},{b}; "
@@ -78,9 +82,9 @@ def _wgmma(columns, steps, operands, descriptors, between, turn=()):
         if last:
             text += "wgmma.commit_group.sync.aligned;"
         if turn and last:
-            text += f"bar.arrive ${at + len(descriptors) + 1},256;"
+            text += TURN.format(op="arrive", id="sub.u32 t,9,t")
         constraints = ["=f"] * n + [str(j) for j in range(len(values))] + ["r"] * len(registers) + ["l"] * len(descriptors)
-        packed = llvm.inline_asm(struct, [*values, *registers, *descriptors, *turn], text + "}", ",".join(constraints + ["r"] * len(turn)),
+        packed = llvm.inline_asm(struct, [*values, *registers, *descriptors], text + "}", ",".join(constraints),
                                  has_side_effects=True)
         values = [llvm.extractvalue(f32_type, packed, [j]) for j in range(n)]
         between(i)
@@ -132,23 +136,22 @@ def fresh(columns):
     return f()
 
 
-def _scores_of(q, k, wg, between, s: Shape):
+def _scores_of(q, k, between, s: Shape):
     steps = [(half * ROWS * 8 + 2 * i, half * PIECE * 8 + 2 * i) for half in range(s.d // HALF) for i in range(4)]
-    turn = (mg.add(wg, 8), mg.sub(9, wg)) if s.turns else ()
-    return _wgmma(PIECE, steps, None, [_descriptor(q), _descriptor(k)], between, turn)
+    return _wgmma(PIECE, steps, None, [_descriptor(q), _descriptor(k)], between, turn=True)
 
 
 ROWS_TYPE = plgpu.RefType(mg.ROWS_128)
 
 
-def scores(q, k, wg, s: Shape):
+def scores(q, k, s: Shape):
     """Queries times keys: f32 (64, PIECE)."""
-    @plgpu.inline_mgpu(arg_types=(ROWS_TYPE, ROWS_TYPE, mg.SPLAT), return_type=_wgmma_type(PIECE))
-    def f(ctx, q, k, wg):
+    @plgpu.inline_mgpu(arg_types=(ROWS_TYPE, ROWS_TYPE), return_type=_wgmma_type(PIECE))
+    def f(ctx, q, k):
         del ctx
-        return _array(_scores_of(q, k, mg.scalar(wg), lambda i: None, s), PIECE)
+        return _array(_scores_of(q, k, lambda i: None, s), PIECE)
 
-    return f(q, k, wg)
+    return f(q, k)
 
 
 def _fold(group, piece, factors, which=slice(None)):
@@ -165,19 +168,19 @@ def fold_piece(group, piece, factors, s: Shape):
     return f(group, piece, *factors)
 
 
-def fold_and_score(q, k, wg, group, piece, factors, s: Shape):
+def fold_and_score(q, k, group, piece, factors, s: Shape):
     """`scores` of the next piece, and while they run `fold_piece` of this one."""
-    types = (ROWS_TYPE, ROWS_TYPE, mg.SPLAT, *(mg.WGMMA,) * 2, *(mg.PER_THREAD,) * 4)
+    types = (ROWS_TYPE, ROWS_TYPE, *(mg.WGMMA,) * 2, *(mg.PER_THREAD,) * 4)
 
     @plgpu.inline_mgpu(arg_types=types, return_type=(_wgmma_type(PIECE), _wgmma_type(s.d)))
-    def f(ctx, q, k, wg, group, piece, *factors):
+    def f(ctx, q, k, group, piece, *factors):
         del ctx
         group, piece, factors, folded = _registers(group), _registers(piece), _marks(factors), []
         each = len(group) // (s.d // 16)
-        scores = _scores_of(q, k, mg.scalar(wg), lambda i: folded.extend(_fold(group, piece, factors, slice(each * i, each * i + each))), s)
+        scores = _scores_of(q, k, lambda i: folded.extend(_fold(group, piece, factors, slice(each * i, each * i + each))), s)
         return _array(scores, PIECE), _array(folded, s.d)
 
-    return f(q, k, wg, group, piece, *factors)
+    return f(q, k, group, piece, *factors)
 
 
 def give_turn(wg):
@@ -190,24 +193,16 @@ def give_turn(wg):
     f(wg)
 
 
-def _maxima(scores, marks, c):
-    """Of the fragment's two rows: -m c of the piece; the maxima with it; the factors of the old sums and of the piece's."""
-    shifts, maxima, old_factors, factors = [], [], [], []
+def _maxima(scores):
+    """Of the fragment's two rows."""
+    maxima = []
     for h in range(2):
-        chains = [[scores[8 * k + 4 * e8 + 2 * h + e] for k in range(PIECE // 16)] for e8 in range(2) for e in range(2)]
         m = f32(EMPTY)
-        for chain in chains:
-            top = chain[0]
-            for x in chain[1:]:
-                top = sums.fmax(top, x)
-            m = sums.fmax(m, top)
-        m = sums.lanes(m, sums.fmax, (1, 2))
-        shifts.append(sums.fneg(sums.fmul(m, c)))
-        new, a, b = sums.fold_factors(marks[h], m, c)
-        maxima.append(new)
-        old_factors.append(a)
-        factors.append(b)
-    return shifts, maxima, old_factors, factors
+        for e8, e in np.ndindex(2, 2):
+            chain = [scores[8 * k + 4 * e8 + 2 * h + e] for k in range(PIECE // 16)]
+            m = sums.fmax(m, functools.reduce(sums.fmax, chain))
+        maxima.append(sums.lanes(m, sums.fmax, (1, 2)))
+    return maxima
 
 
 def _weights_of(scores, step, shifts, parts, c):
@@ -242,11 +237,14 @@ def values(scores, v, marks, place, s: Shape):
 
         values = _if_else(masked, mask, values)
         c, parts = f32(s.c), [None, None]
-        shifts, maxima, old_factors, factors = _maxima(values, marks, c)
+        maxima = _maxima(values)
+        shifts = [sums.fneg(sums.fmul(m, c)) for m in maxima]
         steps = [(0, i * 16 * 8) for i in range(PIECE // 16)]
         piece = _wgmma(s.d, steps, lambda i: _weights_of(values, i, shifts, parts, c), [_descriptor(v, PIECE * 8)], lambda i: None)
-        parts = [sums.fold(old, new, a, b) for old, new, a, b in zip(marks[2:], parts, old_factors, factors)]
-        return _array(piece, s.d), *_as_marks(maxima + parts + old_factors + factors)
+        # Here and not before: the registers are short while the product runs.
+        maxima, a, b = zip(*(sums.fold_factors(old, new, c) for old, new in zip(marks, maxima)))
+        parts = [sums.fold(marks[2 + h], parts[h], a[h], b[h]) for h in range(2)]
+        return _array(piece, s.d), *_as_marks([*maxima, *parts, *a, *b])
 
     return f(scores, v, *marks, *place)
 
