@@ -2,9 +2,9 @@
 
     y = attention(q, keys, values, starts, layer=i)
 
-Slot and position are one: query t of row b stands at starts[b] + t and sees the slots up to its own. Few queries a row go to
-`attention_decode`, many to `attention_prefill`. Both sum in the order of `attention_sums`, so that a query's bits are the same
-in every batch, capacity and chunk, in prefill and in decode.
+Slot and position are one: query t of row b stands at starts[b] + t and sees the slots up to its own. Few queries a row
+go to `attention_decode`, many to `attention_prefill`. Both sum in the order of `attention_sums`, so that a query's
+bits are the same in every batch, capacity and chunk, in prefill and in decode.
 """
 import jax.numpy as jnp
 
@@ -21,10 +21,11 @@ def _few(tokens, group):
 
 
 def plan(starts, q, keys, *, window: int | None = None) -> Plan | None:
-    """What `attention` needs besides for few queries a row, None for many: the same for all layers of a step, so made once.
+    """What `attention` needs besides for few queries a row, None for many: the same for all layers of a step, so made
+    once.
 
-    q, keys: arrays, or what has their shapes. No two calls of `attention` with one plan may run at a time: layers that follow
-    one another do not.
+    q, keys: arrays, or what has their shapes. No two calls of `attention` with one plan may run at a time: layers that
+    follow one another do not.
     """
     _, tokens, query_heads, _ = q.shape
     *_, heads, capacity, _ = keys.shape
@@ -56,17 +57,19 @@ def attention(q, keys, values, starts, *, layer=None, scale=None, window=None, s
     if layer is None and keys.ndim == 4:
         keys, values, layer = keys[None], values[None], 0
     if q.ndim != 4 or keys.ndim != 5 or layer is None or keys.shape != values.shape:
-        raise ValueError(f"attention: q {q.shape}, keys {keys.shape} and values {values.shape}; they should be [B, T, Hq, D] and [B, Hkv, S, D], "
-                         "or [L, B, Hkv, S, D] with `layer`")
+        raise ValueError(f"attention: q {q.shape}, keys {keys.shape} and values {values.shape}; they should be [B, T, Hq, D] "
+                         "and [B, Hkv, S, D], or [L, B, Hkv, S, D] with `layer`")
     rows, tokens, query_heads, d = q.shape
     _, cache_rows, heads, _, cache_d = keys.shape
     if (rows, d) != (cache_rows, cache_d) or query_heads % heads or starts.shape != (rows,):
-        raise ValueError(f"attention: q {q.shape}, keys {keys.shape} and starts {starts.shape} do not fit together: rows, head dimension and a "
-                         "multiple of the key heads")
+        raise ValueError(f"attention: q {q.shape}, keys {keys.shape} and starts {starts.shape} do not fit together: rows, head "
+                         "dimension and a multiple of the key heads")
     if {q.dtype, keys.dtype, values.dtype} != {jnp.dtype(jnp.bfloat16)}:
         raise NotImplementedError(f"attention on Hopper: q {q.dtype}, keys {keys.dtype}, values {values.dtype}; only bfloat16")
     if d not in HEAD_DIMS:
         raise NotImplementedError(f"attention on Hopper: a head dimension of {d}; only {HEAD_DIMS}")
+    if soft_cap is not None and soft_cap <= 0 or window is not None and window < 1:
+        raise ValueError(f"attention: a window of {window} and a soft cap of {soft_cap}; both are positive, or None")
     scale = d**-0.5 if scale is None else float(scale)
     options = dict(scale=scale, window=window, soft_cap=soft_cap)
     layer, starts = jnp.asarray(layer, jnp.int32), starts.astype(jnp.int32)

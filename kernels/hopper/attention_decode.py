@@ -1,10 +1,11 @@
 """Decode attention on Hopper: few queries a row against a cache of ragged lengths, one launch, read in place.
 
-A CTA walks over its units of the plan (`attention_plan`), a piece of 128 slots at a time. Each of its 8 warps loads 16 slots of keys
-and values by cp.async, STAGES pieces ahead and across units: zeros past a row's end, where nothing is read. The scores of a
-piece are divided among the warps by slot and its values by head dimension, both by mma.sync m16n8k16; maxima, parts of the
-sum and the weights cross through shared memory, so that the sums stay in registers from piece to piece. The columns of an
-mma are queries: the heads of a group, times the tokens where there are several; more than 8 take several mmas.
+A CTA walks over its units of the plan (`attention_plan`), a piece of 128 slots at a time. Each of its 8 warps loads 16
+slots of keys and values by cp.async, a few pieces ahead and across units: zeros past a row's end, where nothing is
+read. The scores of a piece are divided among the warps by slot and its values by head dimension, both by mma.sync
+m16n8k16; maxima, parts of the sum and the weights cross through shared memory, so that the sums stay in registers from
+piece to piece. The columns of an mma are queries: the heads of a group, times the tokens where there are several; more
+than 8 take several mmas.
 
 Of a divided (row, head) the unit that comes last adds up the sums, in order: no CTA waits for another.
 """
@@ -28,7 +29,8 @@ LDMATRIX_TRANSPOSED = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0,$1,$2,
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a kernel is compiled for. heads: key heads; group: query heads of each; rounds: records of a CTA in the table."""
+    """What a kernel is compiled for. heads: key heads; group: query heads of each; rounds: records of a CTA in the
+    table."""
 
     rows: int
     tokens: int
@@ -68,12 +70,8 @@ class Shape:
         return 8 * self.tiles * self.row
 
     @property
-    def weights_at(self):
-        """Offsets in the shared memory that the warps exchange by: weights, maxima, parts, records."""
-        return 0
-
-    @property
     def maxima_at(self):
+        """Offset in the shared memory that the warps exchange by: weights, maxima, parts, records."""
         return self.tiles * WARPS * 256
 
     @property
@@ -82,7 +80,7 @@ class Shape:
 
     @property
     def records_at(self):
-        return self.parts_at + self.tiles * WARPS * PARTS * 32 + 16
+        return self.parts_at + self.tiles * WARPS * PARTS * 32
 
     @property
     def exchange(self):
@@ -94,7 +92,11 @@ class Shape:
 
 
 class _Thread:
-    """What a thread knows of its place: registers, computed once."""
+    """What a thread knows of its place, in registers, computed once.
+
+    slice: the 16 head dimensions whose sums it has, of all columns; place: among the threads that have them;
+    own_slice: whether no other warp has the same.
+    """
 
     def __init__(self, refs, s: Shape):
         add, mul, div, rem, xor = mg.add, mg.mul, mg.div, mg.rem, mg.bit_xor
@@ -119,7 +121,7 @@ class _Thread:
         self.key_at = add(own, add(mul(key, s.row), mul(xor(div(lane, 16), rem(key, 8)), 16)))
         query = rem(lane, 8)
         self.query_at = add(mul(query, s.row), mul(xor(div(lane, 8), query), 16))
-        self.slice = rem(self.warp, s.d // 16)  # of the head dimension: where it is short, two warps do the same
+        self.slice = rem(self.warp, s.d // 16)
         self.place, self.own_slice = add(mul(self.slice, 32), lane), mg.flag("lt", self.warp, s.d // 16)
         slot = add(rem(lane, 8), mul(div(lane, 16), 8))
         unit = add(mul(self.slice, 2), rem(div(lane, 8), 2))
@@ -152,7 +154,8 @@ def _query_place(thread, at):
 
 
 def _issue(thread, stage, cursor):
-    """Starts the loads of the cursor's piece into the stage at an address, and of its unit's queries with the first piece."""
+    """Starts the loads of the cursor's piece into the stage at an address, and of its unit's queries with the first
+    piece."""
     s, add, mul = thread.s, mg.add, mg.mul
     at, which, end, piece, left = cursor
     some = mg.flag("lt", 0, left)
@@ -240,7 +243,7 @@ def _weights(thread, scores):
                                                          mg.mul(thread.quad, 8)))
         mg.asm("{.reg .pred p; setp.eq.u32 p,$3,0; @p st.shared.v2.f32 [$0],{$1,$2};}", [to, *parts, mg.rem(thread.row, 2)], "")
         words = [mg.asm("movmatrix.sync.aligned.m8n8.trans.b16 $0,$1;", [sums.pack(*p[h])]) for h in range(2)]
-        to = mg.add(address(s.weights_at), mg.add(mg.mul(mg.add(mg.mul(thread.warp, s.tiles), i), 256), mg.mul(thread.lane, 8)))
+        to = mg.add(thread.exchange, mg.add(mg.mul(mg.add(mg.mul(thread.warp, s.tiles), i), 256), mg.mul(thread.lane, 8)))
         mg.asm("st.shared.v2.b32 [$0],{$1,$2};", [to, *words], "")
     mg.asm(BARRIER, outputs="")
     return maxima
@@ -255,7 +258,7 @@ def _values(thread, stage, maxima):
     for k in range(WARPS):
         values = mg.asm(LDMATRIX_TRANSPOSED.replace("[$4]", f"[$4+{16 * k * s.row}]"), [at], "rrrr")
         for i in range(s.tiles):
-            p = mg.asm(f"ld.shared.v2.b32 {{$0,$1}},[$2+{s.weights_at + (k * s.tiles + i) * 256}];", [weights], "rr")
+            p = mg.asm(f"ld.shared.v2.b32 {{$0,$1}},[$2+{(k * s.tiles + i) * 256}];", [weights], "rr")
             out[i] = mg.asm(MMA, [*values, *p, *out[i]], "ffff", effects=False)
     at = mg.add(thread.exchange, mg.add(mg.mul(mg.rem(thread.row, PARTS), 32 * s.tiles), mg.mul(thread.quad, 8)))
     pieces = []
@@ -314,11 +317,15 @@ def _program(refs, s: Shape):
 
 
 def decode(q, keys, values, layer, plan, *, scale, window=None, soft_cap=None):
-    """q bf16 [B, T, Hq, D], keys and values bf16 [L, B, Hkv, S, D], layer i32 [], plan: of `attention_plan.plan` -> q's shape."""
+    """q bf16 [B, T, Hq, D], keys and values bf16 [L, B, Hkv, S, D], layer i32 [], plan: of `attention_plan.plan` ->
+    q's shape."""
     rows, tokens, query_heads, d = q.shape
     _, _, heads, capacity, _ = keys.shape
     ctas, rounds, _ = plan.table.shape
     s = Shape(rows, tokens, heads, query_heads // heads, d, capacity, rounds, scale, window, soft_cap)
+    if s.stages < 2:
+        raise NotImplementedError(f"attention on Hopper: {rows} rows of {heads} key heads give a CTA {rounds} units, which leave no "
+                                  "shared memory for two pieces; call it for fewer rows")
     single = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     slots = 2 * SLOTS * s.tiles
     return mg.thread_kernel(

@@ -1,7 +1,9 @@
-"""The sums of decode attention: folded in registers, through memory where a (row, head) is divided among CTAs, and to the output.
+"""The sums of decode attention: folded in registers, through memory where a (row, head) is divided among CTAs, and to
+the output.
 
-A tile is [m, m, part, part, 4 values] of a thread: of columns 2 quad and 2 quad + 1, the part lane / 4 % 4 of the sum of weights, and head
-dimensions 16 slice + lane / 4 and + 8. No CTA waits for another: of a divided (row, head) the unit that comes last adds up the sums.
+A tile is [m, m, part, part, 4 values] of a thread: of columns 2 quad and 2 quad + 1, the part lane / 4 % 4 of the sum
+of weights, and head dimensions 16 slice + lane / 4 and + 8. No CTA waits for another: of a divided (row, head) the
+unit that comes last adds up the sums.
 """
 from nvfp4jax.kernels.hopper import attention_sums as sums
 from nvfp4jax.kernels.hopper import mosaic as mg
@@ -66,8 +68,8 @@ def _save(thread, slot, i, tile):
 
 
 class _Unit:
-    """The unit of a record, and the sums of its (row, head) that pass through memory: numbers first .. stop - 1, the slot of number 0,
-    and how many of them are its own."""
+    """The unit of a record, and the sums of its (row, head) that pass through memory: numbers first .. stop - 1, the
+    slot of number 0, and how many of them are its own."""
 
     def __init__(self, thread, at):
         s = thread.s
@@ -145,7 +147,8 @@ def _arrive(thread, at):
 
 
 def join(thread):
-    """Of each divided (row, head), the unit that comes last adds up the sums. All of a CTA's units are counted in at its end."""
+    """Of each divided (row, head), the unit that comes last adds up the sums. All of a CTA's units are counted in at
+    its end."""
     s = thread.s
     units = mg.asm("ld.shared.b32 $0,[$1+4];", [thread.records])  # 0 where none is divided
     record = lambda i: mg.add(thread.records, mg.mul(mg.add(i, 1), 4 * WORDS))

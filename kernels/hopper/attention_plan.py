@@ -1,7 +1,8 @@
 """Who does what in decode attention: a table for all layers of a step, in plain jnp.
 
-A unit is a (row, key head) or some of its pieces. A whole one writes the output; of a divided (row, head) each unit leaves sums in
-memory and the last to come adds them up. The table may follow from the whole batch: no bit of a result depends on it.
+A unit is a (row, key head) or some of its pieces. A whole one writes the output; of a divided (row, head) each unit
+leaves sums in memory and the last to come adds them up. The table may follow from the whole batch: no bit of a result
+depends on it.
 """
 from typing import NamedTuple
 
@@ -35,8 +36,9 @@ def units(rows, heads, capacity):
 def plan(starts, *, tokens: int, heads: int, capacity: int, window: int | None = None, ctas: int = SMS) -> Plan:
     """starts: i32 [B], a row's position of its first of `tokens` queries; key heads and slots of the cache.
 
-    Units of full size come first, then what is left of the rows, the longest first; they are dealt to the CTAs back and forth.
-    Which size is best follows from what the fullest CTA would have, weighed by measured times in units of a piece (2 us).
+    Units of full size come first, then what is left of the rows, the longest first; they are dealt to the CTAs back
+    and forth. Which size is best follows from what the fullest CTA would have, weighed by measured times in units of a
+    piece (2 us).
     """
     rows = starts.shape[0]
     end = jnp.clip(starts.astype(jnp.int32) + tokens, 1, capacity)

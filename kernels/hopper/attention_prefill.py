@@ -1,10 +1,11 @@
 """Prefill attention on Hopper: many queries a row, wgmma, in decode's order of sums (`attention_sums`).
 
-A tile is 128 queries of a row and a query head. A persistent CTA an SM walks over tiles, those with the longest past first: a
-producer warpgroup loads queries, and keys and values a piece of 128 slots at a time, by TMA; two consumer warpgroups of 64
-queries share them. A piece's scores, weights and values stay in registers: the weights of a k16 step are made while the
-product with the values of the step before runs, and its values are folded to those of the group while the next piece's
-scores run. At the end of 1024 slots the group's are folded to the row's, which lie in shared memory.
+A tile is 128 queries of a row and a query head. A persistent CTA an SM walks over tiles, those with the longest past
+first: a producer warpgroup loads queries, and keys and values a piece of 128 slots at a time, by TMA; two consumer
+warpgroups of 64 queries share them. A piece's scores, weights and values stay in registers: the weights of a k16 step
+are made while the product with the values of the step before runs, and its values are folded to those of the group
+while the next piece's scores run. At the end of 1024 slots the group's are folded to the row's, which lie in shared
+memory.
 
 TMA reads whole pieces: what lies past the row's end is masked in the scores and zeroed in the values.
 """
@@ -152,7 +153,8 @@ def _kernel(q, keys, values, layer, starts, counts, out, *, q_sm, k_sm, v_sm, st
 
 
 def prefill(q, keys, values, layer, starts, counts, *, scale, window=None, soft_cap=None, ctas=SMS):
-    """q bf16 [B, T, Hq, D], keys and values bf16 [L, B, Hkv, S, D], layer i32 [], starts and counts i32 [B] -> q's shape."""
+    """q bf16 [B, T, Hq, D], keys and values bf16 [L, B, Hkv, S, D], layer i32 [], starts and counts i32 [B] -> q's
+    shape."""
     rows, tokens, query_heads, d = q.shape
     layers, _, heads, capacity, _ = keys.shape
     s = Shape(rows, tokens, heads, query_heads // heads, d, capacity, scale, window, soft_cap)

@@ -1,7 +1,7 @@
 """The order of sums of attention on Hopper: what decode and prefill must agree on for a row to keep its bits.
 
-Slots of the cache fall into pieces of 128 and groups of 8 pieces, by their number, whatever the batch, the queries beside
-a query and the work's division among CTAs.
+Slots of the cache fall into pieces of 128 and groups of 8 pieces, by their number, whatever the batch, the queries
+beside a query and the work's division among CTAs.
 
     score    s = q . k: one float32 accumulator over k16 steps of the head dimension, in order
     piece    m = max s over the slots that the query sees; p = 2^(s c - m c), c = scale log2(e), one fma, m c rounded;
@@ -11,9 +11,9 @@ a query and the work's division among CTAs.
     row      pieces are folded from left to right to their group, groups from left to right to the row, each from nothing
     result   o / ((part 0 + part 1) + (part 2 + part 3)), the reciprocal rounded
 
-An mma and a wgmma with one accumulator add alike, and so do an mma and its transpose. A piece of which a query sees nothing
-has m = EMPTY and zeros: folding it changes no bit, so it may be left out. Rounding is written out in PTX, since the
-assembler would contract a mul and an add in one kernel and not in another.
+An mma and a wgmma with one accumulator add alike, and so do an mma and its transpose. A piece of which a query sees
+nothing has m = EMPTY and zeros: folding it changes no bit, so it may be left out. Rounding is written out in PTX,
+since the assembler would contract a mul and an add in one kernel and not in another.
 """
 import functools
 import math
@@ -75,8 +75,8 @@ def cap(score, scale, soft_cap):
 
 
 def see(score, rest, window, offset=0):
-    """The score of a slot, minus infinity where the query does not see it. rest: how far the query's end (its own position
-    plus one) lies beyond the slot `offset` to the left."""
+    """The score of a slot, minus infinity where the query does not see it. rest: how far the query's end (its own
+    position plus one) lies beyond the slot `offset` to the left."""
     text = (f"{{.reg .pred p; .reg .b32 t; add.s32 t,$2,{-1 - offset}; setp.lt.u32 p,t,{window or NO_WINDOW};"
             "selp.f32 $0,$1,0fFF800000,p;}")
     return mg.asm(text, [score, rest], "f", effects=False)

@@ -1,7 +1,8 @@
-"""A warpgroup's part in prefill attention: 64 queries and a piece of 128 slots, by wgmma, one thread's registers at a time.
+"""A warpgroup's part in prefill attention: 64 queries and a piece of 128 slots, by wgmma, one thread's registers at a
+time.
 
-Arrays in Pallas carry registers from one function to the next: f32 (64, n) in the wgmma layout, and marks, an f32 a thread and row of
-its fragment: two maxima and two parts of the sum of weights.
+Arrays in Pallas carry registers from one function to the next: f32 (64, n) in the wgmma layout, and marks, an f32 a
+thread and row of its fragment: two maxima and two parts of the sum of weights.
 """
 import dataclasses
 import functools
@@ -57,9 +58,9 @@ TURN = "{{.reg .b32 t; mov.u32 t,%tid.x; shr.u32 t,t,7; {id}; bar.{op} t,256;}} 
 def _wgmma(columns, steps, operands, descriptors, between, turn=False):
     """Sum over k16 steps from zero, in one accumulator: f32 registers.
 
-    steps: of A and B, 16 bytes on from the descriptors. operands: None where A lies in shared memory too, else a function of the
-    step that makes its registers of A, while the step before runs. between: a function of the step, called behind it. turn: waits for
-    this warpgroup's turn, and gives it to the other.
+    steps: of A and B, 16 bytes on from the descriptors. operands: None where A lies in shared memory too, else a
+    function of the step that makes its registers of A, while the step before runs. between: a function of the step,
+    called behind it. turn: waits for this warpgroup's turn, and gives it to the other.
     """
     n, f32_type = columns // 2, ir.F32Type.get()
     accumulator = "{" + ",".join(f"${i}" for i in range(n)) + "}"
@@ -218,9 +219,9 @@ def _weights_of(scores, step, shifts, parts, c):
 
 
 def values(scores, v, marks, place, s: Shape):
-    """A piece's values f32 (64, D), the group's marks with it, and the factors of the fold: of the fragment's two rows, first the
-    group's. place: i32 scalars: the first row's end less the piece's first slot, the row's end less it, and whether any slot is
-    not seen by all 64 queries."""
+    """A piece's values f32 (64, D), the group's marks with it, and the factors of the fold: of the fragment's two
+    rows, first the group's. place: i32 scalars: the first row's end less the piece's first slot, the row's end less
+    it, and whether any slot is not seen by all 64 queries."""
     types = (mg.WGMMA, ROWS_TYPE, *(mg.PER_THREAD,) * MARKS, *(mg.SPLAT,) * 3)
 
     @plgpu.inline_mgpu(arg_types=types, return_type=(_wgmma_type(s.d), *PER_THREAD * (MARKS + 4)))
@@ -272,8 +273,8 @@ def zero_values(v, rest, s: Shape):
 
 
 class _State:
-    """The row's sums of a thread in shared memory: values, 16 bytes a thread, then 64 times 4 parts. Its maxima are registers: all of
-    it in shared memory is 96 bytes too much."""
+    """The row's sums of a thread in shared memory: values, 16 bytes a thread, then 64 times 4 parts. Its maxima are
+    registers: all of it in shared memory is 96 bytes too much."""
 
     def __init__(self, state, d):
         self.count = d // 2
@@ -303,8 +304,8 @@ class _State:
 
 
 def bank(group, marks, maxima, state, done, some, s: Shape):
-    """Folds a group that is done to the row's sums. some: whether there are any yet. -> the marks of the group to go on with, the
-    row's maxima."""
+    """Folds a group that is done to the row's sums. some: whether there are any yet. -> the marks of the group to go
+    on with, the row's maxima."""
     types = (mg.WGMMA, *(mg.PER_THREAD,) * (MARKS + 2), mg.REF, mg.SPLAT, mg.SPLAT)
 
     @plgpu.inline_mgpu(arg_types=types, return_type=PER_THREAD * (MARKS + 2))
@@ -330,8 +331,8 @@ def bank(group, marks, maxima, state, done, some, s: Shape):
 
 
 def finish(group, marks, maxima, state, out, place, s: Shape):
-    """Writes the tile. place: i32 scalars: whether groups lie in `state`, the first query's row of `out`, how many queries there
-    are, the query head."""
+    """Writes the tile. place: i32 scalars: whether groups lie in `state`, the first query's row of `out`, how many
+    queries there are, the query head."""
     types = (mg.WGMMA, *(mg.PER_THREAD,) * (MARKS + 2), mg.REF, mg.REF, *(mg.SPLAT,) * 4)
 
     @plgpu.inline_mgpu(arg_types=types)
