@@ -20,9 +20,12 @@ WORDS = 8  # of a record: (row, head), end, first piece, pieces, kind, slot of p
 
 
 class Plan(NamedTuple):
-    """table: i32 [CTAs, 1 + units + 1, WORDS]: the CTA's pieces, and its units if any is
-    divided; its units; one of no pieces. counters: i32 zeros,
-    which each call leaves at zero: no two calls may run on them at a time."""
+    """What `attention_decode` is given.
+
+    table: i32 [CTAs, 1 + units + 1, WORDS]: how many pieces and units the CTA has and how often it adds up sums at its
+    end, then its units, then one of no pieces. counters: i32 zeros, which each call leaves at zero: no two calls may
+    run on them at a time.
+    """
 
     table: jax.Array
     counters: jax.Array
@@ -75,10 +78,9 @@ def plan(starts, *, tokens: int, heads: int, capacity: int, window: int | None =
         piece_slot = of(bases(pieces, first)) + head * of(pieces)
         group_slot = SLOTS + of(bases(groups, first // GROUP)) + head * of(groups)
         saved = jnp.where(size == 1, pieces, groups).sum() * heads
-        most = jnp.where(size == 1, pieces, groups).max()  # that one CTA adds up at the end
         load, cut = count.reshape(rounds, ctas).sum(0), ((count > 0) & (kind != WHOLE)).sum()
         # in tenths of a piece, of all CTAs: bandwidth is shared, so that a full CTA gets more of it at last
-        cost = jnp.maximum(10 * count.sum(), 8 * ctas * load.max()) + jnp.where(cut > 0, (11 + most // 3) * ctas, 0) + 2 * cut
+        cost = jnp.maximum(10 * count.sum(), 8 * ctas * load.max()) + jnp.where(cut > 0, jnp.where(size == 1, 24, 12) * ctas, 0) + 4 * cut
         fits = (cut == 0) | (saved <= SLOTS) & (number.sum() * heads <= rounds * ctas)
         words = [row * heads + head, of(end), start, count, kind, piece_slot, group_slot, jnp.zeros_like(row)]
         return jnp.stack([w.astype(jnp.int32) for w in words], 1), load, jnp.where(fits, cost, 2**31 - 1)
@@ -86,9 +88,9 @@ def plan(starts, *, tokens: int, heads: int, capacity: int, window: int | None =
     tables, loads, costs = jax.vmap(deal)(jnp.array(SIZES))
     best = jnp.argmin(costs)
     table = tables[best].reshape(rounds, ctas, WORDS).swapaxes(0, 1)
-    number = (table[..., 3] > 0).sum(1)
-    head = [loads[best], jnp.where((table[..., 4] == WHOLE).all(), 0, number)]
-    head = jnp.pad(jnp.stack(head, 1).astype(jnp.int32)[:, None], ((0, 0), (0, 0), (0, WORDS - 2)))
+    stages = jnp.where((table[..., 4] == PIECES).any() & (groups > 2).any(), 2, (table[..., 4] != WHOLE).any().astype(jnp.int32))
+    head = [loads[best], (table[..., 3] > 0).sum(1), jnp.full((ctas,), stages)]
+    head = jnp.pad(jnp.stack(head, 1).astype(jnp.int32)[:, None], ((0, 0), (0, 0), (0, WORDS - 3)))
     table = jnp.concatenate([head, table, jnp.zeros((ctas, 1, WORDS), jnp.int32)], 1)
     # Behind the barrier XLA does not know that these are zeros: it would fill them anew in front of each layer's kernel.
-    return Plan(table, lax.optimization_barrier(jnp.zeros((rows * heads,), jnp.int32)))
+    return Plan(table, lax.optimization_barrier(jnp.zeros((rows * heads + SLOTS,), jnp.int32)))

@@ -109,7 +109,8 @@ def ptx_prefill(q, keys, values, layer, starts, counts, *, ctas, window=None, so
 
 # Kinds of units: whole; pieces of up to two groups; pieces of more groups; groups.
 DECODE = {
-    "whole": dict(shape=(2, 1, 1, 8, 128, 300), ctas=1, starts=[130, 299], kind=0),
+    "whole": dict(shape=(2, 1, 1, 8, 64, 200), ctas=1, starts=[90, 199], kind=0),
+    "whole, D 128": dict(shape=(2, 1, 1, 8, 128, 300), ctas=1, starts=[130, 299], kind=0),
     "pieces": dict(shape=(1, 1, 1, 5, 64, 1100), ctas=3, starts=[1050], kind=1),
     "pieces of three groups": dict(shape=(1, 1, 1, 8, 64, 2300), ctas=5, starts=[2298], kind=1),
     "groups, two tokens": dict(shape=(1, 2, 1, 10, 64, 2300), ctas=3, starts=[2290], sizes=(1 << 24, 8), kind=2),
@@ -135,8 +136,9 @@ def test_decode_ptx(monkeypatch, case):
 @pytest.mark.aot
 @needs_aot
 @pytest.mark.parametrize("shape, starts, counts, window, soft_cap", [
-    ((1, 70, 1, 2, 128, 300), [100], None, None, None),
-    pytest.param((2, 40, 1, 2, 64, 1500), [1300, 3], [30, 40], 1200, 5.0, marks=pytest.mark.slow)], ids=["", "window, cap, counts"])
+    ((1, 70, 1, 2, 64, 200), [100], None, None, None),
+    pytest.param((1, 70, 1, 2, 128, 300), [100], None, None, None, marks=pytest.mark.slow),
+    pytest.param((2, 40, 1, 2, 64, 1500), [1300, 3], [30, 40], 1200, 5.0, marks=pytest.mark.slow)], ids=["D 64", "D 128", "window, cap, counts"])
 def test_prefill_ptx_and_its_bits_in_decode(monkeypatch, shape, starts, counts, window, soft_cap):
     """Two heads, two tiles of a CTA; a query of decode has the bits that it has here."""
     rng = np.random.default_rng()
@@ -175,7 +177,7 @@ def test_decode_compiles(shape, options, registers, main_loop):
 @pytest.mark.aot
 @needs_aot
 @pytest.mark.parametrize("shape, options", [
-    ((8, 1024, 4, 8, 128, 1088), {}), pytest.param((3, 300, 2, 7, 64, 2000), {}, marks=pytest.mark.slow),
+    pytest.param((8, 1024, 4, 8, 128, 1088), {}, marks=pytest.mark.slow), pytest.param((3, 300, 2, 7, 64, 2000), {}, marks=pytest.mark.slow),
     pytest.param((3, 100, 4, 8, 128, 8192), dict(window=1000, soft_cap=50.0), marks=pytest.mark.slow)])
 def test_prefill_compiles(shape, options):
     def f(q, keys, values, starts, layer):
@@ -189,7 +191,7 @@ def test_prefill_compiles(shape, options):
 
 @pytest.mark.aot
 @needs_aot
-@pytest.mark.parametrize("tokens", [1, 200])
+@pytest.mark.parametrize("tokens", [1, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_loop_over_layers_copies_no_cache(tokens):
     """The compiled program of a scan over layers: nothing in it has the size of a layer's keys but the cache itself."""
     args = structs(4, tokens, 2, 8, 128, 600, layers=3)
