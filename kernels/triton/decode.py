@@ -25,6 +25,11 @@ def stages(sm: int, step_bytes: int, most: int = 5) -> int:
     return max(2, min(most, room // 2 // step_bytes if room // 2 // step_bytes >= 3 else room // step_bytes))
 
 
+def least_tokens(sm: int) -> int:
+    """The narrowest tile of tokens for which Triton takes the same matrix instruction as for the others: a row's bits depend on it."""
+    return 16 if sm in (90, 100, 103) else 8
+
+
 @triton.jit
 def factors(bits):
     """E4M3 bits u8 -> f16 scale * 2**7, exact (at most 57344); NaN stays NaN."""

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from nvfp4jax.kernels.triton import call as calls
 from nvfp4jax.kernels.triton.call import call
-from nvfp4jax.kernels.triton.decode import BK, load_weights, multiply, multiply_tail, stages
+from nvfp4jax.kernels.triton.decode import BK, least_tokens, load_weights, multiply, multiply_tail, stages
 
 GROUP = 8  # tiles of tokens that run side by side over all outputs, for the L2
 
@@ -87,7 +87,7 @@ def plan(sm: int, m: int, n: int, k: int) -> dict:
     if sm < 80:  # no matrix instruction from Triton here: as few products as there are tokens
         bm = min(8, triton.next_power_of_2(m))
     else:
-        bm = min(128, max(8, triton.next_power_of_2(m)))
+        bm = min(128, max(least_tokens(sm), triton.next_power_of_2(m)))
     if bm == 128:
         bn = 128
     return dict(BM=bm, BN=bn, SEGMENTS=segments, PARTS=segments > 1 and m <= 64, warps=8 if bm == 128 else 4,

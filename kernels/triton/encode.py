@@ -130,45 +130,33 @@ def _error(blocks, codes, scale, amax, SQUARED: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_eight(x, R: tl.constexpr, B: tl.constexpr):
-    x0, x1, x2, x3, x4, x5, x6, x7 = eight(x, R, B)
-    return ((((((x0 + x1) + x2) + x3) + x4) + x5) + x6) + x7
+def _column(x_ptr, blocks, K: tl.constexpr, COLUMN: tl.constexpr):
+    """The squares of one element of every block; a row's end is that of its last block."""
+    x = tl.load(x_ptr + blocks * 16 + COLUMN, mask=blocks < K // 16, other=0.0).to(tl.float32)
+    return x * x
 
 
 @triton.jit
-def _halves(x, R: tl.constexpr, U: tl.constexpr, W: tl.constexpr):
-    """[R, U, W] -> its first half of W plus its second."""
-    first, second = tl.split(tl.permute(x.reshape(R, U, 2, W // 2), (0, 1, 3, 2)))
-    return first + second
+def inverse_rms(x_ptr, eps, K: tl.constexpr):
+    """1 / sqrt(mean(x * x) + eps) of the row at x_ptr, each step rounded; 0 where the sum overflows. f32 scalar.
 
-
-@triton.jit
-def sum_of_squares(x, R: tl.constexpr, BLOCK: tl.constexpr):
-    """f32 [R, BLOCK], zeros past K -> [R], in the order of `numerics.rms_norm`: a block's even elements, its odd ones, both; the 32
-    blocks of a unit by halves; the units in order."""
-    even, odd = tl.split((x * x).reshape(R, BLOCK // 16, 8, 2))
-    total = _sum_of_eight(even, R, BLOCK // 16) + _sum_of_eight(odd, R, BLOCK // 16)
-    U: tl.constexpr = (BLOCK + 511) // 512
-    if BLOCK >= 512:
-        total = _halves(total, R, U, 32)
-    total = _halves(total, R, U, 16)
-    total = _halves(total, R, U, 8)
-    total = _halves(total, R, U, 4)
-    total = _halves(total, R, U, 2)
-    total = total.reshape(R, U)
-    units = tl.arange(0, U)[None, :]
-    result = tl.sum(tl.where(units == 0, total, 0.0), 1)
-    for unit in tl.static_range(1, U):
-        result += tl.sum(tl.where(units == unit, total, 0.0), 1)
-    return result
-
-
-@triton.jit
-def inverse_rms(x, eps, K: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
-    """1 / sqrt(mean(x * x) + eps) of [R, BLOCK], each step rounded; 0 where the sum overflows."""
-    total = sum_of_squares(x, R, BLOCK)
+    The sum has the order of `numerics.rms_norm`: a block's even elements, its odd ones, both; the 32 blocks of a unit by halves; the
+    units in order."""
+    U: tl.constexpr = triton.next_power_of_2((K + 511) // 512)
+    unit, lane = tl.arange(0, U)[:, None], tl.arange(0, 32)[None, :]
+    blocks = unit * 32 + lane
+    even, odd = _column(x_ptr, blocks, K, 0), _column(x_ptr, blocks, K, 1)
+    for i in tl.static_range(2, 16, 2):
+        even += _column(x_ptr, blocks, K, i)
+        odd += _column(x_ptr, blocks, K, i + 1)
+    sums = even + odd
+    for step in tl.static_range(5):
+        sums += tl.gather(sums, (lane ^ (16 >> step)) + unit * 0, 1)
+    total = tl.sum(tl.where((unit == 0) & (lane == 0), sums, 0.0))
+    for i in tl.static_range(1, (K + 511) // 512):
+        total += tl.sum(tl.where((unit == i) & (lane == 0), sums, 0.0))
     mean = total * (1 / K) + eps
-    return tl.where(total < float("inf"), tl.div_rn(tl.zeros_like(mean) + 1.0, tl.sqrt_rn(mean)), tl.where(total == total, 0.0, total))
+    return tl.where(total < float("inf"), tl.div_rn(total * 0.0 + 1.0, tl.sqrt_rn(mean)), tl.where(total == total, 0.0, total))
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from nvfp4jax.kernels.triton.encode import bits_of, decode_e2m1, float_of, globa
 
 CHUNK = 256  # K in the operand: at most 16 words of 16 codes
 MAX_K = 32768  # a row is kept in registers
-ELEMENTS = 4096  # of a program, where rows are shorter
+ELEMENTS = 2048  # of a program, where rows are shorter
 
 
 def permute_k(x: jax.Array) -> jax.Array:
@@ -48,7 +48,8 @@ def _rows(x_ptr, second_ptr, rows, k, inside, K: tl.constexpr, EPS: tl.constexpr
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if SOURCE == "norm":
         weight = tl.load(second_ptr + k, mask=k < K, other=0.0).to(dtype).to(tl.float32)
-        x = (x * inverse_rms(x, EPS, K, x.shape[0], x.shape[1])[:, None]).to(dtype).to(tl.float32)
+        inverse = inverse_rms(x_ptr + tl.program_id(0).to(tl.int64) * K, EPS, K)  # one row a program
+        x = (x * inverse).to(dtype).to(tl.float32)
         x = (x * weight[None, :]).to(dtype).to(tl.float32)
     elif SOURCE == "silu":
         up = tl.load(second_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -172,10 +173,10 @@ def plain_kernel(x_ptr, second_ptr, scales_ptr, M, o_ptr, scale_ptr, K: tl.const
 
 # --- calls ---------------------------------------------------------------------------------------------------------------------------
 
-def plan(k: int) -> tuple[int, int, int]:
+def plan(k: int, source: str) -> tuple[int, int, int]:
     """(rows of a program, padded K in registers, warps)."""
     block = max(CHUNK, triton.next_power_of_2(k))
-    rows = max(1, ELEMENTS // 2 // block)
+    rows = 1 if source == "norm" else max(1, ELEMENTS // block)
     return rows, block, min(16, max(4, rows * block // 1024))
 
 
@@ -191,8 +192,8 @@ def _check(what, x, second):
 
 def _launch(kernel, x, second, others, outputs, constants):
     """Runs a kernel of the rows of x."""
-    (m, k), (rows, block, warps) = x.shape, plan(x.shape[1])
     source = "x" if second is None else "norm" if second.ndim == 1 else "silu"
+    (m, k), (rows, block, warps) = x.shape, plan(x.shape[1], source)
     constants = dict(K=k, R=rows, BLOCK=block, EPS=0.0, SOURCE=source) | constants
     return call(kernel, [x, x if second is None else second, *others], [m], outputs, grid=(-(-m // rows),), warps=warps,
                 constants=constants)
