@@ -115,6 +115,8 @@ def _case(name: str):
         return (lambda x: quantize.quantize(x, **options)), x
     if kind == "operand":
         return (lambda x: quantize.operand(x, **options)), x
+    if kind == "plain":
+        return quantize.plain, x
     if kind == "norm":
         return (lambda x, w: quantize.operand(x, w, eps=1e-6, **options)), x, ((k,), bf16)
     if kind == "silu":

@@ -19,10 +19,12 @@ def shared_memory(sm: int) -> int:
     return SHARED.get(sm, 101376)
 
 
-def stages(sm: int, step_bytes: int, most: int = 5) -> int:
-    """How many steps' operands fit, so that two programs share a multiprocessor where at least three steps fit in its half."""
+def stages(sm: int, step_bytes: int, programs: int) -> int:
+    """Steps of operands in flight, 2 to 4, so that `programs` share a multiprocessor's memory where at least 3 steps fit."""
     room = shared_memory(sm) - 2048
-    return max(2, min(most, room // 2 // step_bytes if room // 2 // step_bytes >= 3 else room // step_bytes))
+    while programs > 1 and room // programs < 3 * step_bytes:
+        programs -= 1
+    return max(2, min(4, room // programs // step_bytes))
 
 
 def least_tokens(sm: int) -> int:

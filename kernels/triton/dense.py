@@ -79,19 +79,16 @@ def sum_kernel(parts_ptr, scale_ptr, g_ptr, bias_ptr, layer_ptr, M, o_ptr, N: tl
 
 def plan(sm: int, m: int, n: int, k: int) -> dict:
     """BM, BN, SEGMENTS, PARTS, warps, STAGES from the compute capability and the shape."""
-    bn = 64
-    chunks = k // BK
-    segments = 1
-    while segments < 8 and -(-n // bn) * segments < 128 and chunks >= 8 * segments:  # at least 4 steps a segment
+    chunks, segments = k // BK, 1
+    while segments < 8 and -(-n // 64) * segments < 128 and chunks >= 8 * segments:  # at least 4 steps a segment
         segments *= 2
     if sm < 80:  # no matrix instruction from Triton here: as few products as there are tokens
-        bm = min(8, triton.next_power_of_2(m))
+        bm, bn = min(8, triton.next_power_of_2(m)), 64
     else:
         bm = min(128, max(least_tokens(sm), triton.next_power_of_2(m)))
-    if bm == 128:
-        bn = 128
-    return dict(BM=bm, BN=bn, SEGMENTS=segments, PARTS=segments > 1 and m <= 64, warps=8 if bm == 128 else 4,
-                STAGES=stages(sm, bn * BK * 9 // 16 + bm * BK * 2) if sm >= 80 else 1)
+        bn = 64 if bm < 64 or n < 4096 and bm < 128 else 128
+    return dict(BM=bm, BN=bn, SEGMENTS=segments, PARTS=segments > 1 and m <= 64, warps=8 if bn == 128 else 4,
+                STAGES=stages(sm, bn * BK * 9 // 16 + bm * BK * 2, 4 if bn == 64 else 2) if sm >= 80 else 1)
 
 
 def matmul(operand, row_scale, packed, scale, global_scale, *, bias=None, out_dtype=jnp.bfloat16, layer=None):

@@ -68,12 +68,14 @@ def decode_e4m3(bits):
 
 @triton.jit
 def encode_e2m1(x):
-    """float32 in [-6, 6] -> E2M1 code as i32, ties to the even code; -0.0 gives code 0."""
-    a = tl.abs(x)
-    bits = bits_of(a)
-    normal = ((bits + 0x1FFFFF + ((bits >> 22) & 1)) >> 22) - 252
-    small = bits_of(a * 2.0 + TWO_23) - TWO_23_BITS
-    return tl.where(a < 1.0, small, normal) | tl.where(x < 0.0, 8, 0)
+    """float32 -> E2M1 code as i32, ties to the even code, saturating at 6; -0.0 gives code 0.
+
+    With 2**e at most the magnitude, and at least 1, the codes are 2**(e - 1) apart: adding 2**(22 + e) rounds to them."""
+    a = tl.minimum(tl.abs(x), 6.0)
+    power = tl.maximum(bits_of(a), 0x3F800000) & 0x7F800000
+    magic = power + 0x0B000000
+    steps = bits_of(a + float_of(magic)) - magic
+    return (steps + (power >> 22) - 254) | tl.where(x < 0.0, 8, 0)
 
 
 @triton.jit
@@ -93,7 +95,7 @@ def _candidate(blocks, wanted, mantissa, power):
     multiplier = tl.div_rn(tl.zeros_like(denominator) + 1.0, denominator) * power
     multiplier = tl.where(scale == 0.0, FLT_MAX, tl.minimum(multiplier, FLT_MAX))
     scaled = blocks * multiplier[:, :, None]
-    return encode_e2m1(tl.minimum(tl.maximum(scaled, -6.0), 6.0)), bits, scale
+    return encode_e2m1(scaled), bits, scale
 
 
 @triton.jit
@@ -152,9 +154,10 @@ def inverse_rms(x_ptr, eps, K: tl.constexpr):
     sums = even + odd
     for step in tl.static_range(5):
         sums += tl.gather(sums, (lane ^ (16 >> step)) + unit * 0, 1)
-    total = tl.sum(tl.where((unit == 0) & (lane == 0), sums, 0.0))
+    units = tl.sum(tl.where(lane == 0, sums, 0.0), 1)
+    total = tl.sum(tl.where(tl.arange(0, U) == 0, units, 0.0), 0)
     for i in tl.static_range(1, (K + 511) // 512):
-        total += tl.sum(tl.where((unit == i) & (lane == 0), sums, 0.0))
+        total += tl.sum(tl.where(tl.arange(0, U) == i, units, 0.0), 0)
     mean = total * (1 / K) + eps
     return tl.where(total < float("inf"), tl.div_rn(total * 0.0 + 1.0, tl.sqrt_rn(mean)), tl.where(total == total, 0.0, total))
 
@@ -170,14 +173,13 @@ def silu(gate, NUDGED: tl.constexpr):
 
 
 @triton.jit
-def quantize_blocks(blocks, g, amax, FOUR_OVER_SIX: tl.constexpr):
-    """f32 [R, B, 16] of finite values, g and amax [R] -> (codes i32 [R, B, 16], scale bits i32 [R, B], scale f32 [R, B]).
+def quantize_blocks(blocks, block_amax, g, amax, FOUR_OVER_SIX: tl.constexpr):
+    """f32 [R, B, 16] of finite values, their magnitudes [R, B], g and amax [R] -> (codes i32 [R, B, 16], scale bits i32 [R, B], scale f32 [R, B]).
 
     FOUR_OVER_SIX: 0, 1 ("mae") or 2 ("mse"). As `numerics.quantize_blocks`."""
     decode = tl.div_rn(tl.zeros_like(g) + 1.0, g)
     mantissa = float_of((bits_of(decode) & 0x7FFFFF) | 0x3F800000)[:, None]
     power = float_of(tl.maximum(254 - (bits_of(decode) >> 23), 0) << 23)[:, None]  # of two, that of decode inverted
-    block_amax = tl.max(tl.abs(blocks), 2)
     if FOUR_OVER_SIX == 0:
         wanted = tl.minimum(block_amax * (g * SIXTH)[:, None], FLT_MAX)
         codes, bits, scale = _candidate(blocks, wanted, mantissa, power)

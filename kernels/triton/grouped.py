@@ -80,7 +80,7 @@ def plan(sm: int, m: int, experts: int, n: int, k: int, gated: bool) -> dict:
         bm = min(64 if gated else 128, max(least_tokens(sm), 2 * average if average > 4 else average))
     bn = 128 if bm == 128 else 64
     step = (2 if gated else 1) * bn * BK * 9 // 16 + bm * BK * 2
-    return dict(BM=bm, BN=bn, warps=8 if bm == 128 else 4, STAGES=stages(sm, step) if sm >= 80 else 1)
+    return dict(BM=bm, BN=bn, warps=8 if bm == 128 else 4, STAGES=stages(sm, step, 4) if sm >= 80 else 1)
 
 
 def _run(name, operand, row_scale, packed, scale, global_scale, group_sizes, out_dtype, layer, gated):

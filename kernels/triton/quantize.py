@@ -59,11 +59,18 @@ def _rows(x_ptr, second_ptr, rows, k, inside, K: tl.constexpr, EPS: tl.constexpr
 
 
 @triton.jit
-def _statistics(x):
-    """[R, K] -> the largest finite magnitude of each row, and whether a row holds NaN or infinity."""
-    magnitude = bits_of(x) & 0x7FFFFFFF
-    finite = magnitude < 0x7F800000
-    return float_of(tl.max(tl.where(finite, magnitude, 0), 1)), tl.max(magnitude, 1) >= 0x7F800000
+def _statistics(x, R: tl.constexpr, BLOCK: tl.constexpr):
+    """[R, BLOCK] -> (x with zeros in rows that hold NaN or infinity; the magnitude of each block [R, BLOCK / 16]; the largest finite
+    one of each row; whether a row holds NaN or infinity). Bits of magnitudes order like integers, NaN and infinity above all."""
+    magnitude = tl.max((bits_of(x) & 0x7FFFFFFF).reshape(R, BLOCK // 16, 16), 2)
+    top = tl.max(magnitude, 1)
+    amax, poisoned = float_of(top), top >= 0x7F800000
+    if tl.max(top, 0) >= 0x7F800000:  # rare: a second look
+        bits = bits_of(x) & 0x7FFFFFFF
+        amax = float_of(tl.max(tl.where(bits < 0x7F800000, bits, 0), 1))
+        x = tl.where(poisoned[:, None], 0.0, x)
+        magnitude = tl.where(poisoned[:, None], 0, magnitude)
+    return x, float_of(magnitude), amax, poisoned
 
 
 @triton.jit
@@ -73,7 +80,7 @@ def amax_kernel(x_ptr, second_ptr, M, amax_ptr, K: tl.constexpr, R: tl.constexpr
     rows = tl.program_id(0) * R + tl.arange(0, R)
     k = tl.arange(0, BLOCK)
     x = _rows(x_ptr, second_ptr, rows, k, (rows < M)[:, None] & (k < K)[None, :], K, EPS, SOURCE)
-    amax, _ = _statistics(x)
+    _, _, amax, _ = _statistics(x, R, BLOCK)
     tl.store(amax_ptr + rows, amax, mask=rows < M)
 
 
@@ -86,8 +93,7 @@ def _quantized(x_ptr, second_ptr, amax_ptr, rows, M, K: tl.constexpr, R: tl.cons
     AMAX: "row", "given" or "static" (a global scale is given); entry row // PER of amax_ptr, PER 0 for a scalar."""
     k = tl.arange(0, BLOCK)
     x = _rows(x_ptr, second_ptr, rows, k, (rows < M)[:, None] & (k < K)[None, :], K, EPS, SOURCE)
-    row_amax, poisoned = _statistics(x)
-    x = tl.where(poisoned[:, None], 0.0, x)
+    x, block_amax, row_amax, poisoned = _statistics(x, R, BLOCK)
     if AMAX == "row":
         g, global_scale, amax = global_scales(row_amax, TOP, POW2)
     else:
@@ -97,7 +103,7 @@ def _quantized(x_ptr, second_ptr, amax_ptr, rows, M, K: tl.constexpr, R: tl.cons
             g, global_scale, amax = tl.div_rn(tl.zeros_like(given) + 1.0, given), given, given * TOP
         else:
             g, global_scale, amax = global_scales(given, TOP, POW2)
-    codes, bits, scale = quantize_blocks(x.reshape(R, BLOCK // 16, 16), g, amax, FOUR_OVER_SIX)
+    codes, bits, scale = quantize_blocks(x.reshape(R, BLOCK // 16, 16), block_amax, g, amax, FOUR_OVER_SIX)
     return codes, bits, scale, global_scale, poisoned
 
 
@@ -163,7 +169,7 @@ def plain_kernel(x_ptr, second_ptr, scales_ptr, M, o_ptr, scale_ptr, K: tl.const
     rows = tl.program_id(0) * R + tl.arange(0, R)
     k = tl.arange(0, BLOCK)
     x = _rows(x_ptr, second_ptr, rows, k, (rows < M)[:, None] & (k < K)[None, :], K, EPS, SOURCE)
-    amax, poisoned = _statistics(x)
+    x, _, amax, poisoned = _statistics(x, R, BLOCK)
     exponent = tl.maximum(bits_of(amax) >> 23, 15)  # 2**(exponent - 127) <= amax
     values = (x * float_of((268 - exponent) << 23)[:, None]).to(tl.float16)
     values = tl.where(poisoned[:, None], float("nan"), values).to(tl.float16)
@@ -173,10 +179,12 @@ def plain_kernel(x_ptr, second_ptr, scales_ptr, M, o_ptr, scale_ptr, K: tl.const
 
 # --- calls ---------------------------------------------------------------------------------------------------------------------------
 
-def plan(k: int, source: str) -> tuple[int, int, int]:
-    """(rows of a program, padded K in registers, warps)."""
+def plan(k: int, source: str, four_over_six: bool) -> tuple[int, int, int]:
+    """(rows of a program, padded K in registers, warps). Four-over-six keeps two candidates: half the elements a thread."""
     block = max(CHUNK, triton.next_power_of_2(k))
     rows = 1 if source == "norm" else max(1, ELEMENTS // block)
+    if four_over_six:
+        return max(1, rows // 2), block, min(16, max(4, block // 256))
     return rows, block, min(16, max(4, rows * block // 1024))
 
 
@@ -193,7 +201,7 @@ def _check(what, x, second):
 def _launch(kernel, x, second, others, outputs, constants):
     """Runs a kernel of the rows of x."""
     source = "x" if second is None else "norm" if second.ndim == 1 else "silu"
-    (m, k), (rows, block, warps) = x.shape, plan(x.shape[1], source)
+    (m, k), (rows, block, warps) = x.shape, plan(x.shape[1], source, constants.get("FOUR_OVER_SIX", 0) > 0)
     constants = dict(K=k, R=rows, BLOCK=block, EPS=0.0, SOURCE=source) | constants
     return call(kernel, [x, x if second is None else second, *others], [m], outputs, grid=(-(-m // rows),), warps=warps,
                 constants=constants)
