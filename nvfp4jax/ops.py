@@ -9,6 +9,7 @@ weight was quantized from a float array in the same trace, dw = dy^T x^.
 
 import dataclasses
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -31,7 +32,7 @@ from nvfp4jax.scaling import Name, Scaling, Static, Tensor, Token
 
 log = logging.getLogger("nvfp4jax")
 
-Backend = Literal["xla", "hopper"]
+Backend = Literal["xla", "hopper", "triton"]
 Implementation = Backend | Sequence[Backend] | None
 Activation = Float[Array, "... K"] | NVFP4Array | QuantizedActivation
 
@@ -45,8 +46,14 @@ def _hopper() -> ModuleType:
     return hopper
 
 
+def _triton() -> ModuleType:
+    from nvfp4jax.backends import triton
+
+    return triton
+
+
 # Modules with the same functions (see `backends.xla`), imported where first used: those of GPUs need what a CPU's rollout does not.
-BACKENDS: dict[str, Callable[[], ModuleType]] = {"xla": lambda: xla, "hopper": _hopper}
+BACKENDS: dict[str, Callable[[], ModuleType]] = {"xla": lambda: xla, "hopper": _hopper, "triton": _triton}
 
 
 def _backend(name: str) -> ModuleType:
@@ -67,10 +74,17 @@ def check_implementation(implementation: Implementation) -> tuple[str, ...] | st
 
 @functools.cache
 def _default_order() -> tuple[str, ...]:
-    """Hopper's kernels where the default device is one, then XLA."""
+    """Hopper's kernels where the default device is one, Triton's on other CUDA GPUs, then XLA."""
     device = jax.devices()[0]
-    hopper = device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
-    return ("hopper", "xla") if hopper else ("xla",)
+    capability = getattr(device, "compute_capability", None)
+    if device.platform != "gpu" or not isinstance(capability, str) or "." not in capability:
+        return ("xla",)
+    if capability == "9.0":
+        return ("hopper", "xla")
+    if importlib.util.find_spec("jax_triton") is None:
+        log.warning("%s: decoding weights in XLA; for fused kernels pip install 'nvfp4jax[triton]'", device.device_kind)
+        return ("xla",)
+    return ("triton", "xla")
 
 
 @functools.cache
