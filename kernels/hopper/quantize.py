@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from nvfp4jax import numerics
-from nvfp4jax.kernels.hopper import mosaic as mg
+from nvfp4jax.kernels.hopper import _old as mg
 
 SMS = 132  # of an H100 or H200: a grid of this many CTAs fills one wave
 WARP = 32

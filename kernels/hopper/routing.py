@@ -15,7 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from nvfp4jax.kernels.hopper import mosaic as mg
+from nvfp4jax.kernels.hopper import _old as mg
 from nvfp4jax.routing import Routing, check_combine, check_route, check_top_k
 
 WARP = 32
