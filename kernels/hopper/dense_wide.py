@@ -281,7 +281,8 @@ class Wide(Hardware):
 
     def body(self, *refs, full, empty, s_full, s_empty, r_full, r_empty, x_free=None, **shared):
         refs = Refs(*refs)
-        sm = _Shared(steps=Ring(full, empty, self.stages), scales=Ring(s_full, s_empty, 2), row=Ring(r_full, r_empty, 2), x_free=x_free, **shared)
+        sm = _Shared(steps=Ring(full, empty, self.stages), scales=Ring(s_full, s_empty, 2), row=Ring(r_full, r_empty, 2),
+                     x_free=x_free, **shared)
         wg, cta = lax.axis_index("wg"), lax.axis_index("sm")
         layer = (refs.layer[0],) if self.product.stacked else ()
         zero = cta * 0  # jax 0.12 refuses static slices that reach past the end
