@@ -18,7 +18,7 @@ import numpy as np  # noqa: E402
 from jax import lax  # noqa: E402
 
 from nvfp4jax.kernels.hopper import dense as dense_hopper  # noqa: E402
-from nvfp4jax.kernels.hopper import mosaic  # noqa: E402
+from nvfp4jax.kernels.hopper.decode import permute_k  # noqa: E402
 
 # Copy bandwidth (bytes read plus written a second) and bf16 rate (a second), as measured with large sizes.
 CEILINGS = {"NVIDIA H200": (4.3e12, 790e12), "NVIDIA H100 80GB HBM3": (3.0e12, 790e12)}
@@ -64,7 +64,7 @@ def scaled_dot(x, packed, scale):
 
 
 def fp4_matmul(x, packed, scale, row_scale, global_scale, plan=None):
-    return dense_hopper._matmul(x, row_scale, packed, scale, global_scale, None, jnp.bfloat16, None, plan, False)
+    return dense_hopper._matmul(x, row_scale, packed, scale, global_scale, None, jnp.bfloat16, None, plan)
 
 
 def main():
@@ -86,19 +86,19 @@ def main():
                 shape, fp4, bf16 = (n, k), None, None  # frees the last shape's first
                 fp4, bf16 = weights(n, k, max(1, int(-(-3 * L2 // (n * k * 0.5625)))))
             x = jax.random.normal(jax.random.key(2), (m, k), jnp.bfloat16)
-            ours = kernel_us(jax.jit(fp4_matmul), [(mosaic.permute_k(x), *w, one, one) for w in fp4])
+            ours = kernel_us(jax.jit(fp4_matmul), [(permute_k(x), *w, one, one) for w in fp4])
             cublas = kernel_us(jax.jit(lambda x, w: x @ w.T), [(x, w) for w in bf16])
             peer = None
             if not options.no_scaled_dot and (table != "models") and m in (16, 256):
                 peer = kernel_us(jax.jit(scaled_dot), [(x, *w) for w in fp4[:1]], calls=6)
             moved = n * k * 0.5625 + m * k * 2 + m * n * 2
             floor = max(moved / bandwidth, 2 * n * k * m / rate) * 1e6
-            make, settings = dense_hopper._plan(n, k, m)
+            make, settings = dense_hopper.plan_of(n, k, m)
             rows.append(dict(table=table, n=n, k=k, m=m, us=ours, bytes=moved, floor_us=floor, cublas_us=cublas,
                              scaled_dot_us=peer, device=kind))
             print(f"{f'{n}x{k}':>13} {m:>5} {ours:8.2f} {moved / 1e6:7.1f} {moved / ours / 1e6:5.2f} {floor:7.2f} {floor / ours:5.2f} "
                   f"{cublas:8.2f} {cublas / ours:6.2f} {'-' if peer is None else f'{peer:.1f}':>10}  "
-                  f"{make.__name__[1:]} {settings}", flush=True)
+                  f"{make.__name__.lower()} {settings}", flush=True)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(rows, file, indent=1)

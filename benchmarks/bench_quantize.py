@@ -18,8 +18,11 @@ from jax.experimental.mosaic.gpu import profiler
 
 from nvfp4jax import array
 from nvfp4jax import routing as plain
-from nvfp4jax.kernels.hopper import mosaic, routing
 from nvfp4jax.kernels.hopper import quantize as q
+from nvfp4jax.kernels.hopper import routing
+from nvfp4jax.kernels.hopper.decode import permute_k
+from nvfp4jax.kernels.hopper.mosaic import asm, gmem_element, i32, thread_index
+from nvfp4jax.kernels.hopper.threads import load_global, store_global, thread_kernel
 from nvfp4jax.scaling import Request
 
 BF16 = jnp.bfloat16
@@ -37,14 +40,15 @@ def microseconds(f, *arguments, iterations=30):
 def copy(x, vectors, warps):
     """A copy kernel: a thread moves `vectors` times 16 bytes, its CTA a stretch."""
     words = warps * 32 * vectors
+
     def program(refs):
-        first = mosaic.add(mosaic.mul(mosaic.asm("mov.u32 $0,%ctaid.x;"), words), mosaic.thread_index())
-        at = [mosaic.add(first, i * warps * 32) for i in range(vectors)]
-        address = lambda name, i: mosaic.gmem_element(refs[name], i, 4, mosaic.i32(0), 4)
-        values = [mosaic.load_global(address("x", i), 4, mosaic.i32(1)) for i in at]
+        first = asm("mov.u32 $0,%ctaid.x;") * words + thread_index()
+        at = [first + i * warps * 32 for i in range(vectors)]
+        values = [load_global(gmem_element(refs["x"], i, 4, 0, 4), 4, i32(1)) for i in at]
         for i, value in zip(at, values):
-            mosaic.store_global(address("out", i), value, mosaic.i32(1))
-    return mosaic.thread_kernel(program, ["x", "out"], [jax.ShapeDtypeStruct(x.shape, x.dtype)], grid=x.nbytes // 16 // words, warps=warps)(x)[0]
+            store_global(gmem_element(refs["out"], i, 4, 0, 4), value, i32(1))
+
+    return thread_kernel(program, ["x", "out"], [jax.ShapeDtypeStruct(x.shape, x.dtype)], grid=x.nbytes // 16 // words, warps=warps)(x)[0]
 
 
 @functools.cache
@@ -62,7 +66,7 @@ def request(scaling="tensor", **kw):
 
 def xla_operand(x, **kw):
     a = array.quantize(x, request(**kw))
-    return mosaic.permute_k(a.dequantize_blocks(BF16)), a.global_scale
+    return permute_k(a.dequantize_blocks(BF16)), a.global_scale
 
 
 def xla_quantize(x, **kw):

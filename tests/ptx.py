@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from nvfp4jax.kernels.hopper import mosaic
+from nvfp4jax.kernels.hopper import threads as hopper_threads
 
 U32, F32, BF16 = np.uint32, np.float32, ml_dtypes.bfloat16
 SPACE = 1 << 32  # bytes between two global buffers
@@ -22,7 +22,7 @@ PEER = 1 << 24  # bytes between the shared memories of a cluster
 
 
 def run_thread_kernel(program, names, out_types, *, grid, warps, cluster=1, shared_words=0, zeroed_words=0, seed=None):
-    """Stands in for `mosaic.thread_kernel`: compiles for an H200 and runs here, on numpy arrays."""
+    """Stands in for `threads.thread_kernel`: compiles for an H200 and runs here, on numpy arrays."""
     def call(*inputs):
         inputs = [np.ascontiguousarray(x) for x in inputs]
         types = tuple((x.shape, np.dtype(x.dtype)) for x in inputs)
@@ -39,7 +39,7 @@ def run_thread_kernel(program, names, out_types, *, grid, warps, cluster=1, shar
     return call
 
 
-THREAD_KERNEL = mosaic.thread_kernel
+THREAD_KERNEL = hopper_threads.thread_kernel
 _texts = {}
 
 

@@ -12,7 +12,7 @@ from nvfp4jax.array import NVFP4Array, QuantizedActivation
 from nvfp4jax.backends.xla import Operand
 from nvfp4jax.kernels.hopper import dense, grouped, routing
 from nvfp4jax.kernels.hopper import quantize as quantizer
-from nvfp4jax.kernels.hopper.mosaic import permute_k
+from nvfp4jax.kernels.hopper.decode import permute_k
 from nvfp4jax.routing import Routing
 from nvfp4jax.scaling import Request
 

@@ -6,7 +6,8 @@ import numpy as np
 import ptx
 import pytest
 
-from nvfp4jax.kernels.hopper import mosaic as mg
+from nvfp4jax.kernels.hopper.mosaic import asm, gmem_element, i32, smem_address, thread_index
+from nvfp4jax.kernels.hopper.threads import store_global
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(not aot.available(), reason="needs jax-cuda13-plugin and -pjrt")]
 
@@ -14,12 +15,12 @@ pytestmark = [pytest.mark.aot, pytest.mark.skipif(not aot.available(), reason="n
 def neighbour(*, barrier, shift=1, offset=0):
     """Each of 128 threads hands its number to another through shared memory."""
     def program(refs):
-        tid, shared = mg.thread_index(), mg.smem_address(refs["shared"])
-        mg.asm("st.shared.b32 [$0],$1;", [mg.add(shared, mg.mul(tid, 4)), tid], "")
+        tid, shared = thread_index(), smem_address(refs["shared"])
+        asm("st.shared.b32 [$0],$1;", [shared + tid * 4, tid], "")
         if barrier:
-            mg.asm("bar.sync 0;", outputs="")
-        other = mg.asm("ld.shared.b32 $0,[$1];", [mg.add(shared, mg.mul(mg.rem(mg.add(tid, shift), 128), 4))])
-        mg.store_global(mg.gmem_element(refs["out"], mg.add(tid, offset), 1, mg.i32(0), 4), [other], mg.i32(1))
+            asm("bar.sync 0;", outputs="")
+        other = asm("ld.shared.b32 $0,[$1];", [shared + (tid + shift) % 128 * 4])
+        store_global(gmem_element(refs["out"], tid + offset, 1, 0, 4), [other], i32(1))
 
     call = ptx.run_thread_kernel(program, ["unused", "out", "shared"], [jax.ShapeDtypeStruct((128,), jnp.int32)], grid=1, warps=4,
                                  shared_words=128)

@@ -6,6 +6,7 @@ kernels for an H200. With `-m gpu`: results on a Hopper GPU.
 import functools
 
 import aot
+import hopper_interpreted
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -15,7 +16,9 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from nvfp4jax.kernels.hopper import dense as dense_hopper
-from nvfp4jax.kernels.hopper import mosaic
+from nvfp4jax.kernels.hopper.decode import permute_k
+from nvfp4jax.kernels.hopper.dense_narrow import memory_plan
+from nvfp4jax.kernels.hopper.machine import SHARED_MEMORY
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
@@ -44,9 +47,9 @@ def check(out, x, dequantized, factor, bias=0.0):
     assert np.isfinite(out.astype(np.float64)).all() and (error <= bound).all(), (error / bound).max()
 
 
-def run(plan, x, row_scale, packed, scale, global_scale, *, bias=None, out_dtype=jnp.bfloat16, layer=None, twin=False):
-    f = jax.jit(functools.partial(dense_hopper._matmul, plan=plan, twin=twin), static_argnames="out_dtype")
-    return np.asarray(f(mosaic.permute_k(jnp.asarray(x)), jnp.asarray(row_scale, jnp.float32), packed, scale,
+def run(plan, x, row_scale, packed, scale, global_scale, *, bias=None, out_dtype=jnp.bfloat16, layer=None):
+    f = jax.jit(functools.partial(dense_hopper._matmul, plan=plan), static_argnames="out_dtype")
+    return np.asarray(f(permute_k(jnp.asarray(x)), jnp.asarray(row_scale, jnp.float32), packed, scale,
                         jnp.asarray(global_scale, jnp.float32), bias, out_dtype, layer))
 
 
@@ -65,8 +68,8 @@ MODEL_SHAPES = [
 @pytest.mark.parametrize("n, k", MODEL_SHAPES + [(1, 64), (17, 192), (100, 320), (16385, 64)])
 def test_every_shape_has_a_schedule(n, k):
     for m in (1, 8, 9, 16, 17, 32, 33, 64, 100, 128, 129, 256, 4096):
-        make, settings = dense_hopper._plan(n, k, m)
-        make(n, k, m, per_row=False, bias_dtype=None, out_dtype=jnp.bfloat16, stacked=False, **settings)
+        make, settings = dense_hopper.plan_of(n, k, m)
+        make(dense_hopper.Product(n, k, m), **settings)
     steps = -(-k // dense_hopper.STEP)
     assert 1 <= dense_hopper.slices(n, k) <= steps
 
@@ -94,7 +97,8 @@ def test_errors_name_the_shapes():
 
 # --- under the interpreter ------------------------------------------------------------------------------------------
 
-NARROW, SPLIT, WIDE = dense_hopper._narrow, dense_hopper._split, dense_hopper._wide
+NARROW, SPLIT, WIDE = dense_hopper.Narrow, dense_hopper.Split, dense_hopper.Wide
+INTERPRETED = {NARROW: hopper_interpreted.Narrow, SPLIT: hopper_interpreted.Split, WIDE: hopper_interpreted.Wide}
 
 
 @pytest.mark.parametrize("n, k, m, plan", [
@@ -118,7 +122,7 @@ def test_interpreted(n, k, m, plan, capfd):
     x, bias = tokens(rng, m, k), rng.normal(size=n).astype(np.float32)
     row_scale = rng.uniform(0.5, 2, (m, 1)).astype(np.float32)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        out = run(plan, x, row_scale, packed, scale, 0.25, bias=bias, out_dtype=jnp.float32, twin=True)
+        out = run((INTERPRETED[plan[0]], plan[1]), x, row_scale, packed, scale, 0.25, bias=bias, out_dtype=jnp.float32)
     check(out, x, dequantized, row_scale.astype(np.float64) * 0.25, bias)
     assert "RACE" not in "".join(capfd.readouterr())
 
@@ -131,7 +135,7 @@ aot_only = [pytest.mark.aot, pytest.mark.skipif(not aot.available(), reason="nee
 def compiled(n, k, m, *, bias=None, out_dtype=jnp.bfloat16, per_row=False, layers=(), plan=None):
     def f(x, row_scale, packed, scale, global_scale, bias_, layer):
         return dense_hopper._matmul(x, row_scale, packed, scale, global_scale, bias_ if bias else None, out_dtype,
-                                    layer if layers else None, plan, False)
+                                    layer if layers else None, plan)
 
     kernel, = aot.compile(
         f, ((m, k), jnp.bfloat16), ((m, 1) if per_row else (), jnp.float32), ((*layers, n, k // 2), jnp.uint8),
@@ -155,10 +159,10 @@ def compiled(n, k, m, *, bias=None, out_dtype=jnp.bfloat16, per_row=False, layer
 def test_compiles_clean(n, k, m, options, _):
     kernel = compiled(n, k, m, **options)
     assert kernel.spills == 0 and kernel.stack == 0 and kernel.warnings == ()
-    make, settings = dense_hopper._plan(n, k, m)
+    make, settings = dense_hopper.plan_of(n, k, m)
     warpgroups = settings["tiles"] * settings["slices"] // 4 if make is NARROW else settings["wgs"]
-    assert kernel.registers * 128 * (warpgroups + 1) <= 65536 and kernel.smem <= mosaic.SHARED_MEMORY
-    if make is SPLIT and kernel.smem <= mosaic.SHARED_MEMORY // 2:  # two CTAs an SM
+    assert kernel.registers * 128 * (warpgroups + 1) <= 65536 and kernel.smem <= SHARED_MEMORY
+    if make is SPLIT and kernel.smem <= SHARED_MEMORY // 2:  # two CTAs an SM
         assert kernel.registers * 128 * warpgroups * 2 <= 65536
 
 
@@ -178,7 +182,7 @@ def test_instructions_of_the_main_loop(n, k, m, most, _):
 # --- the compiled kernels, on the CPU -------------------------------------------------------------------------------
 
 def x_map(operand, tokens, memory):
-    """As `_narrow` reads them: by 8-row groups in one copy a step where M allows it."""
+    """As `Narrow` reads them: by 8-row groups in one copy a step where M allows it."""
     m, k = operand.shape
     if m % 8 or memory == "weights":
         return ptx_hopper.TensorMap(operand, (64, tokens), 128)
@@ -210,10 +214,10 @@ def test_compiled_kernel_on_the_cpu(n, k, m, plan, _):
     x, row_scale = tokens(rng, m, k), rng.uniform(0.5, 2, (m, 1)).astype(np.float32)
     make, settings = plan
     tile = settings["tokens"]
-    words, scales, operand = packed.view(np.int32), scale.view(np.uint8).view(np.int32), np.asarray(mosaic.permute_k(jnp.asarray(x)))
+    words, scales, operand = packed.view(np.int32), scale.view(np.uint8).view(np.int32), np.asarray(permute_k(jnp.asarray(x)))
     if make is NARROW:
         rows, warpgroups = 16 * settings["tiles"], settings["tiles"] * settings["slices"] // 4
-        memory, _ = dense_hopper._narrow_memory(k, tile, settings["slices"], settings["tiles"])
+        memory, _ = memory_plan(k, tile, settings["slices"], settings["tiles"])
         whole = memory != "steps"
         ctas, producers, g = -(-n // rows) * -(-m // tile), 0 if memory == "all" else 1, "ld.global.nc.b32"
     else:
@@ -230,7 +234,7 @@ def test_compiled_kernel_on_the_cpu(n, k, m, plan, _):
         maps.append(ptx_hopper.TensorMap(buffers.pop("ld.global.nc.f32")[0].reshape(-1), (tile,), 0))
     kernel = compiled(n, k, m, out_dtype=jnp.float32, per_row=True, plan=plan)
     ptx_hopper.run(kernel.ptx, buffers, maps, grid=ctas, threads=(warpgroups + producers) * 128,
-                   shared=mosaic.SHARED_MEMORY, seed=int(rng.integers(2**31)))
+                   shared=SHARED_MEMORY, seed=int(rng.integers(2**31)))
     check(out, x, dequantized, row_scale.astype(np.float64) * 0.25)
 
 
@@ -252,7 +256,7 @@ def test_results_and_batch_invariance(n, k):
     most = 200
     x, row_scale = tokens(rng, most, k), rng.uniform(0.5, 2, (most, 1)).astype(np.float32)
     f = jax.jit(functools.partial(dense_hopper.matmul, out_dtype=jnp.float32))
-    permuted = mosaic.permute_k(jnp.asarray(x))
+    permuted = permute_k(jnp.asarray(x))
     full = np.asarray(f(permuted, jnp.asarray(row_scale), packed, scale, jnp.float32(0.25)))
     check(full, x, dequantized, row_scale.astype(np.float64) * 0.25)
     for m in (1, 3, 8, 9, 16, 17, 32, 33, 40, 48, 64, 128, 129):
@@ -272,7 +276,7 @@ def test_results_and_batch_invariance(n, k):
 def test_prefill_and_decode_agree(n, k):
     rng = np.random.default_rng(n + k)
     packed, scale, _ = weights(rng, n, k)
-    packed, scale, x = jnp.asarray(packed), jnp.asarray(scale), mosaic.permute_k(jnp.asarray(tokens(rng, 4096, k)))
+    packed, scale, x = jnp.asarray(packed), jnp.asarray(scale), permute_k(jnp.asarray(tokens(rng, 4096, k)))
     f = jax.jit(functools.partial(dense_hopper.matmul, out_dtype=jnp.float32))
     one = jnp.float32(1)
     full = np.asarray(f(x, one, packed, scale, one)).view(np.int32)
@@ -298,7 +302,7 @@ def test_bias_layers_and_dtypes(m, n, k, layers, bias, out_dtype, one_bias):
     poison(m, n, out_dtype)
     layer = layers[0] - 1 if layers else None
     out = np.asarray(dense_hopper.matmul(
-        mosaic.permute_k(jnp.asarray(x)), jnp.float32(0.5), jnp.asarray(packed), jnp.asarray(scale), jnp.asarray(factors),
+        permute_k(jnp.asarray(x)), jnp.float32(0.5), jnp.asarray(packed), jnp.asarray(scale), jnp.asarray(factors),
         bias=jnp.asarray(biases), out_dtype=out_dtype, layer=None if layer is None else jnp.int32(layer)))
     at = () if layer is None else (layer,)
     check(out, x, dequantized[at], float(factors[at]) * 0.5, biases[() if one_bias else at].astype(np.float64))
@@ -317,6 +321,6 @@ def test_every_code_and_scale_is_exact(n, m):
     for start in range(0, k, m):
         x = np.zeros((m, k), ml_dtypes.bfloat16)
         x[np.arange(m), (start + np.arange(m)) % k] = 1
-        out = np.asarray(dense_hopper.matmul(mosaic.permute_k(jnp.asarray(x)), jnp.float32(1), jnp.asarray(packed),
+        out = np.asarray(dense_hopper.matmul(permute_k(jnp.asarray(x)), jnp.float32(1), jnp.asarray(packed),
                                              jnp.asarray(scale), jnp.float32(1), out_dtype=jnp.float32))
         np.testing.assert_array_equal(out.astype(np.float64), dequantized[:, (start + np.arange(m)) % k].T)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 import aot
+import hopper_interpreted
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,7 +13,11 @@ import ptx_hopper
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from nvfp4jax.kernels.hopper import grouped, mosaic
+from nvfp4jax.kernels.hopper import grouped
+from nvfp4jax.kernels.hopper.decode import permute_k
+from nvfp4jax.kernels.hopper.grouped_config import layout_of
+from nvfp4jax.kernels.hopper.grouped_plan import Table
+from nvfp4jax.kernels.hopper.machine import SHARED_MEMORY, register_budget, scale_rows
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 # (experts, output channels of gate, hidden) of a model's expert layer; down is the transpose.
@@ -40,7 +45,7 @@ def make(rng, sizes, n, k, *, gated, token_scale=True, spare=3):
 
 def arguments(x, row_scale, codes, scale, global_scale, sizes):
     packed = codes[..., ::2] | codes[..., 1::2] << 4
-    return tuple(map(jnp.asarray, (mosaic.permute_k(jnp.asarray(x)), row_scale, packed, scale, global_scale, sizes)))
+    return tuple(map(jnp.asarray, (permute_k(jnp.asarray(x)), row_scale, packed, scale, global_scale, sizes)))
 
 
 def oracle(x, row_scale, codes, scale, global_scale, sizes, *, gated):
@@ -94,23 +99,23 @@ def test_every_configuration_fits():
             (1, 8, 31, 64, 128, 500, 512, 2048, 8192, 65536), (1, 8, 128, 256), shapes, (True, False)):
         n, k = (n, k) if gated else (k, n)
         c = grouped.config(m, experts, n, k, gated=gated)
-        table = grouped._Table(c.computes[-1] + 4, experts)
-        layout = grouped._layout(c, k, 2 if gated else 1, table)
-        consumer, producer = mosaic.register_budget(c.warpgroups, per_sm=c.per_sm)
+        table = Table(c.computes[-1] + 4, experts)
+        layout = layout_of(c, k, 2 if gated else 1, table)
+        consumer, producer = register_budget(c.warpgroups, per_sm=c.per_sm)
         assert (consumer * c.warpgroups + producer) * 128 * c.per_sm <= 65536
         assert layout.x_stages >= 2 and layout.w_stages >= 2
         tokens = layout.x_stages * c.x_rows * 128
         weights = layout.w_stages * layout.rows * 128 + layout.s_stages * layout.rows * layout.scale_row
-        assert (tokens + weights) * c.per_sm <= mosaic.SHARED_MEMORY
+        assert (tokens + weights) * c.per_sm <= SHARED_MEMORY
         assert all(t % 8 == 0 for t in c.tiles + c.computes) and max(c.computes) == max(c.tiles) <= min(256, c.x_rows)
 
 
 def test_a_register_budget_that_would_hang_is_refused():
     for consumers in range(1, 5):
-        consumer, producer = mosaic.register_budget(consumers)
+        consumer, producer = register_budget(consumers)
         assert consumer * consumers + producer <= 65536 // ((consumers + 1) * 128) // 8 * 8 * (consumers + 1)
     with pytest.raises(ValueError, match="no register budget"):
-        mosaic.register_budget(4, producer=512)
+        register_budget(4, producer=512)
 
 
 # --- the schedule, interpreted --------------------------------------------------------------------------------------
@@ -130,26 +135,28 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_schedule_under_the_interpreter(rng, name):
+def test_schedule_under_the_interpreter(rng, name, monkeypatch):
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
+    monkeypatch.setattr(grouped, "Grouped", hopper_interpreted.Grouped)
     sizes, n, k, gated, use = SCHEDULES[name]
     case = make(rng, sizes, n, k, gated=gated, token_scale=name != "tiny")
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        out = run(case, gated=gated, use=use, interpret=True)
+        out = run(case, gated=gated, use=use)
         races = gpu_callbacks.get_races().races_found
     assert not races
     check(out, *oracle(*case, gated=gated))
 
 
-def test_stacked_layers_under_the_interpreter(rng):
+def test_stacked_layers_under_the_interpreter(rng, monkeypatch):
+    monkeypatch.setattr(grouped, "Grouped", hopper_interpreted.Grouped)
     x, row_scale, codes, scale, global_scale, sizes = make(rng, (4, 2), 64, 256, gated=False)
     layers = [make(rng, (4, 2), 64, 256, gated=False)[2:5] for _ in range(2)] + [(codes, scale, global_scale)]
     stacked = [np.stack(v) for v in zip(*layers)]
     args = arguments(x, row_scale, *stacked, sizes)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         use = grouped.Config((8,), (8,), 32, **SMALL)
-        f = jax.jit(lambda layer, *a: grouped.matmul(*a, layer=layer, use=use, interpret=True))
+        f = jax.jit(lambda layer, *a: grouped.matmul(*a, layer=layer, use=use))
         out = np.asarray(f(jnp.int32(2), *args))
     check(out, *oracle(x, row_scale, codes, scale, global_scale, sizes, gated=False))
 
@@ -192,7 +199,7 @@ def test_compiles_without_spills(gated, m, experts, n, k):
     kernel, = aot.compile(f, *structs(m, experts, n, k, gated=gated))
     assert kernel.spills == 0 and not kernel.warnings
     c = grouped.config(m, experts, n, k, gated=gated)
-    consumer, producer = mosaic.register_budget(c.warpgroups, per_sm=c.per_sm)
+    consumer, producer = register_budget(c.warpgroups, per_sm=c.per_sm)
     # The pool of a CTA is what it is launched with: setmaxnreg that asks for more hangs the GPU.
     assert consumer * c.warpgroups + producer <= kernel.registers * (c.warpgroups + 1)
     assert kernel.registers * (c.warpgroups + 1) * 128 * c.per_sm <= 65536
@@ -237,10 +244,10 @@ def test_compiled_kernel_on_the_cpu(rng, name):
     kernel, = aot.compile(lambda *a: f(*a, use=use), *structs(len(x), experts, n, k, gated=gated))
     operand, _, packed, scale, _, _ = map(np.asarray, arguments(*case))
     rows = use.warpgroups * 64 // halves
-    layout = grouped._layout(use, k, halves, grouped._Table(use.computes[-1] + 4, experts))
+    layout = layout_of(use, k, halves, Table(use.computes[-1] + 4, experts))
     words = packed.reshape(experts * halves, n, k // 2).view(np.int32)
     scales = scale.view(np.uint8).reshape(experts * halves, n, k // 16).view(np.int32)
-    swizzled = layout.scale_row if mosaic.scale_rows(layout.scale_row) else 0
+    swizzled = layout.scale_row if scale_rows(layout.scale_row) else 0
     maps = [ptx_hopper.TensorMap(scales.reshape(-1), (256,), 0) if k % 256 else
             ptx_hopper.TensorMap(scales, (layout.scale_row // 4, rows, 1), swizzled)]
     maps += [ptx_hopper.TensorMap(words, (32, rows, 1), 128)]
@@ -252,7 +259,7 @@ def test_compiled_kernel_on_the_cpu(rng, name):
     buffers = {"ld.global.nc.b32": [group_sizes], "ld.global.b32": [*layer, global_scale],
                "st.global": [out]}
     ptx_hopper.run(kernel.ptx, buffers, maps, grid=use.sms * use.per_sm, threads=(use.warpgroups + 1) * 128,
-                   shared=mosaic.SHARED_MEMORY, seed=int(rng.integers(2**31)))
+                   shared=SHARED_MEMORY, seed=int(rng.integers(2**31)))
     check(out, *oracle(*case, gated=gated))
     assert np.isnan(out[sum(sizes):].astype(np.float32)).all()  # nothing is written past the groups
 

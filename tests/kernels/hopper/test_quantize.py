@@ -15,8 +15,8 @@ import pytest
 from jax import lax
 
 from nvfp4jax import array, numerics
-from nvfp4jax.kernels.hopper import mosaic
 from nvfp4jax.kernels.hopper import quantize as quantize_hopper
+from nvfp4jax.kernels.hopper import quantize_plan, threads
 from nvfp4jax.scaling import Request
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "data" / "nvfp4_te_reference.npz"
@@ -29,7 +29,7 @@ needs_aot = pytest.mark.skipif(not aot.available(), reason="needs jax-cuda13-plu
 def machine(request, monkeypatch):
     """What runs the kernels: a GPU, or numpy on the PTX."""
     if request.param == "ptx":
-        monkeypatch.setattr(mosaic, "thread_kernel", ptx.run_thread_kernel)
+        monkeypatch.setattr(threads, "thread_kernel", ptx.run_thread_kernel)
     return request.param
 
 
@@ -366,7 +366,7 @@ def test_a_sum_of_squares_that_overflows(machine):
 
 def test_a_cta_walks_over_many_groups(machine, monkeypatch):
     """A small card, so that few rows make every CTA loop: prefetches, alternating slots, backwards order, ragged ends."""
-    monkeypatch.setattr(quantize_hopper, "SMS", 1)
+    monkeypatch.setattr(quantize_plan, "SMS", 1)
     rng = np.random.default_rng()
     for m, k in ((301, 512), (75, 2624)):  # one warp a row; two
         x, w = random_rows(rng, m, k, BF16, "edges"), rng.normal(size=k).astype(ml_dtypes.bfloat16)
@@ -385,7 +385,7 @@ def test_weights_get_a_global_scale_a_matrix(machine, monkeypatch):
     shapes = dict(gpu=((3, 2, 16, 2048), (257, 768), (64, 100, 512), (128, 256, 768), (150, 48, 7168), (5, 4096, 2048)),
                   ptx=((6, 64), (3, 5, 80), (7, 12, 768), (2, 3, 9, 2624)))
     if machine == "ptx":
-        monkeypatch.setattr(quantize_hopper, "SMS", 1)
+        monkeypatch.setattr(quantize_plan, "SMS", 1)
     for shape in shapes[machine]:
         w = random_rows(rng, int(np.prod(shape[:-1])), shape[-1], BF16, "heavy")
         w[1, 3], w[-1, -1], w[-2] = np.nan, -np.inf, 0
@@ -515,16 +515,16 @@ def test_an_empty_batch_launches_nothing():
 
 def test_every_block_belongs_to_one_thread():
     for m in (1, 2, 7, 132, 256, 1000, 5000):
-        for k in (16, 64, 80, 512, 768, 1024, 2048, 3584, 5120, 7168, 12288, 25600, quantize_hopper.MAX_K):
+        for k in (16, 64, 80, 512, 768, 1024, 2048, 3584, 5120, 7168, 12288, 25600, quantize_plan.MAX_K):
             for words in (8, 16):
-                for p in (quantize_hopper._plan(m, k, words), quantize_hopper._scan_plan(m, k, words), quantize_hopper._matrices_plan(m, k)[1]):
+                for p in (quantize_plan.plan_of(m, k, words), quantize_plan.scan_plan(m, k, words), quantize_plan.matrices_plan(m, k)[1]):
                     if p is None:
                         continue
                     assert p.warps % 4 == 0 and p.warps <= 32 and p.warps % p.warps_per_row == 0
                     assert p.warps_per_row == 1 or p.rows <= 15  # named barriers 1..15
                     units = sorted(part + j * p.warps_per_row for part in range(p.warps_per_row) for j in range(p.blocks))
-                    whole = k * (quantize_hopper._matrices_plan(m, k)[0] if p.tile > 1 else 1)
+                    whole = k * (quantize_plan.matrices_plan(m, k)[0] if p.tile > 1 else 1)
                     assert units == list(range(len(units))) and len(units) * 512 >= whole, (m, k, p)
                     assert p.grid % p.cluster == 0
-                scan = quantize_hopper._scan_plan(m, k, words)
+                scan = quantize_plan.scan_plan(m, k, words)
                 assert scan is None or scan.grid * scan.rows >= m  # one group a CTA

@@ -9,7 +9,7 @@ import pytest
 
 from nvfp4jax import ops
 from nvfp4jax import routing as plain
-from nvfp4jax.kernels.hopper import mosaic, routing
+from nvfp4jax.kernels.hopper import routing, threads
 
 needs_aot = pytest.mark.skipif(not aot.available(), reason="needs jax-cuda13-plugin and -pjrt")
 VERSIONS = {"gpu": (routing.route, routing.combine), "ptx": (routing.route, routing.combine), "xla": (plain.route, plain.combine)}
@@ -18,7 +18,7 @@ VERSIONS = {"gpu": (routing.route, routing.combine), "ptx": (routing.route, rout
 @pytest.fixture(params=[pytest.param("gpu", marks=pytest.mark.gpu), pytest.param("ptx", marks=[pytest.mark.aot, needs_aot]), "xla"])
 def version(request, monkeypatch):
     if request.param == "ptx":
-        monkeypatch.setattr(mosaic, "thread_kernel", ptx.run_thread_kernel)
+        monkeypatch.setattr(threads, "thread_kernel", ptx.run_thread_kernel)
     return request.param
 
 
