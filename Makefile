@@ -1,11 +1,12 @@
-# make demo, make test: each sets up .venv by itself (Python >= 3.12, no GPU needed).
+# make demo, make test: each sets up .venv by itself (Python >= 3.12, no GPU needed). make test draws the same examples each time;
+# make test-all adds what takes long and draws new ones.
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 CHECKPOINT ?= tests/data/qwen3-moe-tiny/bf16
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test setup
+.PHONY: demo test test-all test-slow setup
 
 setup: $(VENV)/.ready
 
@@ -20,4 +21,10 @@ demo: $(VENV)/.ready
 	$(VENV)/bin/python -m nvfp4jax.demo $(CHECKPOINT)
 
 test: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(TESTS)
+
+test-slow: $(VENV)/.ready
+	NVFP4JAX_FRESH=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m slow $(TESTS)
+
+test-all: $(VENV)/.ready
+	NVFP4JAX_FRESH=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TESTS)

@@ -1,10 +1,11 @@
-"""The command line: quantize, rollout, inspect. Bad input ends with exit code 2 and one line on stderr."""
+"""The command line: quantize, rollout, inspect, demo. Bad input ends with exit code 2 and one line on stderr."""
 
 import dataclasses
 import json
 import logging
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,22 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="NVFP4 checkpoints and rollouts in JAX.")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import importlib.metadata
+
+        print(f"nvfp4jax {importlib.metadata.version('nvfp4jax')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _top(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """NVFP4 checkpoints and rollouts in JAX."""
+
 
 _FOLLOW_LINKS = Annotated[bool, typer.Option("--follow-links", help="Read files that are links out of the folder, too.")]
 
@@ -307,6 +324,22 @@ def _inspect_orbax(directory: Path) -> None:
         rows.append([pattern, str(len(names)), kind, str(list(shape)), _range(globals_), _range([v for n in inputs for v in values[n]]), f"{nbytes:,}"])
     _print_table(["leaf", "count", "format", "shape", "global scale", "input scale", "bytes"], rows)
     _print_total(sum(leaf.size * leaf.dtype.itemsize for leaf in shapes.values()), elements)
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path | None, typer.Argument(help="A bfloat16 Hugging Face folder; without one, a tiny random Qwen3-MoE.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to sample for each prompt.")] = 16,
+) -> None:
+    """Load, swap, save, restore, roll out, reload, roll out again; then a table of the modes."""
+    from nvfp4jax import demo
+
+    if directory is not None:
+        demo.run(directory, new_tokens)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        demo.write_tiny_folder(Path(folder))
+        demo.run(Path(folder), new_tokens)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -5,18 +5,18 @@ function, reloads new weights 20 times and rolls out again; then prints what eac
 """
 
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import typer
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
+from safetensors.numpy import save_file
 
 import nvfp4jax
 from nvfp4jax import Rule, Static, Token, models, ops
@@ -68,11 +68,30 @@ def one_level(qmodel: nnx.Module, model: nnx.Module) -> nnx.Module:
     return out
 
 
-def main(
-    directory: Annotated[Path, typer.Argument(help="A Hugging Face folder, bfloat16: Qwen3 or Qwen3-MoE.")],
-    new_tokens: Annotated[int, typer.Option(help="Tokens to sample for each prompt.")] = 16,
-) -> None:
-    """Load, swap, save, restore, roll out, reload, roll out again; then a table of the modes."""
+TINY = dict(
+    architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", vocab_size=512, hidden_size=128, intermediate_size=256,
+    moe_intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=8,
+    num_experts_per_tok=2, norm_topk_prob=True, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False, mlp_only_layers=[0],
+)  # fmt: skip
+
+
+def write_tiny_folder(directory: Path) -> None:
+    """A Hugging Face folder with a small random Qwen3-MoE, for who has no checkpoint at hand."""
+    family = models.family_of(TINY)
+    tensors = {}
+    for path, variable in nnx.to_flat_state(nnx.state(models.build(TINY, rngs=nnx.Rngs(0)))):
+        value = np.asarray(variable.get_value())
+        if path[-1] in ("gate_proj", "up_proj", "down_proj"):
+            owner = family.module_name(path[:-1])
+            tensors |= {f"{owner}.{e}.{path[-1]}.weight": np.ascontiguousarray(value[e].T) for e in range(value.shape[0])}
+        else:
+            tensors[family.tensor_name(path)] = np.ascontiguousarray(value.T) if path[-1] == "kernel" else value
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(TINY))
+
+
+def run(directory: Path, new_tokens: int = 16) -> None:
+    """The whole job on one folder, told as it goes."""
     start = time.time()
 
     def say(text: str) -> None:
@@ -163,4 +182,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    from nvfp4jax import cli
+
+    cli.main(["demo", *sys.argv[1:]])
