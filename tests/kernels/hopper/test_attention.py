@@ -140,7 +140,7 @@ def test_decode_ptx(monkeypatch, case):
     pytest.param((1, 70, 1, 2, 128, 300), [100], None, None, None, marks=pytest.mark.slow),
     pytest.param((2, 40, 1, 2, 64, 1500), [1300, 3], [30, 40], 1200, 5.0, marks=pytest.mark.slow)], ids=["D 64", "D 128", "window, cap, counts"])
 def test_prefill_ptx_and_its_bits_in_decode(monkeypatch, shape, starts, counts, window, soft_cap):
-    """Two heads, two tiles of a CTA; a query of decode has the bits that it has here."""
+    """Of two heads a CTA has two tiles. A query of decode has the bits that it has here."""
     rng = np.random.default_rng()
     q, keys, values, layer, starts, counts = inputs(rng, *shape, starts, counts)
     options = dict(window=window, soft_cap=soft_cap)
