@@ -15,7 +15,7 @@ import ptx_hopper
 
 
 def run_thread_kernel(program, names, out_types, *, grid, warps, shared_words=0, seed=None):
-    """Stands in for `mosaic.thread_kernel`, one CTA after another, in random order."""
+    """Stands in for `threads.thread_kernel`, one CTA after another, in random order."""
     def call(*inputs):
         inputs = [np.ascontiguousarray(x) for x in inputs]
         types = tuple((x.shape, jnp.dtype(x.dtype)) for x in inputs)

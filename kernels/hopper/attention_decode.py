@@ -17,9 +17,12 @@ import jax.numpy as jnp
 from nvfp4jax.kernels.hopper import attention_merge as merge
 from nvfp4jax.kernels.hopper import attention_sums as sums
 from nvfp4jax.kernels.hopper import mosaic as mg
+from nvfp4jax.kernels.hopper import threads
 from nvfp4jax.kernels.hopper.attention_merge import BARRIER, THREADS, WARPS
 from nvfp4jax.kernels.hopper.attention_plan import SLOTS, WORDS
 from nvfp4jax.kernels.hopper.attention_sums import EMPTY, GROUP, PARTS, PIECE, f32
+from nvfp4jax.kernels.hopper.machine import SHARED_MEMORY
+from nvfp4jax.kernels.hopper.threads import load_global, store_shared
 
 MOST_COLUMNS = 32  # queries of a key head: more do not fit the registers
 MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3},{$4,$5,$6,$7},{$8,$9},{$10,$11,$12,$13};"
@@ -63,7 +66,7 @@ class Shape:
 
     @property
     def stages(self):
-        return min(6, (mg.SHARED_MEMORY - 1024 - self.exchange) // (self.stage + self.queries))
+        return min(6, (SHARED_MEMORY - 1024 - self.exchange) // (self.stage + self.queries))
 
     @property
     def queries(self):
@@ -99,37 +102,36 @@ class _Thread:
     """
 
     def __init__(self, refs, s: Shape):
-        add, mul, div, rem, xor = mg.add, mg.mul, mg.div, mg.rem, mg.bit_xor
         self.refs, self.s = refs, s
         self.tid = mg.thread_index()
-        lane, self.warp = rem(self.tid, 32), div(self.tid, 32)
-        self.lane, self.row, self.quad = lane, div(lane, 4), rem(lane, 4)
+        lane, self.warp = self.tid % 32, self.tid // 32
+        self.lane, self.row, self.quad = lane, lane // 4, lane % 4
         self.layer = mg.asm("ld.global.nc.b32 $0,[$1];", [mg.gmem_address(refs["layer"])])
         base = mg.smem_address(refs["shared"])
         self.exchange = base
-        self.records = add(base, s.records_at)
-        self.ring = add(base, s.exchange)
-        self.queries = add(self.ring, s.stages * s.stage)
+        self.records = base + s.records_at
+        self.ring = base + s.exchange
+        self.queries = self.ring + s.stages * s.stage
         self.c = f32(sums.factor(s.scale, s.soft_cap))
         # In a stage, 16-byte unit u of slot p lies at row p, unit u ^ p % 8: 8 slots of a unit hit 8 bank groups.
         units = s.d // 8  # of a slot
         self.per_copy = 32 // units  # slots that a warp's copy instruction has
-        own = mul(self.warp, 16 * s.row)
-        self.copy_row, unit = div(lane, units), rem(lane, units)
-        self.copy_at = add(own, add(mul(self.copy_row, s.row), mul(xor(unit, self.copy_row), 16)))
-        key = rem(lane, 16)
-        self.key_at = add(own, add(mul(key, s.row), mul(xor(div(lane, 16), rem(key, 8)), 16)))
-        query = rem(lane, 8)
-        self.query_at = add(mul(query, s.row), mul(xor(div(lane, 8), query), 16))
-        self.slice = rem(self.warp, s.d // 16)
-        self.place, self.own_slice = add(mul(self.slice, 32), lane), mg.flag("lt", self.warp, s.d // 16)
-        slot = add(rem(lane, 8), mul(div(lane, 16), 8))
-        unit = add(mul(self.slice, 2), rem(div(lane, 8), 2))
-        self.value_at = add(mul(slot, s.row), add(mul(xor(unit, rem(lane, 8)), 16), PIECE * s.row))
+        own = self.warp * (16 * s.row)
+        self.copy_row, unit = lane // units, lane % units
+        self.copy_at = own + (self.copy_row * s.row + (unit ^ self.copy_row) * 16)
+        key = lane % 16
+        self.key_at = own + (key * s.row + (lane // 16 ^ key % 8) * 16)
+        query = lane % 8
+        self.query_at = query * s.row + (lane // 8 ^ query) * 16
+        self.slice = self.warp % (s.d // 16)
+        self.place, self.own_slice = self.slice * 32 + lane, self.warp < s.d // 16
+        slot = lane % 8 + lane // 16 * 8
+        unit = self.slice * 2 + lane // 8 % 2
+        self.value_at = slot * s.row + ((unit ^ lane % 8) * 16 + PIECE * s.row)
 
     def columns(self):
         """[tile][e]: this lane's columns."""
-        return [[mg.add(mg.mul(self.quad, 2), 8 * i + e) for e in range(2)] for i in range(self.s.tiles)]
+        return [[self.quad * 2 + (8 * i + e) for e in range(2)] for i in range(self.s.tiles)]
 
 
 def _record(thread, at, old, changed):
@@ -141,58 +143,58 @@ def _record(thread, at, old, changed):
 def _advance(thread, cursor):
     """cursor: address of the unit's record, (row, head), end, piece, pieces left with this one."""
     at, which, end, piece, left = cursor
-    last = mg.flag("eq", left, 1)
-    at = mg.add(at, mg.mul(last, 4 * WORDS))
-    return [at, *_record(thread, at, [which, end, mg.add(piece, 1), mg.sub(left, mg.flag("lt", 0, left))], last)]
+    last = left == 1
+    at = at + last * (4 * WORDS)
+    return [at, *_record(thread, at, [which, end, piece + 1, left - (left > 0)], last)]
 
 
 def _query_place(thread, at):
     """Where a unit's queries lie in shared memory: units in flight have places of their own."""
     s = thread.s
-    number = mg.div(mg.sub(at, thread.records), 4 * WORDS)
-    return mg.add(thread.queries, mg.mul(mg.rem(number, s.stages), s.queries))
+    number = (at - thread.records) // (4 * WORDS)
+    return thread.queries + number % s.stages * s.queries
 
 
 def _issue(thread, stage, cursor):
     """Starts the loads of the cursor's piece into the stage at an address, and of its unit's queries with the first
     piece."""
-    s, add, mul = thread.s, mg.add, mg.mul
+    s = thread.s
     at, which, end, piece, left = cursor
-    some = mg.flag("lt", 0, left)
-    slot = add(mul(piece, PIECE), mul(thread.warp, 16))
-    rest = mg.select(some, mg.sub(mg.sub(end, slot), thread.copy_row), 0)
-    head = add(mul(thread.layer, s.rows * s.heads), which)
+    some = left > 0
+    slot = piece * PIECE + thread.warp * 16
+    rest = mg.select(some, end - slot - thread.copy_row, 0)
+    head = thread.layer * (s.rows * s.heads) + which
     sources = [mg.gmem_element(thread.refs[name], head, s.capacity, mg.i32(0), s.row) for name in ("keys", "values")]
-    offset = add(mul(slot, s.row), mul(thread.lane, 16))
-    sources = [sums.wide_add(source, offset) for source in sources]
-    to = add(stage, thread.copy_at)
+    offset = slot * s.row + thread.lane * 16
+    sources = [source + offset for source in sources]
+    to = stage + thread.copy_at
     places = {0: to}
     for i in range(16 // thread.per_copy):
         twist = 16 * thread.per_copy * i % 128
         if twist not in places:
-            places[twist] = mg.bit_xor(to, twist)
+            places[twist] = to ^ twist
         size = mg.asm(f"{{.reg .pred p; setp.gt.s32 p,$1,{thread.per_copy * i}; selp.b32 $0,16,0,p;}}", [rest], effects=False)
         for x, source in enumerate(sources):
             mg.asm(f"cp.async.cg.shared.global.L2::128B [$0+{512 * i + x * PIECE * s.row}],[$1+{512 * i}],16,$2;",
                    [places[twist], source, size], "")
-    new = mg.bit_and(some, mg.flag("eq", piece, mg.asm("ld.shared.b32 $0,[$1+8];", [at])))
+    new = some & (piece == mg.asm("ld.shared.b32 $0,[$1+8];", [at]))
     mg.branch(new, lambda: _issue_queries(thread, _query_place(thread, at), which))
     mg.asm("cp.async.commit_group;", outputs="")
 
 
 def _issue_queries(thread, place, which):
-    s, add, mul, div, rem = thread.s, mg.add, mg.mul, mg.div, mg.rem
+    s = thread.s
     units = s.d // 8
-    row, head = div(which, s.heads), rem(which, s.heads)
+    row, head = which // s.heads, which % s.heads
     for first in range(0, 8 * s.tiles * units, THREADS):
-        i = add(thread.tid, first)
-        column, unit = div(i, units), rem(i, units)
-        token = add(mul(row, s.tokens), div(column, s.group))
-        source = mg.gmem_element(thread.refs["q"], add(mul(token, s.heads * s.group), add(mul(head, s.group), rem(column, s.group))),
-                                 s.d, mul(unit, 8), 2)
-        size = mul(mg.flag("lt", column, s.columns), 16)
-        inside = mg.flag("lt", column, 8 * s.tiles)
-        to = add(place, add(mul(column, s.row), mul(mg.bit_xor(unit, rem(column, 8)), 16)))
+        i = thread.tid + first
+        column, unit = i // units, i % units
+        token = row * s.tokens + column // s.group
+        source = mg.gmem_element(thread.refs["q"], token * (s.heads * s.group) + (head * s.group + column % s.group),
+                                 s.d, unit * 8, 2)
+        size = (column < s.columns) * 16
+        inside = column < 8 * s.tiles
+        to = place + (column * s.row + (unit ^ column % 8) * 16)
         mg.asm("{.reg .pred p; setp.ne.u32 p,$3,0; @p cp.async.cg.shared.global [$0],[$1],16,$2;}", [to, source, size, inside], "")
 
 
@@ -200,20 +202,20 @@ def _scores(thread, stage, query, cursor):
     """The warp's 16 slots of the piece: [tile][slot row, row + 8][column 2 quad, + 1], minus infinity where not seen."""
     s = thread.s
     _, _, end, piece, _ = cursor
-    at, queries = mg.add(stage, thread.key_at), mg.add(query, thread.query_at)
+    at, queries = stage + thread.key_at, query + thread.query_at
     scores = [[f32(0)] * 4 for _ in range(s.tiles)]
     for pair in range(s.d // 32):
-        keys = [mg.asm(LDMATRIX, [mg.bit_xor(at, 32 * (2 * pair + i))], "rrrr") for i in range(2)]
+        keys = [mg.asm(LDMATRIX, [at ^ 32 * (2 * pair + i)], "rrrr") for i in range(2)]
         for tile in range(s.tiles):
-            q = mg.asm(LDMATRIX, [mg.add(mg.bit_xor(queries, 64 * pair), tile * 8 * s.row)], "rrrr")
+            q = mg.asm(LDMATRIX, [(queries ^ 64 * pair) + tile * 8 * s.row], "rrrr")
             for i in range(2):
                 scores[tile] = mg.asm(MMA, [*keys[i], *q[2 * i:2 * i + 2], *scores[tile]], "ffff", effects=False)
-    slot = mg.add(mg.add(mg.mul(piece, PIECE), mg.mul(thread.warp, 16)), thread.row)
-    rest = mg.sub(end, slot)
+    slot = piece * PIECE + thread.warp * 16 + thread.row
+    rest = end - slot
     out = []
     for tile, columns in zip(scores, thread.columns()):
         own = [rest] * 2 if s.tokens == 1 else [
-            mg.add(rest, mg.sub(mg.minimum(mg.div(c, s.group), s.tokens - 1), s.tokens - 1)) for c in columns]
+            rest + (mg.minimum(c // s.group, s.tokens - 1) - (s.tokens - 1)) for c in columns]
         out.append([[sums.see(sums.cap(tile[2 * h + e], s.scale, s.soft_cap), own[e], s.window, 8 * h) for e in range(2)]
                     for h in range(2)])
     return out
@@ -222,15 +224,15 @@ def _scores(thread, stage, query, cursor):
 def _weights(thread, scores):
     """Leaves weights and parts of their sums in shared memory. -> [tile][column]: the piece's maximum."""
     s, c = thread.s, thread.c
-    address = lambda offset: mg.add(thread.exchange, offset)
+    address = lambda offset: thread.exchange + offset
     for i, tile in enumerate(scores):
         m = [sums.lanes(sums.fmax(sums.fmax(tile[0][e], tile[1][e]), f32(EMPTY)), sums.fmax, (4, 8, 16)) for e in range(2)]
-        to = mg.add(address(s.maxima_at + 32 * i), mg.add(mg.mul(thread.warp, 32 * s.tiles), mg.mul(thread.quad, 8)))
+        to = address(s.maxima_at + 32 * i) + (thread.warp * (32 * s.tiles) + thread.quad * 8)
         mg.asm("{.reg .pred p; setp.eq.u32 p,$3,0; @p st.shared.v2.f32 [$0],{$1,$2};}", [to, *m, thread.row], "")
     mg.asm(BARRIER, outputs="")
     maxima = []
     for i, tile in enumerate(scores):
-        at = mg.add(address(s.maxima_at + 32 * i), mg.mul(thread.quad, 8))
+        at = address(s.maxima_at + 32 * i) + thread.quad * 8
         pairs = [mg.asm(f"ld.shared.v2.f32 {{$0,$1}},[$2+{w * 32 * s.tiles}];", [at], "ff") for w in range(WARPS)]
         m = [pairs[0][e] for e in range(2)]
         for p in pairs[1:]:
@@ -239,11 +241,10 @@ def _weights(thread, scores):
         shift = [sums.fneg(sums.fmul(x, c)) for x in m]
         p = [[sums.weight(tile[h][e], c, shift[e]) for e in range(2)] for h in range(2)]
         parts = [sums.lanes(sums.fadd(p[0][e], p[1][e]), sums.fadd, (4,)) for e in range(2)]
-        to = mg.add(address(s.parts_at + 32 * i), mg.add(mg.mul(mg.add(mg.mul(thread.warp, PARTS), mg.div(thread.row, 2)), 32 * s.tiles),
-                                                         mg.mul(thread.quad, 8)))
-        mg.asm("{.reg .pred p; setp.eq.u32 p,$3,0; @p st.shared.v2.f32 [$0],{$1,$2};}", [to, *parts, mg.rem(thread.row, 2)], "")
+        to = address(s.parts_at + 32 * i) + ((thread.warp * PARTS + thread.row // 2) * (32 * s.tiles) + thread.quad * 8)
+        mg.asm("{.reg .pred p; setp.eq.u32 p,$3,0; @p st.shared.v2.f32 [$0],{$1,$2};}", [to, *parts, thread.row % 2], "")
         words = [mg.asm("movmatrix.sync.aligned.m8n8.trans.b16 $0,$1;", [sums.pack(*p[h])]) for h in range(2)]
-        to = mg.add(thread.exchange, mg.add(mg.mul(mg.add(mg.mul(thread.warp, s.tiles), i), 256), mg.mul(thread.lane, 8)))
+        to = thread.exchange + ((thread.warp * s.tiles + i) * 256 + thread.lane * 8)
         mg.asm("st.shared.v2.b32 [$0],{$1,$2};", [to, *words], "")
     mg.asm(BARRIER, outputs="")
     return maxima
@@ -253,14 +254,14 @@ def _values(thread, stage, maxima):
     """[tile]: the piece's sums, [m, m, part, part, 4 values]: of columns 2 quad and 2 quad + 1, part row % 4, and head
     dimensions 16 slice + row and + 8."""
     s = thread.s
-    at, weights = mg.add(stage, thread.value_at), mg.add(thread.exchange, mg.mul(thread.lane, 8))
+    at, weights = stage + thread.value_at, thread.exchange + thread.lane * 8
     out = [[f32(0)] * 4 for _ in range(s.tiles)]
     for k in range(WARPS):
         values = mg.asm(LDMATRIX_TRANSPOSED.replace("[$4]", f"[$4+{16 * k * s.row}]"), [at], "rrrr")
         for i in range(s.tiles):
             p = mg.asm(f"ld.shared.v2.b32 {{$0,$1}},[$2+{(k * s.tiles + i) * 256}];", [weights], "rr")
             out[i] = mg.asm(MMA, [*values, *p, *out[i]], "ffff", effects=False)
-    at = mg.add(thread.exchange, mg.add(mg.mul(mg.rem(thread.row, PARTS), 32 * s.tiles), mg.mul(thread.quad, 8)))
+    at = thread.exchange + (thread.row % PARTS * (32 * s.tiles) + thread.quad * 8)
     pieces = []
     for i in range(s.tiles):
         parts = [mg.asm(f"ld.shared.v2.f32 {{$0,$1}},[$2+{s.parts_at + 32 * i + k * PARTS * 32 * s.tiles}];", [at], "ff") for k in range(WARPS)]
@@ -272,19 +273,19 @@ def _program(refs, s: Shape):
     """One thread's program."""
     thread = _Thread(refs, s)
     cta = mg.asm("mov.u32 $0,%ctaid.x;", effects=False)
-    table = mg.gmem_element(refs["table"], mg.mul(cta, s.rounds), WORDS, mg.i32(0), 4)
+    table = mg.gmem_element(refs["table"], cta * s.rounds, WORDS, mg.i32(0), 4)
     for first in range(0, 2 * s.rounds, THREADS):
-        i = mg.add(thread.tid, first)
-        words = mg.load_global(sums.wide_add(table, mg.mul(i, 16)), 4, inside := mg.flag("lt", i, 2 * s.rounds))
-        mg.store_shared(mg.add(thread.records, mg.mul(i, 16)), words, inside)
+        i = thread.tid + first
+        words = load_global(table + i * 16, 4, inside := i < 2 * s.rounds)
+        store_shared(thread.records + i * 16, words, inside)
     mg.asm(BARRIER, outputs="")
     pieces = mg.asm("ld.shared.b32 $0,[$1];", [thread.records])
-    at = mg.add(thread.records, 4 * WORDS)
+    at = thread.records + 4 * WORDS
     first = [at, *_record(thread, at, [mg.i32(0)] * 4, mg.i32(1))]
     ahead = first
     for i in range(s.stages - 1):
         ahead = _advance(thread, ahead) if i else ahead
-        _issue(thread, mg.add(thread.ring, i * s.stage), ahead)
+        _issue(thread, thread.ring + i * s.stage, ahead)
 
     def piece(_, stage, behind, *carry):
         """stage: this piece's place in the ring; behind: the piece before's, free again."""
@@ -294,20 +295,20 @@ def _program(refs, s: Shape):
         mg.asm(f"cp.async.wait_group {s.stages - 2};", outputs="")
         mg.asm(BARRIER, outputs="")  # all warps' loads, and the last use of the piece before
         ahead = _advance(thread, ahead)
-        _issue(thread, mg.add(thread.ring, behind), ahead)
-        here = mg.add(thread.ring, stage)
+        _issue(thread, thread.ring + behind, ahead)
+        here = thread.ring + stage
         scores = _scores(thread, here, _query_place(thread, cursor[0]), cursor)
         sums_of_piece = _values(thread, here, _weights(thread, scores))
 
-        fresh = mg.flag("eq", cursor[3], mg.asm("ld.shared.b32 $0,[$1+8];", [cursor[0]]))
-        starts_group = sums.bit_or(fresh, mg.flag("eq", mg.rem(cursor[3], GROUP), 0))
+        fresh = cursor[3] == mg.asm("ld.shared.b32 $0,[$1+8];", [cursor[0]])
+        starts_group = sums.bit_or(fresh, cursor[3] % GROUP == 0)
         group = merge.fold(thread, merge.choose(starts_group, merge.nothing(thread), group), sums_of_piece)
-        done = sums.bit_or(mg.flag("eq", cursor[4], 1), mg.flag("eq", mg.rem(cursor[3], GROUP), GROUP - 1))
+        done = sums.bit_or(cursor[4] == 1, cursor[3] % GROUP == GROUP - 1)
         state = merge.choose(fresh, merge.nothing(thread), state)
         state = merge.choose(done, merge.fold(thread, state, group), state)
         merge.deliver(thread, cursor, sums_of_piece, group, state)
-        behind, stage = stage, mg.add(stage, s.stage)
-        stage = mg.select(mg.flag("eq", stage, s.stages * s.stage), 0, stage)
+        behind, stage = stage, stage + s.stage
+        stage = mg.select(stage == s.stages * s.stage, 0, stage)
         return stage, behind, *_advance(thread, cursor), *ahead, *(x for tile in (*group, *state) for x in tile)
 
     nothing = [x for tile in merge.nothing(thread) for x in tile]
@@ -328,7 +329,7 @@ def decode(q, keys, values, layer, plan, *, scale, window=None, soft_cap=None):
                                   "shared memory for two pieces; call it for fewer rows")
     single = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     slots = 2 * SLOTS * s.tiles
-    return mg.thread_kernel(
+    return threads.thread_kernel(
         lambda refs: _program(refs, s), ["q", "keys", "values", "layer", "table", "counters", "out", "sums", "marks", "shared"],
         [jax.ShapeDtypeStruct(q.shape, q.dtype), single(slots, 8 * d), single(slots, 128)], grid=ctas, warps=WARPS,
         shared_words=s.shared // 4)(q, keys, values, layer.reshape(1), plan.table, plan.counters)[0]

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from nvfp4jax.kernels.hopper.attention_sums import GROUP, PIECE
+from nvfp4jax.kernels.hopper.machine import SMS
 
-SMS = 132
 SLOTS = 12 * SMS  # sums that may wait in memory, of pieces and of groups each
 SIZES = 1 << 24, 4 * GROUP, GROUP, 1  # pieces of a unit, at most
 WHOLE, PIECES, GROUPS = 0, 1, 2  # what becomes of a unit's sums

@@ -16,10 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from nvfp4jax.kernels.hopper import attention_wgmma as part
-from nvfp4jax.kernels.hopper import mosaic as mg
-from nvfp4jax.kernels.hopper.attention_plan import SMS
 from nvfp4jax.kernels.hopper.attention_sums import GROUP, PIECE
 from nvfp4jax.kernels.hopper.attention_wgmma import CONSUMERS, HALF, MARKS, ROWS, Shape
+from nvfp4jax.kernels.hopper.machine import ROWS_128, SMS
 
 STAGES = 2
 REGISTERS = 240, 24  # of a consumer's and a producer's thread: 2 x 240 + 24 are the 3 x 168 that are launched
@@ -159,7 +158,7 @@ def prefill(q, keys, values, layer, starts, counts, *, scale, window=None, soft_
     layers, _, heads, capacity, _ = keys.shape
     s = Shape(rows, tokens, heads, query_heads // heads, d, capacity, scale, window, soft_cap)
     halves = d // HALF
-    tile = lambda *shape: plgpu.SMEM((*shape, HALF), jnp.bfloat16, transforms=mg.ROWS_128)
+    tile = lambda *shape: plgpu.SMEM((*shape, HALF), jnp.bfloat16, transforms=ROWS_128)
     scratch = dict(
         q_sm=tile(CONSUMERS, halves * ROWS), k_sm=tile(STAGES, halves * PIECE), v_sm=tile(STAGES, halves * PIECE),
         state=plgpu.SMEM((CONSUMERS, ROWS * (d + 4)), jnp.float32),

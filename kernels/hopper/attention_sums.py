@@ -18,8 +18,7 @@ since the assembler would contract a mul and an add in one kernel and not in ano
 import functools
 import math
 
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
+import numpy as np
 
 from nvfp4jax.kernels.hopper import mosaic as mg
 
@@ -32,7 +31,8 @@ NO_WINDOW = 2**31 - 1
 
 
 def f32(value):
-    return arith.constant(ir.F32Type.get(), float(value))
+    """A constant."""
+    return mg.float_of(mg.i32(np.float32(value).view(np.int32)))
 
 
 def _pure(text, out="f"):
@@ -48,16 +48,9 @@ fneg = _pure("neg.f32 $0,$1;")
 exp2 = _pure("ex2.approx.ftz.f32 $0,$1;")
 reciprocal = _pure("rcp.rn.f32 $0,$1;")
 pack = _pure("cvt.rn.bf16x2.f32 $0,$2,$1;", "r")  # low, high
-
-
 bit_or = _pure("or.b32 $0,$1,$2;", "r")
 not_negative = _pure("max.s32 $0,$1,0;", "r")
 least = _pure("min.s32 $0,$1,$2;", "r")
-
-
-def wide_add(address, offset):
-    """An i64 address plus an i32 register of bytes, unsigned."""
-    return arith.addi(address, arith.extui(ir.IntegerType.get_signless(64), offset))
 
 
 def factor(scale, soft_cap):

@@ -252,23 +252,25 @@ def _accumulator(registers, shape):
     return fa.FragmentedArray(_registers=pairs, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
 
-def inline(program: Callable, *arguments, returns: int | str | tuple[int, int] | None = None):
+def inline(program: Callable, *arguments, returns: int | str | tuple[int, int] | list | None = None):
     """Runs program(*arguments) once in each thread of a warpgroup.
 
     arguments: Memory (the program gets a ref, for `smem_address` and `gmem_address`), or arrays of Pallas, whose rank says how they
     lie over the threads: [] i32 or f32 (a Register), [128] i32 (each thread's own Register), f32 [64, columns] in WGMMA (the
     accumulator: an array of Registers [columns / 8, 2, 2], of which [j, h, e] is row r + 8 h, column 8 j + 2 quad + e).
-    returns: what the program returns: None; n: n i32 Registers, as a tuple of i32 [128]; "scalar": an i32 Register; or the shape (64,
-    columns) of an accumulator.
+    returns: what the program returns: None; n: n i32 Registers, as a tuple of i32 [128]; "scalar": an i32 Register; the shape (64,
+    columns) of an accumulator; or a list of shapes of accumulators, then of i32 Registers one by one, each named "each".
     """
-    kinds = {"scalar": plgpu.ShapeDtypeStruct((), jnp.int32, layout=SPLAT)}
-    each = plgpu.ShapeDtypeStruct((128,), jnp.int32, layout=PER_THREAD)
+    kinds = {"scalar": plgpu.ShapeDtypeStruct((), jnp.int32, layout=SPLAT),
+             "each": plgpu.ShapeDtypeStruct((128,), jnp.int32, layout=PER_THREAD)}
+
+    def kind_of(returns):
+        return plgpu.ShapeDtypeStruct(returns, jnp.float32, layout=WGMMA) if isinstance(returns, tuple) else kinds.get(returns, ())
+
     if isinstance(returns, int):
-        kind = (each,) * returns
-    elif isinstance(returns, tuple):
-        kind = plgpu.ShapeDtypeStruct(returns, jnp.float32, layout=WGMMA)
+        kind = (kinds["each"],) * returns
     else:
-        kind = kinds.get(returns, ())
+        kind = tuple(map(kind_of, returns)) if isinstance(returns, list) else kind_of(returns)
 
     @plgpu.inline_mgpu(arg_types=tuple(map(_layout, arguments)), return_type=kind)
     def run(_, *values):
@@ -277,6 +279,8 @@ def inline(program: Callable, *arguments, returns: int | str | tuple[int, int] |
             return tuple(map(_per_thread, out))
         if isinstance(returns, tuple):
             return _accumulator(out, returns)
+        if isinstance(returns, list):
+            return tuple(_per_thread(o) if r == "each" else _accumulator(o, r) for o, r in zip(out, returns, strict=True))
         return _scalar(out) if returns else None
 
     return run(*(a.ref if isinstance(a, Memory) else a for a in arguments))
@@ -326,3 +330,12 @@ def branch(condition: Register, body: Callable[[], None]) -> None:
     with ir.InsertionPoint(op.then_block):
         body()
         scf.yield_([])
+
+
+def branch_values(condition: Register, body: Callable[[], Sequence[Register]], otherwise: Sequence[Register]) -> list[Register]:
+    """body() where the i32 condition is not zero, else `otherwise`, registers of the same types."""
+    op = scf.IfOp(_nonzero(condition), [v.value.type for v in otherwise], has_else=True)
+    for block, values in ((op.then_block, body), (op.else_block, lambda: otherwise)):
+        with ir.InsertionPoint(block):
+            scf.yield_([v.value for v in values()])
+    return [Register(v) for v in op.results]

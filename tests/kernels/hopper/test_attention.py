@@ -10,7 +10,7 @@ import numpy as np
 import ptx_attention
 import pytest
 
-from nvfp4jax.kernels.hopper import attention, attention_decode, attention_plan, attention_prefill, mosaic
+from nvfp4jax.kernels.hopper import attention, attention_decode, attention_plan, attention_prefill, threads
 
 BF16 = ml_dtypes.bfloat16
 needs_aot = pytest.mark.skipif(not aot.available(), reason="needs jax-cuda13-plugin and -pjrt")
@@ -89,7 +89,7 @@ def test_every_piece_is_planned_once(rows, heads, capacity, tokens, window):
 # --- from the PTX, on the CPU -----------------------------------------------------------------------------------------
 
 def ptx_decode(monkeypatch, q, keys, values, layer, starts, *, ctas, window=None, soft_cap=None):
-    monkeypatch.setattr(mosaic, "thread_kernel", ptx_attention.run_thread_kernel)
+    monkeypatch.setattr(threads, "thread_kernel", ptx_attention.run_thread_kernel)
     plan = attention_plan.plan(starts, tokens=q.shape[1], heads=keys.shape[2], capacity=keys.shape[3], window=window, ctas=ctas)
     plan = jax.tree.map(np.array, plan)
     out = attention_decode.decode(q, keys, values, layer, plan, scale=q.shape[3]**-0.5, window=window, soft_cap=soft_cap)
@@ -140,7 +140,7 @@ def test_decode_ptx(monkeypatch, case):
     pytest.param((1, 70, 1, 2, 128, 300), [100], None, None, None, marks=pytest.mark.slow),
     pytest.param((2, 40, 1, 2, 64, 1500), [1300, 3], [30, 40], 1200, 5.0, marks=pytest.mark.slow)], ids=["D 64", "D 128", "window, cap, counts"])
 def test_prefill_ptx_and_its_bits_in_decode(monkeypatch, shape, starts, counts, window, soft_cap):
-    """Two heads, two tiles of a CTA; a query of decode has the bits that it has here."""
+    """Of two heads a CTA has two tiles. A query of decode has the bits that it has here."""
     rng = np.random.default_rng()
     q, keys, values, layer, starts, counts = inputs(rng, *shape, starts, counts)
     options = dict(window=window, soft_cap=soft_cap)
