@@ -147,7 +147,7 @@ def test_weights_have_one_scale_a_matrix(machine, rng):
     assert_quantized(quantize.quantize_weight(jnp.asarray(w[0])), cpu(f, w[0]))
 
 
-@pytest.mark.parametrize("k", [48, 256, 272, 2048])
+@pytest.mark.parametrize("k", [256, 272])
 @pytest.mark.parametrize("scaling", ["token", "tensor"])
 def test_operand_is_decoded_and_permuted(machine, rng, k, scaling):
     x = rows(rng, 5, k)
@@ -165,7 +165,7 @@ def test_operand_is_decoded_and_permuted(machine, rng, k, scaling):
                 assert scales[to] == row_scale[i], (i, j)
 
 
-@pytest.mark.parametrize("k", [48, 272, 3072])
+@pytest.mark.parametrize("k", [48, 1040])
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_norm_and_product_in_front(machine, rng, k, dtype):
     """bfloat16: to the bit. float32: its last bit of SwiGLU is the backend's, so codes may differ where it decides."""
@@ -216,8 +216,8 @@ def close(got, expected, scale):
     assert error < 3e-6, error
 
 
-@pytest.mark.parametrize("sm", [75, 80, 90])
-@pytest.mark.parametrize("m, n, k", [(1, 64, 256), (5, 70, 272), (33, 64, 48), (3, 80, 2048)])
+@pytest.mark.parametrize("sm", [75, 90])
+@pytest.mark.parametrize("m, n, k", [(1, 64, 256), (5, 70, 272), (3, 80, 2048)])
 def test_dense(machine, rng, monkeypatch, sm, m, n, k):
     if machine == "gpu":
         if sm != 90:
@@ -301,22 +301,22 @@ def test_combine_is_the_contract(machine, rng):
 @pytest.mark.gpu
 @pytest.mark.parametrize("n, k", [(512, 2048), (96, 272)])
 def test_a_rows_bits_do_not_depend_on_the_batch(rng, n, k):
+    """Unquantized rows too: sums of FP4 products may be exact, and exact sums do not tell."""
     x, (w, _) = rows(rng, 300, k), weight(rng, n, k)
     arrays = [np_to_device(v) for v in (w.packed, w.scale, w.global_scale)]
-    run = jax.jit(lambda x: dense.matmul(*quantize.operand(x, scaling="token"), *arrays, out_dtype=F32))
-    whole = np.asarray(run(jnp.asarray(x)))
-    for m in (1, 2, 8, 16, 33, 64, 65, 129):
-        np.testing.assert_array_equal(run(jnp.asarray(x[:m])), whole[:m], f"{m} rows")
-    np.testing.assert_array_equal(run(jnp.asarray(x[::-1].copy())), whole[::-1])
+    for operand in (quantize.plain, functools.partial(quantize.operand, scaling="token")):
+        run = jax.jit(lambda x, operand=operand: dense.matmul(*operand(x), *arrays, out_dtype=F32))
+        whole = np.asarray(run(jnp.asarray(x)))
+        for m in (1, 8, 17, 33, 65, 129):
+            np.testing.assert_array_equal(run(jnp.asarray(x[:m])), whole[:m], f"{m} rows")
+        np.testing.assert_array_equal(run(jnp.asarray(x[::-1].copy())), whole[::-1])
 
 
 @pytest.mark.gpu
 def test_a_rows_bits_do_not_depend_on_its_group(rng):
     x, (w, _) = rows(rng, 200, 512), weight(rng, 2, 128, 512)
     arrays = [np_to_device(v) for v in (w.packed, w.scale, w.global_scale.reshape(-1))]
-    run = jax.jit(lambda x, sizes: grouped.matmul(*quantize.operand(x, scaling="token"), *arrays, sizes, out_dtype=F32))
+    run = jax.jit(lambda x, sizes: grouped.matmul(*quantize.plain(x), *arrays, sizes, out_dtype=F32))
     whole = np.asarray(run(jnp.asarray(x), jnp.asarray([200, 0], jnp.int32)))
     for m in (1, 7, 40):
         np.testing.assert_array_equal(run(jnp.asarray(x[:m]), jnp.asarray([m, 0], jnp.int32)), whole[:m])
-    dense_y = dense.matmul(*quantize.operand(jnp.asarray(x), scaling="token"), arrays[0][0], arrays[1][0], arrays[2][0], out_dtype=F32)
-    np.testing.assert_array_equal(dense_y, whole)
