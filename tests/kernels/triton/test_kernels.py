@@ -182,10 +182,14 @@ def test_norm_and_product_in_front(machine, rng, k, dtype):
             np.testing.assert_array_equal(row_scale, global_scale)
 
 
+@functools.cache
+def order(k):
+    return np.argsort(cpu(quantize.permute_k, np.arange(k, dtype=np.int32)))
+
+
 def exact(x, operand, row_scale):
     """float64 of what the matmuls read, K in its natural order."""
-    order = np.argsort(np.asarray(quantize.permute_k(np.arange(x.shape[1], dtype=np.int32))))
-    return np.asarray(operand, np.float64)[:, order] * np.asarray(row_scale, np.float64)
+    return np.asarray(operand, np.float64)[:, order(x.shape[1])] * np.asarray(row_scale, np.float64)
 
 
 def test_unquantized_rows_keep_their_values(machine, rng):
@@ -199,10 +203,14 @@ def test_unquantized_rows_keep_their_values(machine, rng):
 
 
 def weight(rng, *shape):
-    """(packed, scale, global scale as numpy; decoded in float64)."""
-    with jax.default_device(jax.devices("cpu")[0]):
-        q = array.quantize_weight(jnp.asarray(rng.normal(size=shape).astype(ml_dtypes.bfloat16)))
-        return q, np.asarray(q.dequantize(F32), np.float64)
+    """A random NVFP4 weight [..., N, K], made and decoded in numpy: (NVFP4Array, its values in float64)."""
+    *lead, n, k = shape
+    packed = rng.integers(0, 256, (*lead, n, k // 2), dtype=np.uint8)
+    scale = rng.integers(30, 70, (*lead, n, k // 16), dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    global_scale = np.exp2(rng.normal(size=(*lead, *(1, 1) * bool(lead)))).astype(np.float32)
+    codes = np.stack([packed & 15, packed >> 4], -1).reshape(shape)
+    value = np.array([0, .5, 1, 1.5, 2, 3, 4, 6, -0., -.5, -1, -1.5, -2, -3, -4, -6])[codes]
+    return array.NVFP4Array(packed, scale, global_scale), value * scale.astype(np.float64).repeat(16, -1) * global_scale
 
 
 def np_to_device(v):
