@@ -14,7 +14,14 @@ import triton.language as tl
 from nvfp4jax.kernels.triton import call as calls
 from nvfp4jax.kernels.triton.call import call
 from nvfp4jax.kernels.triton.decode import (
-    BK, least_tokens, load_weights, multiply, multiply_tail, reads_shared_memory, shared_memory, stages,
+    BK,
+    least_tokens,
+    load_weights,
+    multiply,
+    multiply_tail,
+    reads_shared_memory,
+    shared_memory,
+    stages,
 )  # fmt: skip
 
 GROUP = 8  # tiles of tokens that run side by side over all outputs, for the L2

@@ -11,9 +11,8 @@ import numpy as np
 from nvfp4jax.array import NVFP4Array, QuantizedActivation
 from nvfp4jax.backends import xla
 from nvfp4jax.backends.xla import Operand
-from nvfp4jax.kernels.triton import call
+from nvfp4jax.kernels.triton import call, dense, grouped
 from nvfp4jax.kernels.triton import combine as combiner
-from nvfp4jax.kernels.triton import dense, grouped
 from nvfp4jax.kernels.triton import quantize as quantizer
 from nvfp4jax.routing import Routing
 from nvfp4jax.scaling import Request

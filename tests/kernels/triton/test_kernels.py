@@ -5,6 +5,7 @@ Each test runs on a GPU and, on small shapes, in Triton's interpreter.
 
 import functools
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -203,14 +204,14 @@ def test_unquantized_rows_keep_their_values(machine, rng):
 
 
 def weight(rng, *shape):
-    """A random NVFP4 weight [..., N, K], made and decoded in numpy: (NVFP4Array, its values in float64)."""
+    """A random NVFP4 weight [..., N, K], made and decoded in numpy: (its arrays, its values in float64)."""
     *lead, n, k = shape
     packed = rng.integers(0, 256, (*lead, n, k // 2), dtype=np.uint8)
     scale = rng.integers(30, 70, (*lead, n, k // 16), dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
-    global_scale = np.exp2(rng.normal(size=(*lead, *(1, 1) * bool(lead)))).astype(np.float32)
+    global_scale = np.asarray(np.exp2(rng.normal(size=(*lead, *(1, 1) * bool(lead)))), np.float32)
     codes = np.stack([packed & 15, packed >> 4], -1).reshape(shape)
     value = np.array([0, .5, 1, 1.5, 2, 3, 4, 6, -0., -.5, -1, -1.5, -2, -3, -4, -6])[codes]
-    return array.NVFP4Array(packed, scale, global_scale), value * scale.astype(np.float64).repeat(16, -1) * global_scale
+    return types.SimpleNamespace(packed=packed, scale=scale, global_scale=global_scale), value * scale.astype(np.float64).repeat(16, -1) * global_scale
 
 
 def np_to_device(v):
