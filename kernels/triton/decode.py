@@ -20,16 +20,23 @@ def shared_memory(sm: int) -> int:
 
 
 def stages(sm: int, step_bytes: int, programs: int) -> int:
-    """Steps of operands in flight, 2 to 4, so that `programs` share a multiprocessor's memory where at least 3 steps fit."""
+    """Stages of the pipeline over K: 2 to 4 steps in flight, so that `programs` share a multiprocessor's memory where 3 steps of each fit.
+
+    With mma.sync Triton keeps one step less in memory than it has stages, with the matrix instructions that read shared memory as many."""
     room = shared_memory(sm) - 2048
     while programs > 1 and room // programs < 3 * step_bytes:
         programs -= 1
-    return max(2, min(4, room // programs // step_bytes))
+    return max(2, min(4, room // programs // step_bytes) + (not reads_shared_memory(sm)))
+
+
+def reads_shared_memory(sm: int) -> bool:
+    """Whether Triton's matrix instruction takes its second operand from shared memory: wgmma, tcgen05."""
+    return sm in (90, 100, 103)
 
 
 def least_tokens(sm: int) -> int:
     """The narrowest tile of tokens for which Triton takes the same matrix instruction as for the others: a row's bits depend on it."""
-    return 16 if sm in (90, 100, 103) else 8
+    return 16 if reads_shared_memory(sm) else 8
 
 
 @triton.jit

@@ -13,7 +13,16 @@ import triton.language as tl
 
 from nvfp4jax.kernels.triton import call as calls
 from nvfp4jax.kernels.triton.call import call
-from nvfp4jax.kernels.triton.decode import BK, least_tokens, load_weights, multiply, multiply_tail, stages
+from nvfp4jax.kernels.triton.decode import (
+    BK,
+    least_tokens,
+    load_weights,
+    multiply,
+    multiply_tail,
+    reads_shared_memory,
+    shared_memory,
+    stages,
+)  # fmt: skip
 
 GROUP = 8  # tiles of tokens that run side by side over all outputs, for the L2
 
@@ -84,10 +93,12 @@ def plan(sm: int, m: int, n: int, k: int) -> dict:
         segments *= 2
     if sm < 80:  # no matrix instruction from Triton here: as few products as there are tokens
         bm, bn = min(8, triton.next_power_of_2(m)), 64
+    elif shared_memory(sm) < 160000:  # wider tiles would leave no room for a step in flight
+        bm, bn = min(64, max(least_tokens(sm), triton.next_power_of_2(m))), 64
     else:
         bm = min(128, max(least_tokens(sm), triton.next_power_of_2(m)))
-        bn = 64 if bm < 64 or n < 4096 and bm < 128 else 128
-    return dict(BM=bm, BN=bn, SEGMENTS=segments, PARTS=segments > 1 and m <= 64, warps=8 if bn == 128 else 4,
+        bn = 64 if bm < 64 else 256 if bm == 64 and n >= 8192 and reads_shared_memory(sm) else 128
+    return dict(BM=bm, BN=bn, SEGMENTS=segments, PARTS=segments > 1 and m <= 64, warps=8 if bn >= 128 else 4,
                 STAGES=stages(sm, bn * BK * 9 // 16 + bm * BK * 2, 4 if bn == 64 else 2) if sm >= 80 else 1)
 
 

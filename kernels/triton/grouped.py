@@ -12,7 +12,7 @@ import triton.language as tl
 
 from nvfp4jax.kernels.triton import call as calls
 from nvfp4jax.kernels.triton.call import call
-from nvfp4jax.kernels.triton.decode import BK, least_tokens, load_weights, multiply, multiply_tail, stages
+from nvfp4jax.kernels.triton.decode import BK, least_tokens, load_weights, multiply, multiply_tail, shared_memory, stages
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def plan(sm: int, m: int, experts: int, n: int, k: int, gated: bool) -> dict:
     if sm < 80:
         bm = min(8, average)
     else:
-        bm = min(64 if gated else 128, max(least_tokens(sm), 2 * average if average > 4 else average))
+        bm = min(64 if gated or shared_memory(sm) < 160000 else 128, max(least_tokens(sm), 2 * average if average > 4 else average))
     bn = 128 if bm == 128 else 64
     step = (2 if gated else 1) * bn * BK * 9 // 16 + bm * BK * 2
     return dict(BM=bm, BN=bn, warps=8 if bm == 128 else 4, STAGES=stages(sm, step, 4) if sm >= 80 else 1)

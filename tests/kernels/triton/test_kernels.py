@@ -5,6 +5,7 @@ Each test runs on a GPU and, on small shapes, in Triton's interpreter.
 
 import functools
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +148,7 @@ def test_weights_have_one_scale_a_matrix(machine, rng):
     assert_quantized(quantize.quantize_weight(jnp.asarray(w[0])), cpu(f, w[0]))
 
 
-@pytest.mark.parametrize("k", [48, 256, 272, 2048])
+@pytest.mark.parametrize("k", [256, 272])
 @pytest.mark.parametrize("scaling", ["token", "tensor"])
 def test_operand_is_decoded_and_permuted(machine, rng, k, scaling):
     x = rows(rng, 5, k)
@@ -165,7 +166,7 @@ def test_operand_is_decoded_and_permuted(machine, rng, k, scaling):
                 assert scales[to] == row_scale[i], (i, j)
 
 
-@pytest.mark.parametrize("k", [48, 272, 3072])
+@pytest.mark.parametrize("k", [48, 1040])
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_norm_and_product_in_front(machine, rng, k, dtype):
     """bfloat16: to the bit. float32: its last bit of SwiGLU is the backend's, so codes may differ where it decides."""
@@ -182,10 +183,14 @@ def test_norm_and_product_in_front(machine, rng, k, dtype):
             np.testing.assert_array_equal(row_scale, global_scale)
 
 
+@functools.cache
+def order(k):
+    return np.argsort(cpu(quantize.permute_k, np.arange(k, dtype=np.int32)))
+
+
 def exact(x, operand, row_scale):
     """float64 of what the matmuls read, K in its natural order."""
-    order = np.argsort(np.asarray(quantize.permute_k(np.arange(x.shape[1], dtype=np.int32))))
-    return np.asarray(operand, np.float64)[:, order] * np.asarray(row_scale, np.float64)
+    return np.asarray(operand, np.float64)[:, order(x.shape[1])] * np.asarray(row_scale, np.float64)
 
 
 def test_unquantized_rows_keep_their_values(machine, rng):
@@ -199,10 +204,14 @@ def test_unquantized_rows_keep_their_values(machine, rng):
 
 
 def weight(rng, *shape):
-    """(packed, scale, global scale as numpy; decoded in float64)."""
-    with jax.default_device(jax.devices("cpu")[0]):
-        q = array.quantize_weight(jnp.asarray(rng.normal(size=shape).astype(ml_dtypes.bfloat16)))
-        return q, np.asarray(q.dequantize(F32), np.float64)
+    """A random NVFP4 weight [..., N, K], made and decoded in numpy: (its arrays, its values in float64)."""
+    *lead, n, k = shape
+    packed = rng.integers(0, 256, (*lead, n, k // 2), dtype=np.uint8)
+    scale = rng.integers(30, 70, (*lead, n, k // 16), dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    global_scale = np.asarray(np.exp2(rng.normal(size=(*lead, *(1, 1) * bool(lead)))), np.float32)
+    codes = np.stack([packed & 15, packed >> 4], -1).reshape(shape)
+    value = np.array([0, .5, 1, 1.5, 2, 3, 4, 6, -0., -.5, -1, -1.5, -2, -3, -4, -6])[codes]
+    return types.SimpleNamespace(packed=packed, scale=scale, global_scale=global_scale), value * scale.astype(np.float64).repeat(16, -1) * global_scale
 
 
 def np_to_device(v):
@@ -216,8 +225,8 @@ def close(got, expected, scale):
     assert error < 3e-6, error
 
 
-@pytest.mark.parametrize("sm", [75, 80, 90])
-@pytest.mark.parametrize("m, n, k", [(1, 64, 256), (5, 70, 272), (33, 64, 48), (3, 80, 2048)])
+@pytest.mark.parametrize("sm", [75, 90])
+@pytest.mark.parametrize("m, n, k", [(1, 64, 256), (5, 70, 272), (3, 80, 2048)])
 def test_dense(machine, rng, monkeypatch, sm, m, n, k):
     if machine == "gpu":
         if sm != 90:
@@ -301,22 +310,22 @@ def test_combine_is_the_contract(machine, rng):
 @pytest.mark.gpu
 @pytest.mark.parametrize("n, k", [(512, 2048), (96, 272)])
 def test_a_rows_bits_do_not_depend_on_the_batch(rng, n, k):
+    """Unquantized rows too: sums of FP4 products may be exact, and exact sums do not tell."""
     x, (w, _) = rows(rng, 300, k), weight(rng, n, k)
     arrays = [np_to_device(v) for v in (w.packed, w.scale, w.global_scale)]
-    run = jax.jit(lambda x: dense.matmul(*quantize.operand(x, scaling="token"), *arrays, out_dtype=F32))
-    whole = np.asarray(run(jnp.asarray(x)))
-    for m in (1, 2, 8, 16, 33, 64, 65, 129):
-        np.testing.assert_array_equal(run(jnp.asarray(x[:m])), whole[:m], f"{m} rows")
-    np.testing.assert_array_equal(run(jnp.asarray(x[::-1].copy())), whole[::-1])
+    for operand in (quantize.plain, functools.partial(quantize.operand, scaling="token")):
+        run = jax.jit(lambda x, operand=operand: dense.matmul(*operand(x), *arrays, out_dtype=F32))
+        whole = np.asarray(run(jnp.asarray(x)))
+        for m in (1, 8, 17, 33, 65, 129):
+            np.testing.assert_array_equal(run(jnp.asarray(x[:m])), whole[:m], f"{m} rows")
+        np.testing.assert_array_equal(run(jnp.asarray(x[::-1].copy())), whole[::-1])
 
 
 @pytest.mark.gpu
 def test_a_rows_bits_do_not_depend_on_its_group(rng):
     x, (w, _) = rows(rng, 200, 512), weight(rng, 2, 128, 512)
     arrays = [np_to_device(v) for v in (w.packed, w.scale, w.global_scale.reshape(-1))]
-    run = jax.jit(lambda x, sizes: grouped.matmul(*quantize.operand(x, scaling="token"), *arrays, sizes, out_dtype=F32))
+    run = jax.jit(lambda x, sizes: grouped.matmul(*quantize.plain(x), *arrays, sizes, out_dtype=F32))
     whole = np.asarray(run(jnp.asarray(x), jnp.asarray([200, 0], jnp.int32)))
     for m in (1, 7, 40):
         np.testing.assert_array_equal(run(jnp.asarray(x[:m]), jnp.asarray([m, 0], jnp.int32)), whole[:m])
-    dense_y = dense.matmul(*quantize.operand(jnp.asarray(x), scaling="token"), arrays[0][0], arrays[1][0], arrays[2][0], out_dtype=F32)
-    np.testing.assert_array_equal(dense_y, whole)
