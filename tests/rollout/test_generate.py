@@ -392,17 +392,17 @@ def test_foreign_models(unchecked):
     with pytest.raises(TypeError, match="unhashable"):
         hash(model.config)
     settings = dict(max_new_tokens=np.int64(3), temperature=jnp.float32(0.5), key=jax.random.key(0))
-    out = generate(model, [[1, 2]], **settings)
+    out = generate(model, np.array([[1, 2]]), **settings)
     assert out.tokens.shape == (1, 3)
     programs = decoding.rollout._cache_size()
     again = nnx.clone(model)
     again.config = PlainConfig()  # another object, equal
-    assert_equal(out, generate(again, [[1, 2]], **settings))
+    assert_equal(out, generate(again, np.array([[1, 2]]), **settings))
     assert decoding.rollout._cache_size() == programs
     with pytest.raises(ValueError, match="outside the vocabulary of 4"):
         generate(model, [[1, 4]], **settings)
     with pytest.raises(ValueError, match="return_experts: Unigram has no mixture-of-experts layer"):
-        generate(model, [[1, 2]], return_experts=True, **settings)
+        generate(model, np.array([[1, 2]]), return_experts=True, **settings)
     leaves, tree = jax.tree.flatten(out)  # a pytree
     assert len(leaves) == 3 and jax.tree.unflatten(tree, leaves).weight_versions is None
 
@@ -420,7 +420,7 @@ class Wordy(Unigram):
 @pytest.mark.parametrize("kind, words", [(Mute, "Mute gave a tuple; a decoder gives a nvfp4jax.models.Output"), (Wordy, r"logits \[1, 16, 4\]")])
 def test_models_that_break_the_protocol_are_told(kind, words):
     with pytest.raises(ValueError, match=words):
-        generate(kind(np.zeros(4)), [[1, 2]], max_new_tokens=2)
+        generate(kind(np.zeros(4)), np.array([[1, 2]]), max_new_tokens=2)
 
 
 def test_buckets():
