@@ -235,7 +235,7 @@ def test_stacks_of_layers_quantize_each_layer_alone(key):
             assert all((np.atleast_1d(a[i]).view(np.uint8) == b.view(np.uint8)).all() for a, b in zip(values(together), values(one), strict=True))
 
 
-def test_rules(key):
+def test_rules(key, unchecked):
     net = Net(nnx.Rngs(key))
     q = nvfp4jax.quantize_model(net, [Rule("blocks/1", skip=True), Rule(r"blocks/\d", scaling=Tensor(pow2=True, four_over_six="mse"))])
     assert type(q.blocks[1]) is nnx.Linear and type(q.split) is nnx.LinearGeneral

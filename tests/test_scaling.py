@@ -18,7 +18,7 @@ from nvfp4jax.scaling import NAMES, Delayed, PerExpert, Static, Tensor, Token, p
 ALL = [None, *NAMES.values(), Token(four_over_six="mse"), Tensor(pow2=True, axes=("data", "fsdp"), four_over_six="mae"), Static(four_over_six="mse")]
 
 
-def test_a_name_and_its_value_are_the_same():
+def test_a_name_and_its_value_are_the_same(unchecked):
     for name, value in NAMES.items():
         assert parse(name, "x") == parse(value, "x") == value and scaling.name_of(value) == name
     assert parse(None, "x") is None

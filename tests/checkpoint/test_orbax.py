@@ -100,7 +100,7 @@ def test_nan_is_not_saved_and_nothing_is_left(tmp_path):
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
-    with pytest.raises(TypeError):
+    with pytest.raises(CheckpointError, match="the metadata are no JSON"):
         orbax.save(tmp_path / "step", example(), METADATA | {"config": object()})
     assert list(tmp_path.iterdir()) == []
 
