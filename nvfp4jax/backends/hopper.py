@@ -7,9 +7,11 @@ the checkpoint's own layout.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from nvfp4jax.array import NVFP4Array, QuantizedActivation
 from nvfp4jax.backends.xla import Operand
+from nvfp4jax.kernels.hopper import attention as attention_kernels
 from nvfp4jax.kernels.hopper import dense, grouped, routing
 from nvfp4jax.kernels.hopper import quantize as quantizer
 from nvfp4jax.kernels.hopper.decode import permute_k
@@ -116,3 +118,18 @@ def route(expert_ids: jax.Array, num_experts: int) -> Routing:
 
 def combine(rows: jax.Array, route: Routing, weights: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
     return routing.combine(rows, route, weights, out_dtype=out_dtype)
+
+
+def attention_plan(starts: jax.Array, q: jax.ShapeDtypeStruct, keys: jax.ShapeDtypeStruct, window: int | None) -> attention_kernels.Plan | None:
+    if q.dtype != jnp.bfloat16 or keys.dtype != jnp.bfloat16 or q.shape[-1] not in attention_kernels.HEAD_DIMS:
+        return None  # `attention` says why it does not apply
+    plan = attention_kernels.plan(starts, q, keys, window=window)
+    # Behind the barrier XLA does not know that the counters are zeros; it would fill them anew in front of each layer's kernel.
+    return None if plan is None else plan._replace(counters=lax.optimization_barrier(plan.counters))
+
+
+def attention(q, keys, values, starts, layer, scale, window, soft_cap, counts, plan) -> jax.Array:
+    options = dict(scale=scale, window=window, soft_cap=soft_cap, counts=counts, plan=plan)
+    if keys.shape != values.shape:
+        raise NotImplementedError(f"values of shape {values.shape} beside keys of shape {keys.shape}")
+    return attention_kernels.attention(q, keys, values, starts, layer=layer, **options)

@@ -20,6 +20,7 @@ from nvfp4jax.scaling import Request
 NAME = "triton"
 # Below compute capability 8.0 Triton multiplies without the matrix units: cuBLAS on decoded weights is ahead from here on.
 MOST_TOKENS_BEFORE_AMPERE = 64
+attention, attention_plan = xla.attention, xla.attention_plan
 
 
 def _options(request: Request) -> dict:

@@ -18,6 +18,7 @@ from nvfp4jax.routing import Routing
 from nvfp4jax.scaling import Request
 
 NAME = "xla"
+_QUERIES = 256  # whose scores are held at once
 Operand = tuple[Array, Array | None]  # what a matmul reads of an activation: (operand, row scale)
 
 
@@ -99,6 +100,51 @@ def route(expert_ids: Array, num_experts: int) -> Routing:
 
 def combine(rows: Array, route: Routing, weights: Array, out_dtype: jnp.dtype) -> Array:
     return routing.combine(rows, route, weights, out_dtype=out_dtype)
+
+
+def attention_plan(starts: Array, q: jax.ShapeDtypeStruct, keys: jax.ShapeDtypeStruct, window: int | None) -> None:
+    """Nothing that the layers of a step could share."""
+
+
+def attention(q, keys, values, starts, layer, scale, window, soft_cap, counts, plan) -> Array:
+    """Scores and softmax in float32, the products in q's dtype. Scores are held for some queries at a time, so that a long prompt does
+    not hold T * S of them a head."""
+    del counts, plan
+    if layer is not None:
+        keys, values = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (keys, values))
+    batch, steps, heads, head_dim = q.shape
+    kv_heads, slots = keys.shape[1:3]
+    keys, values = keys.astype(q.dtype), values.astype(q.dtype)
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+
+    def product(spec: str, a: Array, b: Array) -> Array:
+        return jnp.einsum(spec, *product_operands(a, b), precision=precision, preferred_element_type=jnp.float32)
+
+    def some(q: Array, at: Array) -> Array:
+        """q [B, t, Hq, D], at [B, t], the slot of each."""
+        grouped = q.reshape(batch, -1, kv_heads, heads // kv_heads, head_dim)
+        scores = product("btkgd,bksd->bkgts", grouped, keys) * jnp.float32(scale)
+        if soft_cap is not None:
+            scores = jnp.float32(soft_cap) * jnp.tanh(scores / jnp.float32(soft_cap))
+        slot = jnp.arange(slots, dtype=jnp.int32)[None, None]
+        seen = slot <= at[..., None]
+        if window is not None:
+            seen = seen & (slot > at[..., None] - jnp.int32(window))
+        # A finite floor: a query that sees nothing (padding past the last slot, with a window) must be no NaN.
+        scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+        out = product("bkgts,bksd->btkgd", weights, values)
+        return out.astype(q.dtype).reshape(batch, -1, heads, values.shape[-1])
+
+    at = starts[:, None] + jnp.arange(steps, dtype=jnp.int32)[None]
+    if steps <= 2 * _QUERIES:
+        return some(q, at)
+    extra = -steps % _QUERIES
+    blocks = lambda x: jnp.moveaxis(x.reshape(batch, -1, _QUERIES, *x.shape[2:]), 1, 0)  # noqa: E731
+    q = blocks(jnp.pad(q, ((0, 0), (0, extra), (0, 0), (0, 0))))
+    at = blocks(jnp.pad(at, ((0, 0), (0, extra))))
+    out = jnp.moveaxis(lax.map(lambda part: some(*part), (q, at)), 0, 1)
+    return out.reshape(batch, -1, heads, out.shape[-1])[:, :steps]
 
 
 # --- what they are made of, and the gradients of every backend ---------------------------------------------------------

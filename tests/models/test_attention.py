@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nvfp4jax.models import attention
+from nvfp4jax import ops
+from nvfp4jax.backends import xla
 from nvfp4jax.models.rope import Rope
 
 
@@ -30,10 +31,10 @@ def test_against_the_oracle(options, steps, key):
     q, keys, values = (jax.random.normal(jax.random.fold_in(key, i), s) for i, s in enumerate(shapes))
     starts = jnp.asarray([0, 7, 3], jnp.int32)
     expected = oracle(q, keys, values, starts, **options)
-    found = attention.attention(q, keys, values, starts, **options)
+    found = ops.attention(q, keys, values, starts, **options)
     np.testing.assert_allclose(found, expected, atol=2e-6)
     stack = [jnp.stack([x + 1, x]) for x in (keys, values)]
-    found = attention.attention(q, *stack, starts, layer=jnp.int32(1), **options)
+    found = ops.attention(q, *stack, starts, layer=jnp.int32(1), **options)
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
@@ -41,9 +42,9 @@ def test_blocks_of_queries(monkeypatch, key):
     """The last block not full: what all at once gives."""
     q, keys, values = (jax.random.normal(jax.random.fold_in(key, i), s) for i, s in enumerate([(2, 45, 4, 8), (2, 2, 50, 8), (2, 2, 50, 8)]))
     starts = jnp.asarray([0, 5], jnp.int32)
-    whole = attention.attention(q, keys, values, starts)
-    monkeypatch.setattr(attention, "_BLOCK", 16)
-    np.testing.assert_allclose(attention.attention(q, keys, values, starts), whole, atol=1e-6)
+    whole = ops.attention(q, keys, values, starts)
+    monkeypatch.setattr(xla, "_QUERIES", 16)
+    np.testing.assert_allclose(ops.attention(q, keys, values, starts), whole, atol=1e-6)
 
 
 def test_frequencies():
