@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from nvfp4jax import layers, routing
+from nvfp4jax import layers, ops, routing
 from nvfp4jax.backends import xla
 from nvfp4jax.layers import RMSNorm, feed, feed_norm
 from nvfp4jax.models import attention, blocks, family
@@ -160,7 +160,7 @@ class LatentAttention(nnx.Module):
         # One head that all queries share, its keys also its values: a slice of them would be a copy of the cache. What
         # is gathered of the rotated keys is dropped.
         shared = latents.reshape(*latents.shape[:-2], 1, *latents.shape[-2:])
-        y = attention.attention(q, shared, shared, starts, layer=layer, scale=c.attention_scale)[..., : c.kv_lora_rank]
+        y = ops.attention(q, shared, shared, starts, layer=layer, scale=c.attention_scale)[..., : c.kv_lora_rank]
         y = self._product("bthr,rhv->bthv", y, w_uv)
         (y,) = feed(y.reshape(*y.shape[:2], -1), (self.o_proj,), inputs.valid)
         return self.o_proj(y), part
