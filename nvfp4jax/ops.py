@@ -746,3 +746,51 @@ def attention(
                          "heads are no multiple of the key heads")
     how = _AttentionHow(q.shape[-1] ** -0.5 if scale is None else float(scale), window, soft_cap, check_implementation(implementation))
     return _attention(how, q, keys, values, starts, layer, counts, plan)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rope_write(implementation, eps: float | None, q, k, v, cos, sin, starts, keys, values, layer, weights):
+    norm = None if weights is None else (*weights, eps)
+    return _first("rope_write", implementation, lambda backend: backend.rope_write(q, k, v, cos, sin, starts, keys, values, layer, norm))
+
+
+def _rope_write_fwd(implementation, eps, *args):
+    return _rope_write(implementation, eps, *args), args
+
+
+def _rope_write_bwd(implementation, eps, saved, dy):
+    q, k, v, cos, sin, starts, keys, values, layer, weights = saved
+
+    def exact(q, k, v, keys, values, weights):
+        norm = None if weights is None else (*weights, eps)
+        return xla.rope_write(q, k, v, cos, sin, starts, keys, values, layer, norm)
+
+    dq, dk, dv, dkeys, dvalues, dweights = jax.vjp(exact, q, k, v, keys, values, weights)[1](dy)
+    return dq, dk, dv, *(_no_cotangent(x) for x in (cos, sin, starts)), dkeys, dvalues, _no_cotangent(layer), dweights
+
+
+_rope_write.defvjp(_rope_write_fwd, _rope_write_bwd)
+
+
+def rope_write(
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B T Hkv D"],
+    v: Float[Array, "B T Hkv Dv"],
+    cos: Float[Array, "B T half"],
+    sin: Float[Array, "B T half"],
+    starts: Int[Array, "B"],
+    keys: Float[Array, "*L B Hkv S D"],
+    values: Float[Array, "*L B Hkv S Dv"],
+    *,
+    layer: Int[Array, ""] | None = None,
+    norm: tuple[Float[Array, "D"], Float[Array, "D"], float] | None = None,
+    implementation: Implementation = None,
+) -> tuple[Float[Array, "B T Hq D"], Float[Array, "*L B Hkv S D"], Float[Array, "*L B Hkv S Dv"]]:
+    """What lies between q, k, v and `attention`: the heads normed, q and k rotated, keys and values in their slots.
+
+    starts: token t of row b goes to slot starts[b] + t; tokens past the last slot are dropped. layer: as in `attention`.
+    norm: None, or the weights of `numerics.rms_norm` over the heads of q and of k, and its eps.
+    -> q, keys, values; on Hopper the caches are written where they lie, in one launch.
+    """
+    weights, eps = (None, None) if norm is None else (norm[:2], float(norm[2]))
+    return _rope_write(check_implementation(implementation), eps, q, k, v, cos, sin, starts, keys, values, layer, weights)

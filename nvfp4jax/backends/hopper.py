@@ -12,7 +12,7 @@ from jax import lax
 from nvfp4jax.array import NVFP4Array, QuantizedActivation
 from nvfp4jax.backends.xla import Operand
 from nvfp4jax.kernels.hopper import attention as attention_kernels
-from nvfp4jax.kernels.hopper import dense, grouped, routing
+from nvfp4jax.kernels.hopper import dense, grouped, rope, routing
 from nvfp4jax.kernels.hopper import quantize as quantizer
 from nvfp4jax.kernels.hopper.decode import permute_k
 from nvfp4jax.routing import Routing
@@ -133,3 +133,7 @@ def attention(q, keys, values, starts, layer, scale, window, soft_cap, counts, p
     if keys.shape != values.shape:
         raise NotImplementedError(f"values of shape {values.shape} beside keys of shape {keys.shape}")
     return attention_kernels.attention(q, keys, values, starts, layer=layer, **options)
+
+
+def rope_write(q, k, v, cos, sin, starts, keys, values, layer, norm) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return rope.rope_write(q, k, v, cos, sin, starts, keys, values, layer=layer, norm=norm)

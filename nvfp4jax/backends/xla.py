@@ -102,6 +102,25 @@ def combine(rows: Array, route: Routing, weights: Array, out_dtype: jnp.dtype) -
     return routing.combine(rows, route, weights, out_dtype=out_dtype)
 
 
+def write_slots(into: Array, starts: Array, new: Array, layer: Array | None, between: int) -> Array:
+    """new [B, T, ...] in slots starts[b] + t of into [(L,) B, ..., S, ...], `between` axes between rows and slots; tokens past the last
+    slot are dropped."""
+    batch, steps = new.shape[:2]
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    slots = starts[:, None] + jnp.arange(steps, dtype=jnp.int32)[None]
+    lead = () if layer is None else (layer,)
+    at = into.at[(*lead, rows, *(slice(None),) * between, slots)]
+    return at.set(new.astype(into.dtype), mode="drop", unique_indices=True)
+
+
+def rope_write(q, k, v, cos, sin, starts, keys, values, layer, norm) -> tuple[Array, Array, Array]:
+    """norm: None, or (weight of q, weight of k, eps)."""
+    if norm is not None:
+        q, k = (numerics.rms_norm(x, weight, norm[2]) for x, weight in zip((q, k), norm[:2], strict=True))
+    q, k = (numerics.rotate(x, cos, sin).astype(v.dtype) for x in (q, k))
+    return q, write_slots(keys, starts, k, layer, 1), write_slots(values, starts, v, layer, 1)
+
+
 def attention_plan(starts: Array, q: jax.ShapeDtypeStruct, keys: jax.ShapeDtypeStruct, window: int | None) -> None:
     """Nothing that the layers of a step could share."""
 

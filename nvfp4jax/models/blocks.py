@@ -119,16 +119,17 @@ class Attention(nnx.Module):
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.shape.head_dim)  # noqa: E731
         readers = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (heads(f(h)) for f, h in zip(readers, feed_norm(norm, x, readers, inputs.valid), strict=True))
-        if self.shape.norm_eps is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (attention.rotate(y, inputs.cos, inputs.sin).astype(x.dtype) for y in (q, k))
+        weight = lambda norm: norm.scale.get_value().astype(x.dtype)  # noqa: E731
+        eps = self.shape.norm_eps
+        norm_heads = None if eps is None else (weight(self.q_norm), weight(self.k_norm), eps)
         if part is None:
-            keys, values, layer, plan = k.swapaxes(1, 2), v.swapaxes(1, 2), None, None
-            starts = jnp.zeros_like(inputs.starts)
+            layer, plan, starts = None, None, jnp.zeros_like(inputs.starts)
+            keys, values = (jnp.zeros((x.shape[0], self.shape.kv_heads, x.shape[1], self.shape.head_dim), x.dtype) for _ in range(2))
         else:
-            part = part.write(inputs.starts, keys=k, values=v)
             keys, values, layer, starts = part["keys"], part["values"], part.layer, inputs.starts
             plan = inputs.plans[self.case]
+        q, keys, values = ops.rope_write(q, k, v, inputs.cos, inputs.sin, starts, keys, values, layer=layer, norm=norm_heads)
+        part = part if part is None else part.replace(keys=keys, values=values)
         y = ops.attention(q, keys, values, starts, layer=layer, counts=inputs.counts, plan=plan)
         (y,) = feed(y.reshape(*y.shape[:2], -1), (self.o_proj,), inputs.valid)
         return self.o_proj(y), part

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from nvfp4jax import layers, ops, routing
+from nvfp4jax import layers, numerics, ops, routing
 from nvfp4jax.backends import xla
 from nvfp4jax.layers import RMSNorm, feed, feed_norm
 from nvfp4jax.models import attention, blocks, family
@@ -175,7 +175,7 @@ class LatentAttention(nnx.Module):
     def _rotate(self, x: Float[Array, "B T Hq D"], inputs: blocks.StepInputs) -> Float[Array, "B T Hq D"]:
         if self.config.rope_interleave:  # pairs of neighbours to pairs across halves, for queries and keys alike
             x = x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape)
-        return attention.rotate(x, inputs.cos, inputs.sin).astype(x.dtype)
+        return numerics.rotate(x, inputs.cos, inputs.sin).astype(x.dtype)
 
     def _up_projections(self, dtype) -> tuple[Float[Array, "R Hq Dn"], Float[Array, "R Hq Dv"]]:
         """W_UK and W_UV, the halves of each head in kv_b_proj."""
