@@ -530,6 +530,55 @@ def grouped_swiglu(
     return _within(_grouped_swiglu(how, _flat(a), w, source, group_sizes), group_sizes)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _float_matmul(how: _How, x: Array, kernel: Array) -> Array:
+    return _first(how.name, how.implementation, lambda backend: backend.float_matmul(x, kernel, how.out_dtype))
+
+
+def _float_matmul_bwd(how, saved, dy):
+    return jax.vjp(lambda x, kernel: xla.float_matmul(x, kernel, how.out_dtype), *saved)[1](dy)
+
+
+_float_matmul.defvjp(lambda how, x, kernel: (_float_matmul(how, x, kernel), (x, kernel)), _float_matmul_bwd)
+
+
+def float_matmul(
+    x: Float[Array, "... K"],
+    kernel: Float[Array, "K N"],
+    *,
+    out_dtype: DTypeLike = jnp.float32,
+    implementation: Implementation = None,
+    name: str = "float_matmul",
+) -> Float[Array, "... N"]:
+    """x times a kernel that is kept in floating point (a head, a router), products exact, accumulated in float32.
+
+    On Hopper, in bfloat16, the bits of a row depend on nothing but the row and the kernel.
+    """
+    if kernel.ndim != 2 or x.shape[-1] != kernel.shape[0]:
+        raise ValueError(f"{name}: x of shape {tuple(x.shape)} and a kernel of shape {tuple(kernel.shape)}; [..., K] and [K, N] are needed")
+    y = _float_matmul(_How(jnp.dtype(out_dtype), check_implementation(implementation), name), x.reshape(-1, x.shape[-1]), kernel)
+    return y.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _norm(eps: float, implementation, x: Array, weight: Array) -> Array:
+    return _first("norm", implementation, lambda backend: backend.norm(x, weight, eps))
+
+
+def _norm_bwd(eps, implementation, saved, dy):
+    return jax.vjp(lambda x, weight: numerics.rms_norm(x, weight, eps), *saved)[1](dy)
+
+
+_norm.defvjp(lambda eps, implementation, x, weight: (_norm(eps, implementation, x, weight), (x, weight)), _norm_bwd)
+
+
+def norm(
+    x: Float[Array, "... K"], weight: Float[Array, "K"], eps: float, *, implementation: Implementation = None
+) -> Float[Array, "... K"]:
+    """`numerics.rms_norm`, in one launch where the backend can: for readers that take a float."""
+    return _norm(float(eps), check_implementation(implementation), x.reshape(-1, x.shape[-1]), weight).reshape(x.shape)
+
+
 # --- mixtures of experts -----------------------------------------------------------------------------------------------
 
 

@@ -102,6 +102,17 @@ def combine(rows: Array, route: Routing, weights: Array, out_dtype: jnp.dtype) -
     return routing.combine(rows, route, weights, out_dtype=out_dtype)
 
 
+def float_matmul(x: Array, kernel: Array, out_dtype: jnp.dtype) -> Array:
+    """x [M, K] times a float kernel [K, N]."""
+    x, kernel = product_operands(x, kernel)
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.matmul(x, kernel, precision=precision, preferred_element_type=jnp.float32).astype(out_dtype)
+
+
+def norm(x: Array, weight: Array, eps: float) -> Array:
+    return numerics.rms_norm(x, weight, eps)
+
+
 def write_slots(into: Array, starts: Array, new: Array, layer: Array | None, between: int) -> Array:
     """new [B, T, ...] in slots starts[b] + t of into [(L,) B, ..., S, ...], `between` axes between rows and slots; tokens past the last
     slot are dropped."""

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nvfp4jax import ops
 from nvfp4jax.backends import xla
-from nvfp4jax.layers import RMSNorm, feed, feed_gated, feed_norm
+from nvfp4jax.layers import RMSNorm, feed, feed_gated, feed_norm, project
 from nvfp4jax.models import attention, cache, stacking
 from nvfp4jax.models.cache import LayerCache
 from nvfp4jax.models.protocol import Output
@@ -288,7 +288,7 @@ class Transformer(nnx.Module):
     def _logits(self, x: Float[Array, "B P H"], valid: Bool[Array, "B P"] | None) -> Float[Array, "B P V"]:
         if not self.config.tie_word_embeddings:
             (h,) = feed_norm(self.norm, x, (self.lm_head,), valid)
-            return self.lm_head(h).astype(jnp.float32)
+            return project(self.lm_head, h)
         x = self.norm(x)
         table = self.embed_tokens.embedding[...].astype(x.dtype)
         return jnp.einsum(
