@@ -9,9 +9,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from nvfp4jax.kernels.hopper import attention_sums as sums
-from nvfp4jax.kernels.hopper import mosaic as mg
-from nvfp4jax.kernels.hopper import quantize
+from nvfp4jax.kernels.hopper import quantize_ptx as ptx
+from nvfp4jax.kernels.hopper import threads
+from nvfp4jax.kernels.hopper.machine import WARP
+from nvfp4jax.kernels.hopper.mosaic import asm, gmem_address, gmem_element, minimum, select, thread_index
+from nvfp4jax.kernels.hopper.threads import load_global, offset_address, store_global
 
 HEAD_DIMS = 64, 128
 WARPS = 4
@@ -45,71 +47,64 @@ class Shape:
 
 def _either(loads):
     """Of (address, condition) the 8 words where the condition holds, zeros where none does."""
-    words = [mg.load_global(address, 8, condition) for address, condition in loads]
-    return [functools.reduce(sums.bit_or, alike) for alike in zip(*words)]
+    words = [load_global(address, 8, condition) for address, condition in loads]
+    return [functools.reduce(lambda a, b: asm("or.b32 $0,$1,$2;", [a, b], effects=False), alike) for alike in zip(*words)]
 
 
 def _program(refs, s: Shape):
     """One thread's program."""
-    asm, add, sub, mul, div, rem = mg.asm, mg.add, mg.sub, mg.mul, mg.div, mg.rem
-    pure = dict(effects=False)
-    thread = add(mul(asm("mov.u32 $0,%ctaid.x;", **pure), WARPS * 32), mg.thread_index())
-    vector, lane = div(thread, s.lanes), rem(thread, s.lanes)
-    here = mg.flag("lt", vector, s.vectors)
+    thread = asm("mov.u32 $0,%ctaid.x;", effects=False) * (WARPS * WARP) + thread_index()
+    vector, lane = thread // s.lanes, thread % s.lanes
+    here = vector < s.vectors
     per_token = s.heads + 2 * s.kv_heads
-    token, head = div(vector, per_token), rem(vector, per_token)
-    of_q = mg.flag("lt", head, s.heads)
-    rotated = mg.flag("lt", head, s.heads + s.kv_heads)
-    kinds = {"q": of_q, "k": sub(rotated, of_q), "v": sub(1, rotated)}
-    kinds = {name: mg.bit_and(here, of) for name, of in kinds.items()}
-    own = mg.select(of_q, head, rem(sub(head, s.heads), s.kv_heads))
-    column = mul(lane, 16)
+    token, head = vector // per_token, vector % per_token
+    of_q, rotated = head < s.heads, head < s.heads + s.kv_heads
+    kinds = {"q": here & of_q, "k": here & (rotated - of_q), "v": here & (1 - rotated)}
+    own = select(of_q, head, (head - s.heads) % s.kv_heads)
+    column = lane * 16
 
-    def line(name, array, row):
-        """The address of this thread's elements of head `own` in [.., heads of `name`, D]."""
-        return mg.gmem_element(refs[array], add(mul(row, s.heads if name == "q" else s.kv_heads), own), s.d, column, 2)
+    def element(name, array):
+        """The address of this thread's elements of head `own` in [tokens, heads of `name`, D]."""
+        return gmem_element(refs[array], token * (s.heads if name == "q" else s.kv_heads) + own, s.d, column, 2)
 
-    raw = _either([(line(name, name, token), of) for name, of in kinds.items()])
+    raw = _either([(element(name, name), of) for name, of in kinds.items()])
     words = raw
     if s.eps is not None:
-        total = asm(quantize.SQUARES, raw, **pure)
+        total = asm(ptx.SQUARES, raw, effects=False)
         step = s.lanes // 2
         while step:
-            total = asm(quantize.BUTTERFLY_ADD.format(step=step), [total])
+            total = asm(ptx.BUTTERFLY_ADD.format(step=step), [total])
             step //= 2
-        f32 = quantize._f32
-        constants = dict(share=f32(1 / s.d), eps=f32(s.eps), half=f32(.5), one=f32(1), two=f32(2 + 2.0**-22))
-        inverse = asm(quantize.INVERSE_RMS.format(**constants), [total], **pure)
-        weights = _either([(mg.gmem_element(refs[f"{name}_weight"], mg.i32(0), 0, column, 2), kinds[name]) for name in "qk"])
-        words = [asm(quantize.NORM, [word, inverse, w], **pure) for word, w in zip(words, weights)]
-    half = rem(lane, s.lanes // 2)
-    angles = [mg.load_global(mg.gmem_element(refs[name], token, s.d // 2, mul(half, 16), 4), 16, mg.bit_and(here, rotated)) for name in ("cos", "sin")]
-    sign = mul(mg.flag("lt", lane, s.lanes // 2), 1 << 31)
+        constants = dict(share=1 / s.d, eps=s.eps, half=.5, one=1, two=2 + 2.0**-22)
+        inverse = asm(ptx.INVERSE_RMS.format(**{name: ptx.f32(value) for name, value in constants.items()}), [total], effects=False)
+        weights = _either([(gmem_element(refs[f"{name}_weight"], 0, 0, column, 2), kinds[name]) for name in "qk"])
+        words = [asm(ptx.NORM, [word, inverse, w], effects=False) for word, w in zip(words, weights)]
+    half = lane % (s.lanes // 2) * 16
+    cosines, sines = (load_global(gmem_element(refs[name], token, s.d // 2, half, 4), 16, here & rotated) for name in ("cos", "sin"))
+    sign = (lane < s.lanes // 2) * 2**31
     out = []
     for i, (word, plain) in enumerate(zip(words, raw)):
         partner = asm(f"shfl.sync.bfly.b32 $0,$1,{s.lanes // 2},31,-1;", [word])
-        cos, sin = (a[2 * i:2 * i + 2] for a in angles)
-        turned = asm(ROTATE, [word, partner, *cos, *(mg.bit_xor(x, sign) for x in sin)], **pure)
-        out.append(mg.select(rotated, turned, plain))
-    row, t = div(token, s.tokens), rem(token, s.tokens)
-    slot = add(asm("ld.global.nc.b32 $0,[$1];", [mg.gmem_element(refs["starts"], mg.minimum(row, s.rows - 1), 1, mg.i32(0), 4)]), t)
-    layer = asm("ld.global.nc.b32 $0,[$1];", [mg.gmem_address(refs["layer"])])
-    inside = mg.flag("lt", slot, s.capacity)
+        turned = asm(ROTATE, [word, partner, *cosines[2 * i:2 * i + 2], *(x ^ sign for x in sines[2 * i:2 * i + 2])], effects=False)
+        out.append(select(rotated, turned, plain))
+    row = token // s.tokens
+    slot = asm("ld.global.nc.b32 $0,[$1];", [gmem_element(refs["starts"], minimum(row, s.rows - 1), 1, 0, 4)]) + token % s.tokens
+    layer = asm("ld.global.nc.b32 $0,[$1];", [gmem_address(refs["layer"])])
+    cache_head = (layer * s.rows + row) * s.kv_heads + own
     for name, array in (("q", "out"), ("k", "keys"), ("v", "values")):
-        at, stored = line(name, array, token), kinds[name]
+        at, stored = element(name, array), kinds[name]
         if name != "q":
-            head = add(mul(add(mul(layer, s.rows), row), s.kv_heads), own)
-            at, stored = mg.gmem_element(refs[array], head, s.capacity, slot, 2 * s.d), mg.bit_and(stored, inside)
-            at = sums.wide_add(at, mul(column, 2))
+            at = gmem_element(refs[array], cache_head, s.capacity, slot, 2 * s.d) + column * 2
+            stored = stored & (slot < s.capacity)
         for i in (0, 4):
-            mg.store_global(mg.offset_address(at, 4 * i), out[i:i + 4], stored)
+            store_global(offset_address(at, 4 * i), out[i:i + 4], stored)
 
 
 def _kernel(s: Shape):
     """-> a function of q, k, v, cos, sin, starts, layer, (the weights of the norms,) keys and values, which it writes into."""
     names = ["q", "k", "v", "cos", "sin", "starts", "layer", *([] if s.eps is None else ["q_weight", "k_weight"]), "keys", "values", "out"]
     out = jax.ShapeDtypeStruct((s.rows, s.tokens, s.heads, s.d), jnp.bfloat16)
-    return mg.thread_kernel(lambda refs: _program(refs, s), names, [out], grid=-(-s.vectors * s.lanes // (WARPS * 32)), warps=WARPS)
+    return threads.thread_kernel(lambda refs: _program(refs, s), names, [out], grid=-(-s.vectors * s.lanes // (WARPS * WARP)), warps=WARPS)
 
 
 @functools.partial(jax.jit, static_argnames="s")

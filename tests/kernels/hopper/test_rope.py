@@ -10,7 +10,7 @@ import pytest
 
 from nvfp4jax import numerics
 from nvfp4jax.backends import xla
-from nvfp4jax.kernels.hopper import mosaic, rope
+from nvfp4jax.kernels.hopper import rope, threads
 
 BF16 = jnp.bfloat16
 needs_aot = pytest.mark.skipif(not aot.available(), reason="needs the extra `aot`")
@@ -49,7 +49,7 @@ def expected(q, k, v, cos, sin, starts, caches, weights, eps, layer):
 @pytest.mark.parametrize("d, eps, tokens", [(128, 1e-6, 1), (64, None, 3)])
 def test_ptx(key, monkeypatch, d, eps, tokens):
     q, k, v, cos, sin, starts, caches, weights = given = arguments(key, 3, tokens, 4, 2, d, 7)
-    monkeypatch.setattr(mosaic, "thread_kernel", ptx.run_thread_kernel)
+    monkeypatch.setattr(threads, "thread_kernel", ptx.run_thread_kernel)
     written = [np.array(c) for c in caches]
     norm = [] if eps is None else weights
     (out,) = rope._kernel(rope.Shape(3, tokens, 4, 2, d, 7, eps))(q, k, v, cos, sin, starts, np.asarray([1], np.int32), *norm, *written)
