@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from nvfp4jax import layers, numerics, ops, routing
 from nvfp4jax.backends import xla
 from nvfp4jax.layers import RMSNorm, feed, feed_norm
-from nvfp4jax.models import attention, blocks, family
+from nvfp4jax.models import blocks, family
 from nvfp4jax.models.cache import LayerCache, Shapes
 from nvfp4jax.models.config import Keys
 from nvfp4jax.models.rope import yarn_mscale
