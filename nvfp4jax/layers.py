@@ -162,7 +162,17 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... K"]:
-        return numerics.rms_norm(x, self.scale.get_value().astype(x.dtype), self.eps)
+        return ops.norm(x, self.scale.get_value().astype(x.dtype), self.eps)
+
+
+def project(layer: nnx.Module, x: Array | QuantizedActivation) -> Float[Array, "... N"]:
+    """layer(x) in float32, for a head or a router. A plain `nnx.Linear` multiplies by `ops.float_matmul`: products exact, and on Hopper
+    bits that do not depend on the batch."""
+    if type(layer) is nnx.Linear and layer.bias is None and not isinstance(x, QuantizedActivation) and layer.dot_general is lax.dot_general:
+        # A narrower dtype rounds, as in the layer itself; a wider one would change no product.
+        narrow = lambda v: v if layer.dtype in (None, jnp.promote_types(v.dtype, layer.dtype)) else v.astype(layer.dtype)  # noqa: E731
+        return ops.float_matmul(narrow(x), narrow(layer.kernel.get_value()), name="project")
+    return layer(x).astype(jnp.float32)
 
 
 # --- making weights ----------------------------------------------------------------------------------------------------

@@ -337,3 +337,10 @@ def silu_mul(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array,
     """
     silu = _rounded(_silu(as_float32(gate), gate.dtype == jnp.bfloat16), gate.dtype)
     return (silu * as_float32(up)).astype(gate.dtype)
+
+
+def rotate(x: Float[Array, "B T H D"], cos: Float[Array, "B T D//2"], sin: Float[Array, "B T D//2"]) -> Float[Array, "B T H D"]:
+    """Rotates the halves of D against each other (the Hugging Face layout), in float32."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

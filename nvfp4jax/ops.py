@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from nvfp4jax import array as nvfp4_array
-from nvfp4jax import numerics, routing
+from nvfp4jax import numerics, pytree, routing
 from nvfp4jax import scaling as scaling_modes
 from nvfp4jax.array import NVFP4Array, QuantizedActivation
 from nvfp4jax.backends import xla
@@ -32,7 +32,7 @@ from nvfp4jax.scaling import Name, Scaling, Static, Tensor, Token
 
 log = logging.getLogger("nvfp4jax")
 
-Backend = Literal["xla", "hopper", "triton"]
+Backend = Literal["xla", "hopper", "triton", "cudnn"]
 Implementation = Backend | Sequence[Backend] | None
 Activation = Float[Array, "... K"] | NVFP4Array | QuantizedActivation
 
@@ -52,8 +52,14 @@ def _triton() -> ModuleType:
     return triton
 
 
+def _cudnn() -> ModuleType:
+    from nvfp4jax.backends import cudnn
+
+    return cudnn
+
+
 # Modules with the same functions (see `backends.xla`), imported where first used: those of GPUs need what a CPU's rollout does not.
-BACKENDS: dict[str, Callable[[], ModuleType]] = {"xla": lambda: xla, "hopper": _hopper, "triton": _triton}
+BACKENDS: dict[str, Callable[[], ModuleType]] = {"xla": lambda: xla, "hopper": _hopper, "triton": _triton, "cudnn": _cudnn}
 
 
 def _backend(name: str) -> ModuleType:
@@ -524,6 +530,55 @@ def grouped_swiglu(
     return _within(_grouped_swiglu(how, _flat(a), w, source, group_sizes), group_sizes)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _float_matmul(how: _How, x: Array, kernel: Array) -> Array:
+    return _first(how.name, how.implementation, lambda backend: backend.float_matmul(x, kernel, how.out_dtype))
+
+
+def _float_matmul_bwd(how, saved, dy):
+    return jax.vjp(lambda x, kernel: xla.float_matmul(x, kernel, how.out_dtype), *saved)[1](dy)
+
+
+_float_matmul.defvjp(lambda how, x, kernel: (_float_matmul(how, x, kernel), (x, kernel)), _float_matmul_bwd)
+
+
+def float_matmul(
+    x: Float[Array, "... K"],
+    kernel: Float[Array, "K N"],
+    *,
+    out_dtype: DTypeLike = jnp.float32,
+    implementation: Implementation = None,
+    name: str = "float_matmul",
+) -> Float[Array, "... N"]:
+    """x times a kernel that is kept in floating point (a head, a router), products exact, accumulated in float32.
+
+    On Hopper, in bfloat16, the bits of a row depend on nothing but the row and the kernel.
+    """
+    if kernel.ndim != 2 or x.shape[-1] != kernel.shape[0]:
+        raise ValueError(f"{name}: x of shape {tuple(x.shape)} and a kernel of shape {tuple(kernel.shape)}; [..., K] and [K, N] are needed")
+    y = _float_matmul(_How(jnp.dtype(out_dtype), check_implementation(implementation), name), x.reshape(-1, x.shape[-1]), kernel)
+    return y.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _norm(eps: float, implementation, x: Array, weight: Array) -> Array:
+    return _first("norm", implementation, lambda backend: backend.norm(x, weight, eps))
+
+
+def _norm_bwd(eps, implementation, saved, dy):
+    return jax.vjp(lambda x, weight: numerics.rms_norm(x, weight, eps), *saved)[1](dy)
+
+
+_norm.defvjp(lambda eps, implementation, x, weight: (_norm(eps, implementation, x, weight), (x, weight)), _norm_bwd)
+
+
+def norm(
+    x: Float[Array, "... K"], weight: Float[Array, "K"], eps: float, *, implementation: Implementation = None
+) -> Float[Array, "... K"]:
+    """`numerics.rms_norm`, in one launch where the backend can: for readers that take a float."""
+    return _norm(float(eps), check_implementation(implementation), x.reshape(-1, x.shape[-1]), weight).reshape(x.shape)
+
+
 # --- mixtures of experts -----------------------------------------------------------------------------------------------
 
 
@@ -639,3 +694,152 @@ def _routed(x: Array, mode: Scaling | None, valid: Array | None, route: Routing,
         return QuantizedActivation(operand, row_scale, x[route.token_of_row], carried, backend.NAME)
 
     return _first(how.name, how.implementation, made)
+
+
+# --- attention ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionPlan:
+    """What a backend knows of a step's rows before its first layer: the same for all layers. value: the backend's own."""
+
+    value: Any
+    backend: str
+
+
+pytree.register(AttentionPlan, "value")
+
+
+@dataclasses.dataclass(frozen=True)
+class _AttentionHow:
+    """What is static about attention."""
+
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    implementation: tuple[str, ...] | str | None
+
+
+def attention_plan(
+    starts: Int[Array, "B"],
+    q: Any,
+    keys: Any,
+    *,
+    window: int | None = None,
+    implementation: Implementation = None,
+) -> AttentionPlan:
+    """What `attention` needs besides, made once for all layers of a step whose shapes and window are these.
+
+    q, keys: those of `attention`, or what has their shapes and dtypes. No two calls with one plan may run at a time; layers follow one another.
+    """
+
+    def made(backend: ModuleType) -> AttentionPlan:
+        return AttentionPlan(backend.attention_plan(starts, q, keys, window), backend.NAME)
+
+    return _first("attention_plan", check_implementation(implementation), made)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(how: _AttentionHow, q, keys, values, starts, layer, counts, plan) -> Array:
+    def call(backend: ModuleType) -> Array:
+        own = plan.value if plan is not None and plan.backend == backend.NAME else None
+        return backend.attention(q, keys, values, starts, layer, how.scale, how.window, how.soft_cap, counts, own)
+
+    return _first("attention", how.implementation, call)
+
+
+def _attention_fwd(how, q, keys, values, starts, layer, counts, plan):
+    return _attention(how, q, keys, values, starts, layer, counts, plan), (q, keys, values, starts, layer, counts, plan)
+
+
+def _attention_bwd(how, saved, dy):
+    q, keys, values, starts, layer, *rest = saved
+    exact = lambda q, keys, values: xla.attention(q, keys, values, starts, layer, how.scale, how.window, how.soft_cap, None, None)  # noqa: E731
+    return *jax.vjp(exact, q, keys, values)[1](dy), *(_no_cotangent(x) for x in (starts, layer, *rest))
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def attention(
+    q: Float[Array, "B T Hq D"],
+    keys: Float[Array, "*L B Hkv S D"],
+    values: Float[Array, "*L B Hkv S Dv"],
+    starts: Int[Array, "B"],
+    *,
+    layer: Int[Array, ""] | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    counts: Int[Array, "B"] | None = None,
+    plan: AttentionPlan | None = None,
+    implementation: Implementation = None,
+) -> Float[Array, "B T Hq Dv"]:
+    """Causal grouped-query attention over a cache, which is read in place: never repeated, and by Hopper's kernels never copied.
+
+    starts: query t of row b is at slot starts[b] + t and sees the slots up to its own; of these only the last `window`. The slots that
+        are seen must be finite. Query heads h Hq / Hkv .. (h + 1) Hq / Hkv - 1 read key head h.
+    layer: which of a stack's keys and values, where they have a leading axis.
+    scale: times the scores, D ** -0.5 where None. soft_cap: scores become soft_cap * tanh(scores / soft_cap).
+    counts: i32 [B], a row's queries that count: the others' results are finite, and need not be worked for.
+    plan: of `attention_plan`, where several calls share it.
+    ValueError for shapes that do not fit together. On Hopper a query's bits depend on its row alone: on no batch, no capacity and no
+    number of queries beside it.
+    """
+    if q.ndim != 4 or keys.ndim != 4 + (layer is not None) or keys.shape[:-1] != values.shape[:-1]:
+        raise ValueError(f"attention: q {q.shape}, keys {keys.shape} and values {values.shape}: [B, T, Hq, D] and [B, Hkv, S, D] are needed, or "
+                         "[L, B, Hkv, S, D] with `layer`")
+    rows, heads = keys.shape[-4:-2]
+    if (q.shape[0], q.shape[-1], starts.shape) != (rows, keys.shape[-1], (rows,)) or q.shape[2] % heads:
+        raise ValueError(f"attention: q {q.shape}, keys {keys.shape} and starts {starts.shape} differ in rows or head dimension, or the query "
+                         "heads are no multiple of the key heads")
+    how = _AttentionHow(q.shape[-1] ** -0.5 if scale is None else float(scale), window, soft_cap, check_implementation(implementation))
+    return _attention(how, q, keys, values, starts, layer, counts, plan)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rope_write(implementation, eps: float | None, q, k, v, cos, sin, starts, keys, values, layer, weights):
+    norm = None if weights is None else (*weights, eps)
+    return _first("rope_write", implementation, lambda backend: backend.rope_write(q, k, v, cos, sin, starts, keys, values, layer, norm))
+
+
+def _rope_write_fwd(implementation, eps, *args):
+    return _rope_write(implementation, eps, *args), args
+
+
+def _rope_write_bwd(implementation, eps, saved, dy):
+    q, k, v, cos, sin, starts, keys, values, layer, weights = saved
+
+    def exact(q, k, v, keys, values, weights):
+        norm = None if weights is None else (*weights, eps)
+        return xla.rope_write(q, k, v, cos, sin, starts, keys, values, layer, norm)
+
+    dq, dk, dv, dkeys, dvalues, dweights = jax.vjp(exact, q, k, v, keys, values, weights)[1](dy)
+    return dq, dk, dv, *(_no_cotangent(x) for x in (cos, sin, starts)), dkeys, dvalues, _no_cotangent(layer), dweights
+
+
+_rope_write.defvjp(_rope_write_fwd, _rope_write_bwd)
+
+
+def rope_write(
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B T Hkv D"],
+    v: Float[Array, "B T Hkv Dv"],
+    cos: Float[Array, "B T half"],
+    sin: Float[Array, "B T half"],
+    starts: Int[Array, "B"],
+    keys: Float[Array, "*L B Hkv S D"],
+    values: Float[Array, "*L B Hkv S Dv"],
+    *,
+    layer: Int[Array, ""] | None = None,
+    norm: tuple[Float[Array, "D"], Float[Array, "D"], float] | None = None,
+    implementation: Implementation = None,
+) -> tuple[Float[Array, "B T Hq D"], Float[Array, "*L B Hkv S D"], Float[Array, "*L B Hkv S Dv"]]:
+    """What lies between q, k, v and `attention`: the heads normed, q and k rotated, keys and values in their slots.
+
+    starts: token t of row b goes to slot starts[b] + t; tokens past the last slot are dropped. layer: as in `attention`.
+    norm: None, or the weights of `numerics.rms_norm` over the heads of q and of k, and its eps.
+    -> q, keys, values; on Hopper the caches are written where they lie, in one launch.
+    """
+    weights, eps = (None, None) if norm is None else (norm[:2], float(norm[2]))
+    return _rope_write(check_implementation(implementation), eps, q, k, v, cos, sin, starts, keys, values, layer, weights)

@@ -33,6 +33,7 @@ def thread_kernel(program: Callable, names: Sequence[str], out_types: Sequence[j
             refs = *refs, pl.get_global(plgpu.SemaphoreType.REGULAR((zeroed_words,)))
         inline(lambda *refs: program(dict(zip(names, refs))), *map(Memory, refs))
 
+    body.__name__ = "_".join(name for name in names if name not in ("shared", "zeroed"))  # what a profile calls the kernel
     axes = dict(grid=(grid // cluster,), grid_names=("cta",))
     if cluster > 1:
         axes |= dict(cluster=(cluster,), cluster_names=("rank",))

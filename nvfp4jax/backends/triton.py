@@ -20,6 +20,9 @@ from nvfp4jax.scaling import Request
 NAME = "triton"
 # Below compute capability 8.0 Triton multiplies without the matrix units: cuBLAS on decoded weights is ahead from here on.
 MOST_TOKENS_BEFORE_AMPERE = 64
+# What has no kernel here is XLA's.
+attention, attention_plan, rope_write = xla.attention, xla.attention_plan, xla.rope_write
+float_matmul, norm = xla.float_matmul, xla.norm
 
 
 def _options(request: Request) -> dict:

@@ -18,6 +18,7 @@ from nvfp4jax.routing import Routing
 from nvfp4jax.scaling import Request
 
 NAME = "xla"
+_QUERIES = 256  # whose scores are held at once
 Operand = tuple[Array, Array | None]  # what a matmul reads of an activation: (operand, row scale)
 
 
@@ -99,6 +100,81 @@ def route(expert_ids: Array, num_experts: int) -> Routing:
 
 def combine(rows: Array, route: Routing, weights: Array, out_dtype: jnp.dtype) -> Array:
     return routing.combine(rows, route, weights, out_dtype=out_dtype)
+
+
+def float_matmul(x: Array, kernel: Array, out_dtype: jnp.dtype) -> Array:
+    """x [M, K] times a float kernel [K, N]."""
+    x, kernel = product_operands(x, kernel)
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.matmul(x, kernel, precision=precision, preferred_element_type=jnp.float32).astype(out_dtype)
+
+
+def norm(x: Array, weight: Array, eps: float) -> Array:
+    return numerics.rms_norm(x, weight, eps)
+
+
+def write_slots(into: Array, starts: Array, new: Array, layer: Array | None, between: int) -> Array:
+    """new [B, T, ...] in slots starts[b] + t of into [(L,) B, ..., S, ...], `between` axes between rows and slots; tokens past the last
+    slot are dropped."""
+    batch, steps = new.shape[:2]
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    slots = starts[:, None] + jnp.arange(steps, dtype=jnp.int32)[None]
+    lead = () if layer is None else (layer,)
+    at = into.at[(*lead, rows, *(slice(None),) * between, slots)]
+    return at.set(new.astype(into.dtype), mode="drop", unique_indices=True)
+
+
+def rope_write(q, k, v, cos, sin, starts, keys, values, layer, norm) -> tuple[Array, Array, Array]:
+    """norm: None, or (weight of q, weight of k, eps)."""
+    if norm is not None:
+        q, k = (numerics.rms_norm(x, weight, norm[2]) for x, weight in zip((q, k), norm[:2], strict=True))
+    q, k = (numerics.rotate(x, cos, sin).astype(v.dtype) for x in (q, k))
+    return q, write_slots(keys, starts, k, layer, 1), write_slots(values, starts, v, layer, 1)
+
+
+def attention_plan(starts: Array, q: jax.ShapeDtypeStruct, keys: jax.ShapeDtypeStruct, window: int | None) -> None:
+    """Nothing that the layers of a step could share."""
+
+
+def attention(q, keys, values, starts, layer, scale, window, soft_cap, counts, plan) -> Array:
+    """Scores and softmax in float32, the products in q's dtype. Scores are held for some queries at a time, so that a long prompt does
+    not hold T * S of them a head."""
+    del counts, plan
+    if layer is not None:
+        keys, values = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (keys, values))
+    batch, steps, heads, head_dim = q.shape
+    kv_heads, slots = keys.shape[1:3]
+    keys, values = keys.astype(q.dtype), values.astype(q.dtype)
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+
+    def product(spec: str, a: Array, b: Array) -> Array:
+        return jnp.einsum(spec, *product_operands(a, b), precision=precision, preferred_element_type=jnp.float32)
+
+    def some(q: Array, at: Array) -> Array:
+        """q [B, t, Hq, D], at [B, t], the slot of each."""
+        grouped = q.reshape(batch, -1, kv_heads, heads // kv_heads, head_dim)
+        scores = product("btkgd,bksd->bkgts", grouped, keys) * jnp.float32(scale)
+        if soft_cap is not None:
+            scores = jnp.float32(soft_cap) * jnp.tanh(scores / jnp.float32(soft_cap))
+        slot = jnp.arange(slots, dtype=jnp.int32)[None, None]
+        seen = slot <= at[..., None]
+        if window is not None:
+            seen = seen & (slot > at[..., None] - jnp.int32(window))
+        # A finite floor: a query that sees nothing (padding past the last slot, with a window) must be no NaN.
+        scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+        out = product("bkgts,bksd->btkgd", weights, values)
+        return out.astype(q.dtype).reshape(batch, -1, heads, values.shape[-1])
+
+    at = starts[:, None] + jnp.arange(steps, dtype=jnp.int32)[None]
+    if steps <= 2 * _QUERIES:
+        return some(q, at)
+    extra = -steps % _QUERIES
+    blocks = lambda x: jnp.moveaxis(x.reshape(batch, -1, _QUERIES, *x.shape[2:]), 1, 0)  # noqa: E731
+    q = blocks(jnp.pad(q, ((0, 0), (0, extra), (0, 0), (0, 0))))
+    at = blocks(jnp.pad(at, ((0, 0), (0, extra))))
+    out = jnp.moveaxis(lax.map(lambda part: some(*part), (q, at)), 0, 1)
+    return out.reshape(batch, -1, heads, out.shape[-1])[:, :steps]
 
 
 # --- what they are made of, and the gradients of every backend ---------------------------------------------------------

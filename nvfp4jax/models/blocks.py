@@ -4,8 +4,10 @@ An architecture's file reads its config and says which blocks its layers have; s
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -13,12 +15,22 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from nvfp4jax import ops
 from nvfp4jax.backends import xla
-from nvfp4jax.layers import RMSNorm, feed, feed_gated, feed_norm
+from nvfp4jax.layers import RMSNorm, feed, feed_gated, feed_norm, project
 from nvfp4jax.models import attention, cache, stacking
 from nvfp4jax.models.cache import LayerCache
 from nvfp4jax.models.protocol import Output
 from nvfp4jax.models.rope import Rope
+
+
+class AttentionCase(NamedTuple):
+    """What layers have in common that share an `ops.AttentionPlan`. window: 0 for none."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int = 0
 
 
 class StepInputs(NamedTuple):
@@ -28,6 +40,8 @@ class StepInputs(NamedTuple):
     sin: Float[Array, "B T half"]
     starts: Int[Array, "B"]  # the slot of each row's first token
     valid: Bool[Array, "B T"] | None
+    counts: Int[Array, "B"] | None = None  # the tokens of each row that are valid, where there are several
+    plans: Mapping[AttentionCase, ops.AttentionPlan] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +107,7 @@ class Attention(nnx.Module):
             self.q_norm = dtypes.norm(shape.head_dim, shape.norm_eps)
             self.k_norm = dtypes.norm(shape.head_dim, shape.norm_eps)
         self.shape = shape
+        self.case = AttentionCase(shape.heads, shape.kv_heads, shape.head_dim)
 
     def cache_shapes(self) -> cache.Shapes:
         one = (self.shape.kv_heads, None, self.shape.head_dim)
@@ -104,16 +119,18 @@ class Attention(nnx.Module):
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.shape.head_dim)  # noqa: E731
         readers = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (heads(f(h)) for f, h in zip(readers, feed_norm(norm, x, readers, inputs.valid), strict=True))
-        if self.shape.norm_eps is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (attention.rotate(y, inputs.cos, inputs.sin).astype(x.dtype) for y in (q, k))
+        weight = lambda norm: norm.scale.get_value().astype(x.dtype)  # noqa: E731
+        eps = self.shape.norm_eps
+        norm_heads = None if eps is None else (weight(self.q_norm), weight(self.k_norm), eps)
         if part is None:
-            keys, values, layer = k.swapaxes(1, 2), v.swapaxes(1, 2), None
-            starts = jnp.zeros_like(inputs.starts)
+            layer, plan, starts = None, None, jnp.zeros_like(inputs.starts)
+            keys, values = (jnp.zeros((x.shape[0], self.shape.kv_heads, x.shape[1], self.shape.head_dim), x.dtype) for _ in range(2))
         else:
-            part = part.write(inputs.starts, keys=k, values=v)
             keys, values, layer, starts = part["keys"], part["values"], part.layer, inputs.starts
-        y = attention.attention(q, keys, values, starts, layer=layer)
+            plan = inputs.plans[self.case]
+        q, keys, values = ops.rope_write(q, k, v, inputs.cos, inputs.sin, starts, keys, values, layer=layer, norm=norm_heads)
+        part = part if part is None else part.replace(keys=keys, values=values)
+        y = ops.attention(q, keys, values, starts, layer=layer, counts=inputs.counts, plan=plan)
         (y,) = feed(y.reshape(*y.shape[:2], -1), (self.o_proj,), inputs.valid)
         return self.o_proj(y), part
 
@@ -233,7 +250,8 @@ class Transformer(nnx.Module):
         cos, sin = attention.rope_angles(
             positions, self.config.rope.frequencies(self.config.rope_dim), self.config.rope.amplitude
         )
-        inputs = StepInputs(cos, sin, positions[:, 0], valid)
+        counts = None if valid is None or steps == 1 else valid.sum(1, dtype=jnp.int32)
+        inputs = StepInputs(cos, sin, positions[:, 0], valid, counts, self._plans(positions[:, 0], steps, kv))
         parts, experts = [], []
         x = self.embed_tokens(tokens)
         for i, layer in enumerate(self.layers):
@@ -255,10 +273,22 @@ class Transformer(nnx.Module):
             jnp.concatenate(experts) if return_experts else None,
         )
 
+    def _plans(self, starts: Int[Array, "B"], steps: int, kv: cache.Cache | None) -> dict[AttentionCase, ops.AttentionPlan]:
+        """What the layers' attention has in common."""
+        plans = {}
+        for layer, part in zip(self.layers, kv or (), strict=False):
+            case = getattr(layer.self_attn, "case", None)  # other kinds of attention have none
+            if case is not None and case not in plans:
+                q = jax.ShapeDtypeStruct((*starts.shape, steps, case.heads, case.head_dim), self.dtypes.dtype)
+                keys = part["keys"].value
+                keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype)
+                plans[case] = ops.attention_plan(starts, q, keys, window=case.window or None)
+        return plans
+
     def _logits(self, x: Float[Array, "B P H"], valid: Bool[Array, "B P"] | None) -> Float[Array, "B P V"]:
         if not self.config.tie_word_embeddings:
             (h,) = feed_norm(self.norm, x, (self.lm_head,), valid)
-            return self.lm_head(h).astype(jnp.float32)
+            return project(self.lm_head, h)
         x = self.norm(x)
         table = self.embed_tokens.embedding[...].astype(x.dtype)
         return jnp.einsum(

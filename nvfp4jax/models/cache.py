@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
+from nvfp4jax.backends import xla
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +107,13 @@ class LayerCache(NamedTuple):
         return self._replace(arrays=self.arrays | written)
 
     def _write(self, into: CacheArray, starts: Int[Array, "B"], new: jax.Array) -> CacheArray:
-        batch, steps = new.shape[:2]
-        rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
-        slots = starts[:, None] + jnp.arange(steps, dtype=jnp.int32)[None]
-        lead = () if self.layer is None else (self.layer,)
-        between = (slice(None),) * (into.slots - into.batch - 1)
-        at = into.value.at[(*lead, rows, *between, slots)]
-        value = at.set(new.astype(into.value.dtype), mode="drop", unique_indices=True)
+        value = xla.write_slots(into.value, starts, new, self.layer, into.slots - into.batch - 1)
         return dataclasses.replace(into, value=value)
+
+    def replace(self, **values: jax.Array) -> "LayerCache":
+        """The part with other values in its arrays, of the same shapes."""
+        changed = {name: dataclasses.replace(self.arrays[name], value=value) for name, value in values.items()}
+        return self._replace(arrays=self.arrays | changed)
 
     def __getitem__(self, name: str) -> jax.Array:
         """A whole array, the stack's where there is one: an operation takes `layer` beside it."""

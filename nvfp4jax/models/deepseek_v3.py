@@ -17,10 +17,10 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from nvfp4jax import layers, routing
+from nvfp4jax import layers, numerics, ops, routing
 from nvfp4jax.backends import xla
 from nvfp4jax.layers import RMSNorm, feed, feed_norm
-from nvfp4jax.models import attention, blocks, family
+from nvfp4jax.models import blocks, family
 from nvfp4jax.models.cache import LayerCache, Shapes
 from nvfp4jax.models.config import Keys
 from nvfp4jax.models.rope import yarn_mscale
@@ -160,7 +160,7 @@ class LatentAttention(nnx.Module):
         # One head that all queries share, its keys also its values: a slice of them would be a copy of the cache. What
         # is gathered of the rotated keys is dropped.
         shared = latents.reshape(*latents.shape[:-2], 1, *latents.shape[-2:])
-        y = attention.attention(q, shared, shared, starts, layer=layer, scale=c.attention_scale)[..., : c.kv_lora_rank]
+        y = ops.attention(q, shared, shared, starts, layer=layer, scale=c.attention_scale)[..., : c.kv_lora_rank]
         y = self._product("bthr,rhv->bthv", y, w_uv)
         (y,) = feed(y.reshape(*y.shape[:2], -1), (self.o_proj,), inputs.valid)
         return self.o_proj(y), part
@@ -175,7 +175,7 @@ class LatentAttention(nnx.Module):
     def _rotate(self, x: Float[Array, "B T Hq D"], inputs: blocks.StepInputs) -> Float[Array, "B T Hq D"]:
         if self.config.rope_interleave:  # pairs of neighbours to pairs across halves, for queries and keys alike
             x = x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape)
-        return attention.rotate(x, inputs.cos, inputs.sin).astype(x.dtype)
+        return numerics.rotate(x, inputs.cos, inputs.sin).astype(x.dtype)
 
     def _up_projections(self, dtype) -> tuple[Float[Array, "R Hq Dn"], Float[Array, "R Hq Dv"]]:
         """W_UK and W_UV, the halves of each head in kv_b_proj."""

@@ -36,17 +36,18 @@ def stack_of(layer: nnx.Module) -> Callable[..., tuple]:
             layer, nnx.All(NVFP4Param, lambda path, _: tuple(path[:-1]) in selecting), ...
         )
 
-        def body(carry: tuple, scanned: tuple) -> tuple[tuple, tuple]:
-            x, part = carry
-            index, params = scanned
+        def body(carry: tuple, params: Any) -> tuple[tuple, tuple]:
+            x, part, index = carry
             block = nnx.merge(graphdef, whole, params)
             for _, module in nnx.iter_modules(block):
                 if hasattr(module, "layer_index"):
                     module.layer_index = nnx.data(index)
             x, part, experts = block(x, part if part is None else part._replace(layer=index), inputs)
-            return (x, part if part is None else part._replace(layer=None)), (experts, nnx.state(block, InputAmax))
+            part = part if part is None else part._replace(layer=None)
+            return (x, part, index + jnp.int32(1)), (experts, nnx.state(block, InputAmax))
 
-        (x, part), (experts, seen) = lax.scan(body, (x, part), (jnp.arange(layer.depth, dtype=jnp.int32), sliced))
+        # The index is carried: out of an array it would be copied in each turn.
+        (x, part, _), (experts, seen) = lax.scan(body, (x, part, jnp.int32(0)), sliced, length=layer.depth)
         if jax.tree.leaves(seen):
             nnx.update(layer, seen)
         return x, part, experts

@@ -55,5 +55,21 @@ def sample(
                 best = jnp.where(before < top_p, best, -jnp.inf)
             choice = jax.vmap(jax.random.categorical)(keys, best)
             tokens = jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
-    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[:, None], axis=-1)[:, 0]
-    return tokens, logprobs
+    return tokens, jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - log_sum_exp(logits)
+
+
+def log_sum_exp(logits: Float[Array, "B V"]) -> Float[Array, "B"]:
+    """log(sum(exp(logits))) in float32, its sums in one order whatever the batch: XLA's own reductions choose theirs by the shape."""
+    largest = lax.stop_gradient(logits.max(-1, keepdims=True))
+    terms = jnp.exp(logits - largest)
+    width = -(-terms.shape[1] // 128)
+    terms = jnp.pad(terms, ((0, 0), (0, 128 * width - terms.shape[1]))).reshape(-1, 128, width)
+    terms = _halved(terms)[:, 0]
+    return jnp.log(_halved(jnp.pad(terms, ((0, 0), (0, (1 << (width - 1).bit_length()) - width))))[:, 0]) + largest[:, 0]
+
+
+def _halved(x: Float[Array, "B n ..."]) -> Float[Array, "B 1 ..."]:
+    """The sum over axis 1, a power of two, as a tree of additions."""
+    while x.shape[1] > 1:
+        x = x[:, : x.shape[1] // 2] + x[:, x.shape[1] // 2 :]
+    return x

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nvfp4jax import ops
+from nvfp4jax.backends import xla
 from nvfp4jax.models import attention
 from nvfp4jax.models.rope import Rope
 
@@ -30,10 +32,10 @@ def test_against_the_oracle(options, steps, key):
     q, keys, values = (jax.random.normal(jax.random.fold_in(key, i), s) for i, s in enumerate(shapes))
     starts = jnp.asarray([0, 7, 3], jnp.int32)
     expected = oracle(q, keys, values, starts, **options)
-    found = attention.attention(q, keys, values, starts, **options)
+    found = ops.attention(q, keys, values, starts, **options)
     np.testing.assert_allclose(found, expected, atol=2e-6)
     stack = [jnp.stack([x + 1, x]) for x in (keys, values)]
-    found = attention.attention(q, *stack, starts, layer=jnp.int32(1), **options)
+    found = ops.attention(q, *stack, starts, layer=jnp.int32(1), **options)
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
@@ -41,9 +43,37 @@ def test_blocks_of_queries(monkeypatch, key):
     """The last block not full: what all at once gives."""
     q, keys, values = (jax.random.normal(jax.random.fold_in(key, i), s) for i, s in enumerate([(2, 45, 4, 8), (2, 2, 50, 8), (2, 2, 50, 8)]))
     starts = jnp.asarray([0, 5], jnp.int32)
-    whole = attention.attention(q, keys, values, starts)
-    monkeypatch.setattr(attention, "_BLOCK", 16)
-    np.testing.assert_allclose(attention.attention(q, keys, values, starts), whole, atol=1e-6)
+    whole = ops.attention(q, keys, values, starts)
+    monkeypatch.setattr(xla, "_QUERIES", 16)
+    np.testing.assert_allclose(ops.attention(q, keys, values, starts), whole, atol=1e-6)
+
+
+def test_rope_write(key):
+    """Slots and layers but those named keep what they had; a gradient passes to queries, keys and the weights of the norm."""
+    keys = jax.random.split(key, 7)
+    q, k, v = (jax.random.normal(keys[i], (2, 3, h, 8)) for i, h in enumerate((4, 2, 2)))
+    cache = [jax.random.normal(keys[i], (2, 2, 2, 6, 8)) for i in (3, 4)]
+    cos, sin = attention.rope_angles(jnp.asarray([[0, 1, 2], [4, 5, 6]]), Rope().frequencies(8))
+    weights = [1 + jax.random.normal(keys[i], (8,)) for i in (5, 6)]
+
+    def write(q, k, weights):
+        return ops.rope_write(q, k, v, cos, sin, jnp.asarray([0, 4], jnp.int32), *cache, layer=jnp.int32(1), norm=(*weights, 1e-6))
+
+    out, *written = jax.jit(write)(q, k, weights)
+
+    def turned(x, weight):
+        x = np.asarray(x, np.float64)
+        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * np.asarray(weight)
+        half = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * np.arctan2(sin, cos))[:, :, None]
+        return np.concatenate([half.real, half.imag], -1)
+
+    np.testing.assert_allclose(out, turned(q, weights[0]), atol=1e-5)
+    for found, before, new in zip(written, cache, (turned(k, weights[1]), np.asarray(v)), strict=True):
+        expected = np.array(before)
+        expected[1, 0, :, 0:3], expected[1, 1, :, 4:6] = new[0].swapaxes(0, 1), new[1, :2].swapaxes(0, 1)  # one runs over the end
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    grads = jax.grad(lambda *a: sum((x * x * x).sum() for x in write(*a)), argnums=(0, 1, 2))(q, k, weights)
+    assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
 
 
 def test_frequencies():

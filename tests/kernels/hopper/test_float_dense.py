@@ -1,0 +1,37 @@
+"""The bfloat16 matmul of fixed order: against float64, and the bits of a row in other batches."""
+
+import aot
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nvfp4jax.kernels.hopper import float_dense
+
+BF16 = jnp.bfloat16
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(not aot.available(), reason="needs the extra `aot`")
+@pytest.mark.parametrize("m, n", [(3, 128), (200, 16896)])
+def test_compiles(m, n):
+    (kernel,) = aot.compile(float_dense.matmul, ((m, 2048), BF16), ((2048, n), BF16))
+    assert kernel.spills == 0 and not any("C7510" in w for w in kernel.warnings)
+
+
+def test_unsupported():
+    for x, kernel in (((2, 96), (96, 128)), ((2, 64), (64, 100)), ((0, 64), (64, 128))):
+        with pytest.raises(NotImplementedError):
+            float_dense.matmul(jnp.zeros(x, BF16), jnp.zeros(kernel, BF16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [128, 16896])
+def test_a_rows_bits_are_its_own(key, n):
+    x, kernel = jax.random.normal(key, (300, 2048), BF16), jax.random.normal(jax.random.fold_in(key, 1), (2048, n), BF16)
+    whole = np.asarray(jax.jit(float_dense.matmul)(x, kernel))
+    some = slice(0, 300, 7), slice(n - 128, n)
+    exact = np.asarray(x, np.float64)[some[0]] @ np.asarray(kernel[:, some[1]], np.float64)
+    assert np.linalg.norm(whole[some] - exact) < 1e-5 * np.linalg.norm(exact)
+    for rows in (slice(0, 1), slice(7, 71), slice(100, 228), slice(40, 296)):
+        np.testing.assert_array_equal(np.asarray(jax.jit(float_dense.matmul)(x[rows], kernel)).view(np.uint32), whole[rows].view(np.uint32))
