@@ -170,7 +170,8 @@ def project(layer: nnx.Module, x: Array | QuantizedActivation) -> Float[Array, "
     bits that do not depend on the batch."""
     if type(layer) is nnx.Linear and layer.bias is None and not isinstance(x, QuantizedActivation) and layer.dot_general is lax.dot_general:
         # A narrower dtype rounds, as in the layer itself; a wider one would change no product.
-        narrow = lambda v: v if layer.dtype in (None, jnp.promote_types(v.dtype, layer.dtype)) else v.astype(layer.dtype)  # noqa: E731
+        dtype = None if layer.dtype is None else jnp.dtype(layer.dtype)
+        narrow = lambda v: v if dtype is None or dtype.itemsize > v.dtype.itemsize else v.astype(dtype)  # noqa: E731
         return ops.float_matmul(narrow(x), narrow(layer.kernel.get_value()), name="project")
     return layer(x).astype(jnp.float32)
 

@@ -18,7 +18,7 @@ from nvfp4jax.checkpoint import load_model, orbax
 from nvfp4jax.checkpoint.reload import Reader, publish
 from nvfp4jax.layers import AmaxHistory, InputAmax
 from nvfp4jax.rollout import decoding, generate
-from nvfp4jax.scaling import Tensor
+from nvfp4jax.scaling import Delayed, Tensor
 
 generating = importlib.import_module("nvfp4jax.rollout.generate")  # the package's `generate` is the function
 
@@ -228,7 +228,7 @@ def test_checkpoints_and_reloads_leave_the_history_alone(tmp_path):
     publish(tmp_path / "steps", 2, floats, config)
     assert not [path for path in orbax.read_folder(tmp_path / "steps" / "1").shapes if "amax" in path]
     loaded = load_model(tmp_path / "steps" / "1", scan_layers=True)
-    assert loaded.layers[0].mlp.up_proj.scaling == "delayed"
+    assert loaded.layers[0].mlp.up_proj.scaling == Delayed()
     assert len(history(loaded)) == len(before) and not any(leaf.any() for leaf in history(loaded))
     nnx.update(model, orbax.restore_state(tmp_path / "steps" / "1", model))
     reader = Reader(tmp_path / "steps", model)

@@ -217,7 +217,7 @@ def test_quantize_params_is_the_offline_route(key):
     assert len(traced) == 1
     assert all((a.view(np.uint8) == b.view(np.uint8)).all() for a, b in zip(values(made), values(own), strict=True))
     abstract = nvfp4jax.quantize_model(nnx.eval_shape(lambda: Net(nnx.Rngs(0))), RULES)
-    assert [(v.shape, v.dtype) for v in jax.tree.leaves(nnx.state(abstract, nnx.Param))] == [(v.shape, v.dtype) for v in jax.tree.leaves(own)]
+    assert [(v.shape, v.dtype) for v in jax.tree.leaves(nnx.state(abstract))] == [(v.shape, v.dtype) for v in jax.tree.leaves(own)]
     made = nvfp4jax.quantize_params(state, abstract)
     assert all((a.view(np.uint8) == b.view(np.uint8)).all() for a, b in zip(values(made), values(own), strict=True))
 
@@ -229,9 +229,9 @@ def test_stacks_of_layers_quantize_each_layer_alone(key):
     for layers_, convert in ((alone, nvfp4jax.NVFP4Linear.from_float), (experts, nvfp4jax.NVFP4Experts.from_float)):
         graphdef, _ = nnx.split(layers_[0])
         stacked = nnx.merge(graphdef, jax.tree.map(lambda *v: jnp.stack(v), *(nnx.state(m) for m in layers_)))
-        together = nnx.state(convert(stacked), nnx.Param)
+        together = nnx.state(convert(stacked))
         for i, layer in enumerate(layers_):
-            one = nnx.state(convert(layer), nnx.Param)
+            one = nnx.state(convert(layer))
             assert all((np.atleast_1d(a[i]).view(np.uint8) == b.view(np.uint8)).all() for a, b in zip(values(together), values(one), strict=True))
 
 

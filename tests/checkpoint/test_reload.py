@@ -331,7 +331,7 @@ def test_fifty_reloads_retrace_nothing_and_keep_memory_flat(tmp_path):
     @jax.jit
     def forward(params, tokens):
         positions = jnp.arange(4, dtype=jnp.int32)[None]
-        return nnx.merge(graphdef, params)(tokens, positions, None, None)[0]
+        return nnx.merge(graphdef, params)(tokens, positions).logits
 
     tokens = jnp.asarray([[1, 2, 3, 4]], jnp.int32)
     reader = Reader(tmp_path, live)
@@ -361,9 +361,9 @@ def test_a_decode_running_during_the_swap(tmp_path):
     graphdef, params = nnx.split(packed(0))
     settings = decoding.Settings(new_tokens=16, cache_length=24)
     controls = decoding.Controls(jnp.float32(1), jnp.float32(1), jnp.zeros((0,), jnp.int32))
-    prompt, mask = jnp.asarray([[1, 2, 3, 4], [5, 6, 7, 8]], jnp.int32), jnp.ones((2, 4), bool)
+    prompt, lengths = jnp.asarray([[1, 2, 3, 4], [5, 6, 7, 8]], jnp.int32), jnp.full(2, 4, jnp.int32)
     keys = jax.random.split(jax.random.key(0), 2)
-    prefill = jax.jit(lambda p: decoding.prefill(graphdef, p, prompt, mask, keys, controls, settings))
+    prefill = jax.jit(lambda p: decoding.prefill(graphdef, p, prompt, lengths, keys, controls, settings))
     decode = jax.jit(lambda p, state, limit: decoding.decode(graphdef, p, state, limit, controls, settings))
 
     def by_hand(swap_at):
