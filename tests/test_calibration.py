@@ -126,7 +126,8 @@ class Readers(nnx.Module):
         y = y + self.join(x.reshape(*x.shape[:-1], 4, 16).transpose(2, 0, 1, 3))
         flat = x.reshape(-1, 64)
         ids = jnp.ones((flat.shape[0], 2), jnp.int32).at[:, 1].set(2)  # experts 0 and 3 see nothing
-        z = self.experts(flat, ids, jnp.full(ids.shape, 0.5, jnp.float32))
+        flat_valid = None if valid is None else valid.reshape(-1)
+        z = self.experts(flat, ids, jnp.full(ids.shape, 0.5, jnp.float32), valid=flat_valid)
         return models.Output(y[..., :1] + z.reshape(x.shape)[..., :1], cache)
 
 

@@ -172,7 +172,7 @@ def test_bad_input_is_one_line_and_code_2(run, tmp_path, case):
     shutil.copytree(MOE / "bf16", tmp_path / "cut")
     file = tmp_path / "cut" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    folders.copy(MOE / "bf16", tmp_path / "llama", config={"architectures": ["LlamaForCausalLM"]})
+    folders.copy(MOE / "bf16", tmp_path / "llama", config={"architectures": ["FalconForCausalLM"]})
     (tmp_path / "llama" / "tokenizer.json").write_text("{")
     arguments, message = BAD[case]
     error = run(*(argument.format(tmp=tmp_path) for argument in arguments), code=2)
