@@ -66,6 +66,7 @@ def check_against_oracle(model, weights, name):
         np.testing.assert_allclose(scale, np.full(scale.shape, amax / 2688), rtol=2e-5, err_msg=module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_scales_are_those_of_a_float64_model(name):
     model = loading.load(name)
@@ -87,6 +88,7 @@ def test_scales_are_those_of_a_float64_model(name):
         np.testing.assert_allclose(value, scales_by_module(calibrated)[path], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_an_nvfp4_model_is_calibrated_on_its_decoded_weights(scan):
     name = "qwen3-moe-tiny"
@@ -272,6 +274,7 @@ def stored_scales(folder, name="input_scale"):
     return {key.removesuffix("." + name): value for key, value in folders.tensors(folder).items() if key.endswith("." + name)}
 
 
+@pytest.mark.slow
 def test_every_format_keeps_the_scales(small):
     """Equal bits in Orbax and ModelOpt; compressed-tensors stores the reciprocal, rounded once each way."""
     path, calibrated = small
@@ -318,6 +321,7 @@ def test_float_weights_straight_into_the_other_formats(small, tmp_path, output):
     load_model(tmp_path / "out", scaling="static")
 
 
+@pytest.mark.slow
 def test_packed_folders_without_scales_get_them(small, tmp_path):
     """A W4A16 folder in, static out: weights and KV scales keep their bytes; and an Orbax folder calibrated anew."""
     path, _ = small

@@ -90,6 +90,7 @@ def save_tokenizer(folder):
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
+@pytest.mark.slow
 def test_calibration_prompts(run, tmp_path):
     """From a file of text and as token ids: the scales that the library makes of the same prompts, in batches of any kind."""
     config = folders.small_config(vocab_size=512)
@@ -110,6 +111,7 @@ def test_calibration_prompts(run, tmp_path):
     assert leaves(load_model(tmp_path / "mo", scaling="static")).keys() == found.keys()
 
 
+@pytest.mark.slow
 def test_rollout_of_text(run, tmp_path, quantized):
     folder = tmp_path / "with"
     shutil.copytree(quantized, folder)
@@ -122,6 +124,7 @@ def test_rollout_of_text(run, tmp_path, quantized):
     assert lines[0] == "[0.0] " + " ".join(f"w{i}" for i in np.asarray(expected.tokens)[0])
 
 
+@pytest.mark.slow
 def test_sampling_depends_on_the_seed_alone(run, quantized):
     def call(seed):
         return run(

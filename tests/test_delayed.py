@@ -194,6 +194,7 @@ def test_generate_carries_the_history(chunks, graph):
     assert (np.asarray(small.logprobs)[:, 0] != np.asarray(out.logprobs)[:, 0]).all()
 
 
+@pytest.mark.slow
 def test_stacked_layers_have_a_history_each():
     name = "qwen3-moe-tiny"
     model = nvfp4jax.quantize_model(loading.load(name), Rule("layers/.*(_proj|experts)", scaling="delayed"))
@@ -209,6 +210,7 @@ def test_stacked_layers_have_a_history_each():
         np.testing.assert_allclose(history[...], together[path][...], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_checkpoints_and_reloads_leave_the_history_alone(tmp_path):
     folder = DATA / "qwen3-tiny" / "bf16"
     config = json.loads((folder / "config.json").read_text())

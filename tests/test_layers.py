@@ -317,6 +317,7 @@ def test_weights_that_are_not_finite_are_refused(key):
             nvfp4jax.quantize_model(net, RULES)
 
 
+@pytest.mark.slow
 def test_tree_mode(key):
     """The swap, a call and quantize_params under NNX tree mode, in a process of its own: the mode is set at import."""
     program = """

@@ -34,6 +34,7 @@ def small(path, shards=1, **config):
     return folders.write(path, config, folders.small_weights(config), shards)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, kind", [("qwen3-tiny", "mse"), ("qwen3-moe-tiny", None)])
 def test_offline_equals_quantize_params(tmp_path, name, kind):
     source = DATA / name / "bf16"
@@ -282,6 +283,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in kilobytes on Linux")
 @pytest.mark.parametrize("output", ["orbax", "modelopt"])
 def test_memory_stays_under_three_shards(tmp_path, output):

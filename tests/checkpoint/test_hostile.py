@@ -77,6 +77,7 @@ def test_depth(sound, tmp_path, layers):
     refused(lambda: formats.open_checkpoint(folder), "num_hidden_layers=.* must be a count of at most 256")
 
 
+@pytest.mark.slow
 def test_twenty_thousand_empty_tensors(tmp_path):
     header = {f"model.layers.{i}.mlp.up_proj.weight": {"dtype": "BF16", "shape": [0, 8], "data_offsets": [0, 0]} for i in range(20_000)}
     raw = json.dumps(header).encode()

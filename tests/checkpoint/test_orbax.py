@@ -119,6 +119,7 @@ def test_another_tree_is_refused(folder, change, message):
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_or_a_lost_file_never_passes(folder, tmp_path):
     """Every file, damaged at several places, and removed: the right weights or a named error."""
     rng = np.random.default_rng(0)
@@ -266,6 +267,7 @@ def test_health_of_every_value():
         assert len(unhealthy({"x": jnp.asarray(np.asarray([1, value], np.float32))})) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
 @pytest.mark.parametrize("spec", [("x", None), (None, "x"), ("x", "y"), (None, "y"), (("x", "y"),), ()])
 def test_digest_does_not_depend_on_the_sharding(spec):

@@ -88,6 +88,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where, name", [("orbax", "appear"), ("publishing", "_remove")], ids=["before it appears", "before old ones go"])
 def test_a_writer_that_is_killed(tmp_path, where, name):
     """Its lock is free, its leftovers go, the same step or the next one is published."""

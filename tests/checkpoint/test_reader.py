@@ -387,6 +387,7 @@ def test_a_step_of_another_function_is_refused(tmp_path, key, value):
     assert reader.poll() == 2, reader.failures
 
 
+@pytest.mark.slow
 def test_a_bad_float_step_does_not_spoil_the_next(tmp_path):
     rules = [nvfp4jax.Rule("lm_head|.*/mlp/gate", skip=True), nvfp4jax.Rule(".*")]
     build = lambda seed, config=SMALL, dtype=jnp.bfloat16: models.build(config, dtype, rngs=nnx.Rngs(seed))  # noqa: E731

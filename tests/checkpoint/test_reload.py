@@ -214,6 +214,7 @@ def test_unfinished_and_empty_steps(tmp_path):
     assert Reader(tmp_path / "absent", packed(0)).poll() is None
 
 
+@pytest.mark.slow
 def test_every_damaged_file_ends_in_right_weights_or_a_named_error(tmp_path):
     """Each file of a step: lost, a byte flipped, cut at several places. The new step's weights, or the older step's."""
     publish(tmp_path, 1, packed(1), CONFIG)
@@ -298,6 +299,7 @@ def sharded(model: nnx.Module, n: int) -> nnx.Module:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_one_device_to_eight_and_back(tmp_path, scan):
@@ -324,6 +326,7 @@ def test_one_device_to_eight_and_back(tmp_path, scan):
     assert same(Quantizer(eight)(sharded(floats(2, scan), 8)), packed(2, scan))
 
 
+@pytest.mark.slow
 def test_fifty_reloads_retrace_nothing_and_keep_memory_flat(tmp_path):
     live = packed(0)
     graphdef, params = nnx.split(live)
@@ -390,6 +393,7 @@ def test_a_decode_running_during_the_swap(tmp_path):
     assert decode._cache_size() == 1 and (by_hand(9) != by_hand(16)).any()
 
 
+@pytest.mark.slow
 def test_generate_takes_a_published_step_in_flight(tmp_path):
     """A step published while tokens are drawn serves the chunks after it, is named by their versions, and stays in the model."""
 
@@ -420,6 +424,7 @@ def test_generate_takes_a_published_step_in_flight(tmp_path):
     assert (np.asarray(again.weight_versions) == 8).all()
 
 
+@pytest.mark.slow
 def test_bytes_moved(tmp_path):
     """Packed weights are 4.5 bits: against bfloat16, 3.5 times fewer bytes for the layers that are packed."""
     config = folders.small_config(hidden_size=256, moe_intermediate_size=256, num_experts=8, vocab_size=64, mlp_only_layers=[])

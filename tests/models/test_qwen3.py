@@ -199,6 +199,7 @@ def test_bad_configs_name_the_key(change, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_cache_in_pieces_equals_one_forward(scan):
     """11, 1, 11 and 1 tokens at a time, rows of different lengths, slots to spare: the logits of the whole forward."""
@@ -246,6 +247,7 @@ def test_refusals_of_a_call():
         model(ids, ids, return_experts=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, scan", [("qwen3-tiny", False), ("qwen3-moe-tiny", True)], ids=["unrolled", "scanned-moe"]
 )

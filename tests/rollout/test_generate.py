@@ -266,6 +266,7 @@ def test_finished_rows_leave_the_amax():
     assert (np.asarray(runs[0].logprobs[0]) != np.asarray(runs[1].logprobs[0])).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_decode_in_chunks_and_with_new_weights_between(scan):
     """An engine's way: a prefill, then chunks, equal to one call; then new weights from a step on, compiled once."""
@@ -304,6 +305,7 @@ def test_decode_in_chunks_and_with_new_weights_between(scan):
     assert traces == 1
 
 
+@pytest.mark.slow
 def test_new_weights_never_retrace(monkeypatch):
     """20 swaps of NVFP4 weights, other limits and temperatures: one trace, one program; each swap takes effect."""
     name = "qwen3-tiny"
@@ -493,6 +495,7 @@ def one_by_one(model, states, ids, mask, new_tokens, *, key, temperature, stop):
     return tokens, logprobs, lengths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_new_weights_in_flight_against_an_oracle(scan):
     """Weights swapped twice during a rollout: each token from the weights that its version names, over the old cache."""
@@ -523,6 +526,7 @@ def test_new_weights_in_flight_against_an_oracle(scan):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_chunks_with_nothing_to_swap_are_the_undivided_rollout(name):
     """Whatever the chunks, the bits of one rollout; the versions name the weights that served; padding has none."""
