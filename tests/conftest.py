@@ -1,5 +1,6 @@
 """Strict dtypes and ranks, warnings as errors, and shapes checked by jaxtyping in every test."""
 
+import itertools
 import os
 import sys
 import zlib
@@ -69,5 +70,6 @@ def key(seed):
 
 @pytest.fixture(autouse=True)
 def numpy_draws_from_the_seed(seed, monkeypatch):
-    """np.random.default_rng() without a seed takes the test's."""
-    monkeypatch.setattr(np.random, "default_rng", lambda given=None: _default_rng(seed if given is None else given))
+    """np.random.default_rng() without a seed takes the test's, another one at each call."""
+    calls = itertools.count()
+    monkeypatch.setattr(np.random, "default_rng", lambda given=None: _default_rng([seed, next(calls)] if given is None else given))
