@@ -3,6 +3,7 @@
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+EXTRAS ?= test,aot
 CHECKPOINT ?= tests/data/qwen3-moe-tiny/bf16
 export JAX_PLATFORMS ?= cpu
 
@@ -12,13 +13,14 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 12) else "Python 3.12 or newer is needed, found " + sys.version.split()[0] + "; name one with make PYTHON=...")'
+	@echo "setting up $(VENV) for $(EXTRAS): some minutes, and silent"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[test,aot]'
+	$(VENV)/bin/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	touch $@
 
 demo: $(VENV)/.ready
-	$(VENV)/bin/python -m nvfp4jax.demo $(CHECKPOINT)
+	$(VENV)/bin/nvfp4jax demo $(CHECKPOINT)
 
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(TESTS)

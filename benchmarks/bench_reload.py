@@ -9,7 +9,7 @@ take turns, and the median is given:
     raw, one thread   each file in turn, whole, into memory of its own (numpy.fromfile), then to the device
     raw, threads      each file in pieces of 16 MiB by 16 threads (pread into one buffer), then to the device
     load              Orbax alone
-    checked           `orbax.restore_state`: metadata compared, every leaf's digest and health
+    checked           `saved_model.restore_state`: metadata compared, every leaf's digest and health
     ready             `Reader.poll`: a step found, checked, quantized where it is bfloat16, its scales compared with the live ones
 
 Percentages are of the faster raw reader. Then a bfloat16 state that lies on the device through `Quantizer`, and the bytes of the
@@ -32,7 +32,7 @@ from flax import nnx
 
 import nvfp4jax
 from nvfp4jax import models
-from nvfp4jax.checkpoint import orbax
+from nvfp4jax.checkpoint import orbax, saved_model
 from nvfp4jax.checkpoint.reload import Quantizer, Reader, publish
 
 CONFIG = dict(
@@ -89,7 +89,7 @@ def cases(path: Path, model: nnx.Module, live: nnx.Module) -> dict[str, Callable
         "raw, one thread": lambda: lambda: read_raw(path),
         "raw, threads": lambda: lambda: read_raw_by_threads(path),
         "load": lambda: lambda: orbax.ocp.load(path, nested),
-        "checked": lambda: lambda: orbax.restore_state(path, model),
+        "checked": lambda: lambda: saved_model.restore_state(path, model),
         "ready": ready,
     }
 

@@ -1,11 +1,23 @@
 """How fast is a rollout at real size: a decode step and a prefill, random weights made on the device?
 
     python benchmarks/bench_rollout.py [--geometry qwen3-30b-a3b] [--scalings token none bf16] [--batches 1 16 64 256] [--contexts 1024]
-                                       [--prefill 8x1024] [--unrolled] [--profile] [--json FILE] [--plot FILE]       (on a Hopper GPU)
+                                       [--prefill 8x1024] [--cache-dtype float8_e4m3fn] [--unrolled] [--profile] [--json FILE] [--plot FILE]       (on a Hopper GPU)
 
 A step is the wall time of N steps of `rollout.decode` less that of N / 4, divided, the median of three; the cache holds random keys and
 values of `context` slots. "floor" is the time that memory (4.3 TB/s) or the tensor cores (790 TFLOP/s, bf16) need at least, kind of work
 by kind of work: weights read once, those of the experts that a batch reaches on average, the cache's slots in use, the head.
+
+    python benchmarks/bench_rollout.py --batches --prompts 64 --samples 16 [--length 1024] [--new 512]
+
+runs whole rollouts of several samples a prompt, the prompts held once and held by each sample (as many prompts at a time as fit), and
+
+    python benchmarks/bench_rollout.py --batches --prefix-prompts 1209 [--prefix 850] [--own 100] [--mean 121] [--new 512]
+                                       [--rows-in-flight 256 512 1024]
+
+one `generate` of prompts that begin alike, with the prefix held once and without: every token stops its row with a chance of 1 in `mean`,
+by that many stop tokens, at temperature 1. Prefill is counted in both; "ms" is the time for a step of all rows. With --rows-in-flight the same
+prompts, each with a key of its own, in batches of so many and through a queue with so many in flight, the prefix held once. XLA_PYTHON_CLIENT_MEM_FRACTION=.95
+gives them the memory.
 "memory" is arguments and temporaries of the compiled step. --profile splits a step by kernel, by jax's profiler.
 """
 
@@ -33,6 +45,7 @@ from nvfp4jax.scaling import Static
 
 MEMORY, PEAK = 4.3e12, 790e12  # bytes/s, bf16 FLOP/s: measured ceilings of an H200
 NEW = 48  # tokens that a timed run may make
+cache_dtype: str | None = None  # --cache-dtype
 _QWEN3 = dict(vocab_size=151936, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False)
 _QWEN3_MOE = _QWEN3 | dict(
     architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", num_experts=128, num_experts_per_tok=8, norm_topk_prob=True,
@@ -58,9 +71,9 @@ GEOMETRIES = {
                               num_key_value_heads=2, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64),
 }  # fmt: skip
 # What a kernel's name in a profile starts with or has in it -> what it is counted to.
-KINDS = (("attention", ("table_counters", "attention", "flash", "_prefill")), ("quantize", ("operand", "packed_scale", "partials")),
-         ("route and combine", ("expert_ids", "row_of_slot", "logits_weights")), ("cache write", ("scatter", "write")),
-         ("FP4 matmul", ("kernel_mosaic", "dense", "grouped")), ("bf16 matmul", ("gemm", "dot", "cutlass", "nvjet", "xmma")),
+KINDS = (("attention", ("table_counters", "attention", "flash", "_prefill", "_lambda_")), ("bf16 matmul", ("float_dense",)), ("quantize", ("operand", "packed_scale", "partials")),
+         ("route and combine", ("expert_ids", "row_of_slot", "logits_weights")), ("rope and cache write", ("q_k_v_cos", "scatter", "write")),
+         ("FP4 matmul", ("body_mosaic", "kernel_mosaic", "dense", "grouped")), ("bf16 matmul", ("gemm", "dot", "cutlass", "nvjet", "xmma")),
          ("copy", ("memcpy", "Memcpy", "copy", "dynamic_slice")))  # fmt: skip
 
 
@@ -119,7 +132,7 @@ def floor(config: dict, model: nnx.Module, batch: int, context: int, steps: int 
         else:
             rows = batch if "lm_head" in name else tokens
             total += max(size / MEMORY, 2 * rows * elements / PEAK)
-    for array in cache.arrays(jax.eval_shape(lambda: model.init_cache(batch, context))):
+    for array in cache.arrays(jax.eval_shape(lambda: model.init_cache(batch, context, cache_dtype))):
         size = math.prod(array.value.shape) * array.value.dtype.itemsize
         heads = config["num_attention_heads"] / config.get("num_key_value_heads", 1)
         products = 2 * math.prod(array.value.shape) * heads * steps * (0.5 if steps > 1 else 1)
@@ -150,23 +163,32 @@ def by_kind(kernels: dict[str, tuple[float, float]]) -> dict[str, float]:
     return {kind: round(us, 1) for kind, us in kinds.most_common()}
 
 
-def fill_cache(empty):
-    leaves, tree = jax.tree.flatten(empty)
-    return jax.tree.unflatten(tree, [jax.random.normal(jax.random.key(i), x.shape, x.dtype) for i, x in enumerate(leaves)])
+def fill_cache(shapes):
+    """One block of random slots a head, the same for all: making gigabytes of random numbers would take longer than the steps. Scales are 1."""
+    leaves, tree = jax.tree.flatten(shapes)
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def fill(key, shape, dtype):
+        if dtype == jnp.float32 and cache_dtype is not None:
+            return jnp.ones(shape, dtype)
+        return jnp.broadcast_to(jax.random.normal(key, shape[-2:], jnp.bfloat16).astype(dtype), shape)
+
+    return jax.tree.unflatten(tree, [fill(jax.random.key(i), tuple(x.shape), x.dtype) for i, x in enumerate(leaves)])
 
 
 def step(config: dict, model: nnx.Module, batch: int, context: int, profile: bool, steps: int = NEW) -> dict:
     graphdef, params, seen = _split(model)
-    settings = Settings(new_tokens=steps, cache_length=context + steps, sampling=Sampling(False, None, False))
+    settings = Settings(new_tokens=steps, cache_length=context + steps, sampling=Sampling(False, None, False), cache_dtype=cache_dtype)
     controls = Controls(jnp.float32(1), jnp.float32(1), jnp.zeros((0,), jnp.int32))
     ids = jnp.asarray(np.random.default_rng(0).integers(0, config["vocab_size"], batch), jnp.int32)
 
     def state() -> DecodeState:
         return DecodeState(
-            cache=fill_cache(model.init_cache(batch, context + steps)), keys=row_keys(jax.random.key(1), batch, 1), token=ids + 0,
+            cache=fill_cache(jax.eval_shape(lambda: model.init_cache(batch, context + steps, cache_dtype))), keys=row_keys(jax.random.key(1), batch, 1), token=ids + 0,
             position=jnp.full((batch,), context, jnp.int32), step=jnp.int32(1), done=jnp.zeros(batch, bool),
             tokens=jnp.zeros((batch, steps), jnp.int32), logprobs=jnp.zeros((batch, steps), jnp.float32),
-            lengths=jnp.ones(batch, jnp.int32), experts=None, prompt_experts=None, seen=seen,
+            lengths=jnp.ones(batch, jnp.int32), experts=None, prompt_experts=None, used=None, top_tokens=None,
+            top_logprobs=None, seen=seen,
         )  # fmt: skip
 
     run_step = jax.jit(decode, static_argnames="settings", donate_argnames="state")
@@ -201,7 +223,7 @@ def step(config: dict, model: nnx.Module, batch: int, context: int, profile: boo
 
 def prompt(config: dict, model: nnx.Module, batch: int, length: int, profile: bool) -> dict:
     graphdef, params, seen = _split(model)
-    settings = Settings(new_tokens=16, cache_length=length + 16, sampling=Sampling(False, None, False))
+    settings = Settings(new_tokens=16, cache_length=length + 16, sampling=Sampling(False, None, False), cache_dtype=cache_dtype)
     controls = Controls(jnp.float32(1), jnp.float32(1), jnp.zeros((0,), jnp.int32))
     ids = jnp.asarray(np.random.default_rng(0).integers(0, config["vocab_size"], (batch, length)), jnp.int32)
     args = graphdef, params, ids, jnp.full((batch,), length, jnp.int32), row_keys(jax.random.key(1), batch, 1), controls
@@ -229,6 +251,84 @@ def prompt(config: dict, model: nnx.Module, batch: int, length: int, profile: bo
     return found
 
 
+def floor_of_samples(config: dict, model: nnx.Module, prompts: int, samples: int, length: int, new: int, share: bool) -> float:
+    """Seconds of a step on average: each row's own slots, and the prompts' once or for each row."""
+    if not share:
+        return floor(config, model, prompts * samples, length + new // 2)
+    return floor(config, model, prompts * samples, new // 2) + floor(config, model, prompts, length) - floor(config, model, prompts, 0)
+
+
+def samples(config: dict, model: nnx.Module, prompts: int, number: int, length: int, new: int, share: bool) -> dict:
+    """`prompts` prompts of `length` tokens with `number` samples of `new` tokens each, as many prompts at a time as fit."""
+    graphdef, params, seen = _split(model)
+    weights = sum(x.nbytes for x in jax.tree.leaves(params))
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 2**60)
+    slot = sum(x.value.size * x.value.dtype.itemsize for x in cache.arrays(jax.eval_shape(lambda: model.init_cache(1, 1, cache_dtype))))
+    a_prompt = slot * (length + number * (new + 128) if share else number * (length + new))
+    turn = max(1, min(prompts, int((0.95 * limit - weights - 4e9) / a_prompt)))
+    turn = max(n for n in range(1, turn + 1) if prompts % n == 0)
+    settings = Settings(new_tokens=new, cache_length=length + new, num_samples=number, sampling=Sampling(False, None, False), share_prompts=share, cache_dtype=cache_dtype)
+    controls = Controls(jnp.float32(1), jnp.float32(1), jnp.zeros((0,), jnp.int32))
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, config["vocab_size"], (prompts, length)), jnp.int32)
+    lengths, keys = jnp.full((turn,), length, jnp.int32), row_keys(jax.random.key(1), turn, number)
+    start = time.time()
+    args = graphdef, params, ids[:turn], lengths, keys, controls
+    run_prefill = jax.jit(prefill, static_argnames="settings").lower(*args, settings=settings, seen=seen).compile()
+    shapes = jax.eval_shape(functools.partial(prefill, settings=settings, seen=seen), *args)
+    run_decode = jax.jit(decode, static_argnames="settings", donate_argnames="state")
+    run_decode = run_decode.lower(graphdef, params, shapes, jnp.int32(new), controls, settings=settings).compile()
+    compile_s, memory = time.time() - start, run_decode.memory_analysis()
+
+    def run(first: int, tokens: int) -> tuple[float, float]:
+        start = time.time()
+        state = jax.block_until_ready(run_prefill(graphdef, params, ids[first : first + turn], lengths, keys, controls, seen=seen))
+        between = time.time()
+        jax.block_until_ready(run_decode(graphdef, params, state, jnp.int32(tokens), controls).tokens)
+        return between - start, time.time() - between
+
+    run(0, 3)
+    times = np.sum([run(first, new) for first in range(0, prompts, turn)], 0)
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return dict(
+        kind=f"{number} samples, {'shared' if share else 'repeated'}", batch=prompts * number, at_a_time=turn * number, context=length,
+        ms=times[1] * 1e3 / (new - 1) / (prompts // turn), tokens_per_s=prompts * number * new / times.sum(), prefill_s=times[0],
+        floor_ms=floor_of_samples(config, model, turn, number, length, new, share) * 1e3, memory_gb=used / 1e9, compile_s=compile_s,
+    )  # fmt: skip
+
+
+def beginning_alike(
+    config: dict, model: nnx.Module, prompts: int, prefix: int, own: int, mean: int, new: int, share: bool, rows: int | None = None, queue: bool = False
+) -> dict:
+    """Prompts that have `prefix` tokens in common and about `own` more; rows of `mean` tokens on average. rows: None, all at once; or in
+    batches of so many, or through a queue with so many in flight."""
+    rng = np.random.default_rng(0)
+    counts = prefix + rng.integers(own * 3 // 5, own * 7 // 5 + 1, prompts)
+    ids = rng.integers(0, config["vocab_size"], (prompts, counts.max()))
+    ids[:, :prefix] = ids[0, :prefix]
+    mask = np.arange(ids.shape[1]) < counts[:, None]
+    stops = tuple(range(config["vocab_size"] // mean))
+    taken, type(model).takes_shared_cache = type(model).takes_shared_cache, share
+    times, options = [], dict(max_new_tokens=new, temperature=1.0, stop_tokens=stops, cache_dtype=cache_dtype)
+    turns = [slice(None)] if rows is None or queue else [slice(start, start + rows) for start in range(0, prompts, rows)]
+    try:
+        for seed in (1, 2):  # the first one compiles
+            keys = jax.vmap(jax.random.key)(np.arange(prompts, dtype=np.uint32) + np.uint32(seed * prompts))
+            start = time.time()
+            more = dict(rows_in_flight=rows) if queue else {}
+            out = [nvfp4jax.generate(model, ids[turn], mask[turn], key=keys[turn], **options, **more) for turn in turns]
+            lengths = np.concatenate([np.asarray(o.lengths) for o in out])
+            times.append(time.time() - start)
+    finally:
+        type(model).takes_shared_cache = taken
+    steps = int(lengths.sum()) / rows if queue else sum(int(np.asarray(o.lengths).max()) for o in out)
+    kind = f"prefix, {'shared' if share else 'repeated'}" + ("" if rows is None else f", {'a queue' if queue else 'batches'} of {rows}")
+    return dict(
+        kind=kind, batch=prompts, context=int(counts.mean()), ms=times[1] * 1e3 / steps,
+        tokens_per_s=int(lengths.sum()) / times[1], mean_tokens=float(lengths.mean()), floor_ms=floor(config, model, rows or prompts, own + mean // 2) * 1e3,
+        memory_gb=(jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9, compile_s=times[0] - times[1],
+    )  # fmt: skip
+
+
 def plot(results: list[dict], file: str) -> None:
     """Tokens/s over the batch, a line a scaling and context; needs matplotlib."""
     import matplotlib.pyplot as plt
@@ -254,7 +354,7 @@ def table(results: list[dict]) -> str:
         lines.append(f"| {r['scaling']} | {'stacked' if r['stacked'] else 'unrolled'} | {r['kind']} | {r['batch']} x {r['context']} | {r['ms']:.2f} | "
                      f"{r['tokens_per_s']:,.0f} | {r['floor_ms']:.2f} | {r['floor_ms'] / r['ms']:.2f} | {r['memory_gb']:.1f} | {r['compile_s']:.0f} | "
                      f"{r.get('launches', 0):.0f} |")  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join(lines) + (f"\nKeys and values in {cache_dtype}." if cache_dtype else "")
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -265,16 +365,30 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--contexts", nargs="*", type=int, default=[1024])
     parser.add_argument("--prefill", nargs="*", default=[], metavar="ROWSxTOKENS")
+    parser.add_argument("--prompts", type=int, help="with --samples: so many prompts")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=1024, help="of these prompts")
+    parser.add_argument("--prefix-prompts", type=int, help="so many prompts that begin alike")
+    parser.add_argument("--prefix", type=int, default=850)
+    parser.add_argument("--own", type=int, default=100)
+    parser.add_argument("--mean", type=int, default=121)
+    parser.add_argument("--new", type=int, default=512, help="tokens of a row, at most")
+    parser.add_argument("--rows-in-flight", nargs="*", type=int, default=[], help="with --prefix-prompts: so many at a time, in batches and in a queue")
+    parser.add_argument("--shared-only", action="store_true", help="leaves out the rollouts that share nothing")
+    parser.add_argument("--cache-dtype", help="of keys and values, e.g. float8_e4m3fn; the model's without it")
     parser.add_argument("--steps", type=int, default=NEW)
     parser.add_argument("--unrolled", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json")
     parser.add_argument("--plot")
     options = parser.parse_args(argv)
+    global cache_dtype
+    cache_dtype = options.cache_dtype
     config, results = config_of(options.geometry, options.layers), []
 
     def keep(scaling: str, run, *cell) -> None:
-        common = dict(geometry=options.geometry, layers=config["num_hidden_layers"], scaling=scaling, stacked=not options.unrolled)
+        common = dict(geometry=options.geometry, layers=config["num_hidden_layers"], scaling=scaling, stacked=not options.unrolled,
+                      cache_dtype=cache_dtype)
         try:
             results.append(common | run(config, model, *cell))
         except jax.errors.JaxRuntimeError as error:  # out of memory: the next cell may fit
@@ -295,6 +409,16 @@ def main(argv: list[str] | None = None) -> list[dict]:
         for context in options.contexts:
             for batch in options.batches:
                 keep(scaling, step, batch, context, options.profile, options.steps)
+        for share in (True,) if options.shared_only else (True, False):
+            if options.prompts:
+                keep(scaling, samples, options.prompts, options.samples, options.length, options.new, share)
+            if options.prefix_prompts:
+                cell = options.prefix_prompts, options.prefix, options.own, options.mean, options.new
+                if not options.rows_in_flight:
+                    keep(scaling, beginning_alike, *cell, share)
+                for rows in options.rows_in_flight if share else ():
+                    for queue in (False, True):
+                        keep(scaling, beginning_alike, *cell, share, rows, queue)
         del model
     print(table(results))
     if options.plot:

@@ -15,6 +15,7 @@ import numpy as np
 
 import nvfp4jax
 from nvfp4jax import ops
+from nvfp4jax.ops import choice
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
@@ -118,7 +119,7 @@ def main():
     lines = [f"{device.device_kind}, compute capability {getattr(device, 'compute_capability', '-')}, jax {jax.__version__}, nvfp4jax "
              f"{getattr(nvfp4jax, '__version__', '')}, python {platform.python_version()}"]
     works = []
-    default = ops._default_order()
+    default = choice._default_order()
     lines.append(f"backends taken by default: {', '.join(default)}")
     for backend in default:
         wrong = 0

@@ -32,7 +32,7 @@ from flax import nnx
 
 import nvfp4jax
 from nvfp4jax import models
-from nvfp4jax.checkpoint import CheckpointError, orbax, reload
+from nvfp4jax.checkpoint import CheckpointError, orbax, reload, saved_model
 from nvfp4jax.checkpoint.reload import Reader, Weights, publish, steps
 
 CONFIG = dict(
@@ -43,16 +43,23 @@ CONFIG = dict(
 RULES = [nvfp4jax.Rule("lm_head|.*/mlp/gate", skip=True), nvfp4jax.Rule(".*")]
 FIRST_STEP = 2**33
 NEW_TOKENS, SWAP_EVERY = 16, 3
-OBJECTS_A_RELOAD = 60  # TensorStore's metrics leave about 20 a load and 20 a save (measured alone; ours leave none)
-OBJECTS_ONCE = 15_000  # what the first bad config, bad shape, ... of a run traces, compiles and imports
+OBJECTS_A_RELOAD = 2  # measured: 47 objects more after 118 loads and saves
+OBJECTS_ONCE = 6_000  # what is in flight at a mark, one of it a model that is loaded or refused (measured: up to 5,000 more at one mark, gone at the next)
 GROWTH_BYTES = 48e6
 
 
-def resident() -> tuple[int, int]:
-    """(resident bytes, objects that the garbage collector sees)."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"), len(gc.get_objects())
+MARKS = 24
+# Python's list of all objects holds tuples that another thread still fills, which then fails: nothing is published meanwhile.
+publishing = threading.Lock()
+
+
+def resident() -> tuple[int, Counter]:
+    """(resident bytes, objects that the garbage collector sees, by type)."""
+    with publishing:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        objects = Counter(f"{type(o).__module__}.{type(o).__qualname__}" for o in gc.get_objects())
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"), objects
 
 
 class Trainer:
@@ -155,7 +162,7 @@ class Faults:
             change = {"rope_theta": 1e6} if kind == "bad config" else {"moe_intermediate_size": 32}
             path = self.directory / str(step - 1)
             if not path.exists():
-                orbax.save_model(path, models.build(CONFIG | change, rngs=nnx.Rngs(1)), CONFIG | change, step=step - 1)
+                saved_model.save_model(path, models.build(CONFIG | change, rngs=nnx.Rngs(1)), CONFIG | change, step=step - 1)
         elif kind == "unlistable":
             self.unlistable = True
             threading.Timer(self.rng.uniform(0.05, 0.5), setattr, (self, "unlistable", False)).start()
@@ -193,18 +200,19 @@ class Outcome:
 
 
 def train(directory: Path, trainer: Trainer, faults: Faults, rng: random.Random, stop: threading.Event, outcome: Outcome) -> None:
-    step = FIRST_STEP
+    step, rewind = FIRST_STEP, False
     while not stop.is_set():
         step += rng.randint(2, 4)
-        rewind = rng.random() < 0.04
-        if rewind:
-            step -= 30
+        if not rewind and rng.random() < 0.04:  # until it is published: a full disk may refuse it
+            step, rewind = step - 30, True
             outcome.rewinds += 1
         fault = faults.before(step)
         faults.full_disk = fault == "full disk"
         model = trainer.floats(step) if rng.random() < 0.5 else trainer.packed(step)
         try:
-            publish(directory, step, model, CONFIG, keep=4, rewind=rewind)
+            with publishing:
+                publish(directory, step, model, CONFIG, keep=4, rewind=rewind)
+            rewind = False
             outcome.published += 1
         except CheckpointError as error:
             if fault == "full disk" and "No space left" in str(error):
@@ -217,6 +225,14 @@ def train(directory: Path, trainer: Trainer, faults: Faults, rng: random.Random,
         stop.wait(rng.uniform(0, 0.3))
 
 
+def watched(*arguments) -> None:
+    """`train`, whose end by an error is a problem: nothing is published from then on."""
+    try:
+        train(*arguments)
+    except Exception as error:
+        arguments[-1].problems.append(f"the trainer's thread has ended: {type(error).__name__}: {error}")
+
+
 def soak(seconds: float, seed: int) -> dict:
     logging.getLogger("nvfp4jax").setLevel(logging.CRITICAL)
     rng = random.Random(seed)
@@ -227,7 +243,7 @@ def soak(seconds: float, seed: int) -> dict:
     ids = np.asarray([[1, 2, 3, 4]] * 2)
     versions = np.asarray([FIRST_STEP] * SWAP_EVERY + [FIRST_STEP + 1] * (NEW_TOKENS - SWAP_EVERY))
     nvfp4jax.generate(trainer.packed(0), ids, max_new_tokens=NEW_TOKENS, weights=Replay(trainer, versions), swap_every=SWAP_EVERY)  # compiles
-    thread = threading.Thread(target=train, args=(directory, trainer, faults, random.Random(seed + 2), stop, outcome), daemon=True)
+    thread = threading.Thread(target=watched, args=(directory, trainer, faults, random.Random(seed + 2), stop, outcome), daemon=True)
     thread.start()
     begin, marks, seen = time.monotonic(), [], -1
     with Reader(directory, live, poll_seconds=0.05) as reader:
@@ -249,7 +265,7 @@ def soak(seconds: float, seed: int) -> dict:
             outcome.swaps_in_flight += int((np.diff(versions) != 0).sum())
             outcome.reloads += len({*versions.tolist()} - {seen})
             seen = int(versions[-1])
-            if outcome.rollouts % 20 == 0:
+            if time.monotonic() - begin > seconds * len(marks) / MARKS:
                 marks.append((time.monotonic() - begin, outcome.reloads + outcome.published, *resident()))
         stop.set()
         thread.join()
@@ -266,8 +282,10 @@ def soak(seconds: float, seed: int) -> dict:
     settled = marks[len(marks) // 2 :]
     if len(settled) > 1:
         first, last_mark = settled[0], settled[-1]
-        files, objects, grown = last_mark[1] - first[1], last_mark[3] - first[3], last_mark[2] - first[2]
-        figures |= {"resident_mb": [round(m[2] / 1e6) for m in (marks[0], first, last_mark)], "loads_and_saves_between": files, "objects_between": objects}
+        files, more, grown = last_mark[1] - first[1], last_mark[3] - first[3], last_mark[2] - first[2]
+        objects = last_mark[3].total() - first[3].total()
+        figures |= {"resident_mb": [round(m[2] / 1e6) for m in (marks[0], first, last_mark)], "loads_and_saves_between": files, "objects_between": objects,
+                    "objects": [m[3].total() for m in marks], "grown": dict(more.most_common(6))}  # fmt: skip
         if grown > GROWTH_BYTES:
             outcome.problems.append(f"memory grew by {grown / 1e6:.0f} MB in the second half")
         if objects > OBJECTS_A_RELOAD * files + OBJECTS_ONCE:

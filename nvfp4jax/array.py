@@ -1,6 +1,8 @@
 """The two quantized values: NVFP4Array, packed, and QuantizedActivation, made once behind a norm and read by several matmuls."""
 
 import dataclasses
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
-from nvfp4jax import numerics, pytree
+from nvfp4jax import arguments, numerics, pytree
 from nvfp4jax import scaling as scaling_modes
 from nvfp4jax.scaling import Request
 
@@ -32,6 +34,11 @@ class NVFP4Array:
     layer: Int[Array, ""] | None = None
     source: Float[Array, "... K"] | None = None
 
+    def __post_init__(self):
+        # A tree of shardings, or of a transformation's axes, is one too.
+        if any(hasattr(part, "dtype") for part in (self.packed, self.scale, self.global_scale)):
+            _check_parts(self)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The logical shape, [..., K]."""
@@ -46,8 +53,10 @@ class NVFP4Array:
         """The same array without a stack around it."""
         if self.layer is None:
             return self
-        leaves = (lax.dynamic_index_in_dim(v, self.layer, keepdims=False) for v in (self.packed, self.scale, self.global_scale))
-        return NVFP4Array(*leaves, source=self.source)
+        packed, scale, global_scale = (
+            lax.dynamic_index_in_dim(v, self.layer, keepdims=False) for v in (self.packed, self.scale, self.global_scale)
+        )
+        return NVFP4Array(packed, scale, global_scale, source=self.source)
 
     @property
     def aligned_global_scale(self) -> Float[Array, "..."]:
@@ -71,6 +80,23 @@ class NVFP4Array:
         return numerics.dequantize(array.packed, lax.bitcast_convert_type(array.scale, jnp.uint8), dtype)
 
 
+def _check_parts(a: NVFP4Array) -> None:
+    """A ValueError, naming the part, for one whose dtype or shape does not fit."""
+    arguments.array("NVFP4Array: packed", a.packed, "int", ("...", "K/2"))
+    arguments.array("NVFP4Array: scale", a.scale, "float", (*a.packed.shape[:-1], a.packed.shape[-1] // (numerics.BLOCK // 2)))
+    arguments.array("NVFP4Array: global_scale", a.global_scale)
+    for part, dtype in (("packed", jnp.uint8), ("scale", jnp.float8_e4m3fn), ("global_scale", jnp.float32)):
+        if (found := getattr(a, part).dtype) != dtype:
+            raise ValueError(f"NVFP4Array: {part}: {found}; {jnp.dtype(dtype).name} is needed")
+    found, lead = a.global_scale.shape, (*a.packed.shape[:-1], 1)
+    if len(found) > len(lead) or any(n not in (1, size) for n, size in zip(found, lead, strict=False)):
+        raise ValueError(f"NVFP4Array: global_scale: shape {tuple(found)} fits no leading axes of {lead}")
+    if a.layer is not None:
+        arguments.array("NVFP4Array: layer", a.layer, "int", ())
+    if a.source is not None:
+        arguments.array("NVFP4Array: source", a.source, "float", a.shape)
+
+
 pytree.register(NVFP4Array, "packed", "scale", "global_scale", "layer", "source")
 
 
@@ -82,14 +108,14 @@ class QuantizedActivation:
         is the activation itself, in its own dtype.
     row_scale: f32 [] or [..., 1], its global scale, or None where the mode is None.
     source: the float activation [..., K]: where gradients go. No inference program computes or keeps it for this.
-    carried: what the mode hands on to the next call (a history of amaxes), or None.
+    carried: what the mode hands on to the next call (a history of amaxes; beside telemetry, a pair of it and the counts), or None.
     backend: the name of who made it.
     """
 
     operand: Float[Array, "... K"]
     row_scale: Float[Array, "..."] | None
     source: Float[Array, "... K"]
-    carried: Float[Array, "..."] | None = None
+    carried: Any = None
     backend: str = "xla"
 
     @property
@@ -127,23 +153,43 @@ def check_k(k: int, what: str, shape: tuple[int, ...]) -> None:
                          "among 16 elements, so pad K or leave this layer in bfloat16 (Rule(..., skip=True))")
 
 
+def explicit_sharding(x: Any) -> jax.sharding.NamedSharding | None:
+    """How explicit mesh axes lay x out; None where there are none."""
+    sharding = jax.typeof(x).sharding if isinstance(x, jax.Array) else None
+    return None if sharding is None or sharding.mesh.empty else sharding
+
+
+def check_shards(x: Any, what: str) -> None:
+    """A ValueError where explicit mesh axes cut x, which is to be quantized, within a block of 16."""
+    sharding = explicit_sharding(x)
+    if sharding is None or sharding.spec[-1] is None:
+        return
+    names = sharding.spec[-1] if isinstance(sharding.spec[-1], tuple) else (sharding.spec[-1],)
+    parts = math.prod(sharding.mesh.shape[name] for name in names)
+    if x.shape[-1] % (parts * numerics.BLOCK):
+        raise ValueError(f"{what} of shape {tuple(x.shape)}: {'/'.join(names)} cuts K={x.shape[-1]} into {parts} shards, within the blocks of 16 "
+                         "that share a scale; shard another axis, or over fewer devices")
+
+
+def check_unsplit(x: Any, axes: range, what: str, way_out: str) -> None:
+    """A ValueError where explicit mesh axes split one of x's `axes`."""
+    sharding = explicit_sharding(x)
+    names = [] if sharding is None else [str(sharding.spec[a]) for a in axes if sharding.spec[a] is not None]
+    if names:
+        raise ValueError(f"{what} of shape {tuple(x.shape)}: the explicit mesh axis {', '.join(names)} splits it; {way_out}, or make the mesh "
+                         "with axis_types=jax.sharding.AxisType.Auto")  # fmt: skip
+
+
+@numerics.compiled
 def quantize(x: Float[Array, "... K"], request: Request) -> NVFP4Array:
     """x -> NVFP4 as `request` says, in plain jnp: the implementation that every other is held to, bit for bit."""
-    kind = request.four_over_six
-    if request.global_scale is not None:
-        global_scale = jnp.asarray(request.global_scale, jnp.float32)
-        top = numerics.E2M1_MAX * (numerics.E4M3_MAX if kind is None else numerics.E4M3_MAX_FOUR_OVER_SIX)
-        g, amax = numerics.divide(1.0, global_scale), global_scale * jnp.float32(top)
-    else:
-        amax = request.amax
-        if amax is None:
-            amax = scaling_modes.row_amax(x) if request.per_row else scaling_modes.tensor_amax(x, request.valid)
-        g, global_scale, amax = numerics.global_scales(amax, pow2=request.pow2, four_over_six=kind is not None)
-    packed, bits = numerics.quantize_blocks(x, g, amax, four_over_six=kind)
+    g, global_scale, amax = scaling_modes.multipliers(x, request)
+    packed, bits = numerics.quantize_blocks(x, g, amax, four_over_six=request.four_over_six)
     return NVFP4Array(packed, lax.bitcast_convert_type(bits, jnp.float8_e4m3fn), global_scale)
 
 
-def quantize_weight(w: Float[Array, "... N K"], *, four_over_six: str | None = None) -> NVFP4Array:
+@numerics.compiled(static_argnames="four_over_six")
+def quantize_weight(w: Float[Array, "... N K"], *, four_over_six: scaling_modes.FourOverSix | None = None) -> NVFP4Array:
     """A weight [..., N, K] -> NVFP4 with one global scale for each [N, K] matrix: f32 [] or [..., 1, 1].
 
     Values are rounded to bfloat16 first, so that a trainer with float32 masters and a loader of the bfloat16 export get the

@@ -7,6 +7,7 @@ each of their two inputs. q, k and v, and gate and up, read the same input, so t
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +15,28 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from nvfp4jax import layers, numerics, swap
+from nvfp4jax import arguments, layers, numerics, swap
 from nvfp4jax.layers import InputAmax, LargestAmax
+from nvfp4jax.models.protocol import Decoder
 from nvfp4jax.rollout.decoding import call
 from nvfp4jax.rollout.generate import committed
 from nvfp4jax.rollout.prompts import bucket, check_prompts, pack
 from nvfp4jax.scaling import Calibrate, Static, current_valid
 from nvfp4jax.swap import Path, path_string
 
-Batch = ArrayLike | tuple[ArrayLike, ArrayLike | None]
+Batch = ArrayLike | tuple[Any, ...]
 
 
-def calibrate(
-    qmodel: nnx.Module, batches: Iterable[Batch], *, headroom: float = 1.0, float_model: nnx.Module | None = None
-) -> nnx.Module:
+def calibrate[M: nnx.Module](
+    qmodel: M, batches: Iterable[Batch], *, headroom: float = 1.0, float_model: nnx.Module | None = None
+) -> M:
     """A model with the weights of `qmodel`, shared, whose static layers have the input scales that `batches` call for.
 
-    qmodel: what `quantize_model` made with scaling="static", or any other after `nnx.view(qmodel, scaling="static")`; called as
-        `generate` calls it. Scales that its static layers have already are replaced; its other layers stay as they are.
-    batches: each the token ids [B, T] of some prompts, or (ids, attention_mask [B, T]); what is masked takes no part.
+    qmodel: what `quantize_model` made with scaling="static", or any other after `nnx.view(qmodel, scaling="static")`. Scales that
+        its static layers have already are replaced; its other layers stay as they are.
+    batches: for a `models.Decoder`, which is called as `generate` calls it: each the token ids [B, T] of some prompts, or (ids,
+        attention_mask [B, T]); what is masked takes no part. For any other module: each what it is called with, an array or a
+        tuple of arguments; then every row counts.
     headroom: at least 1, times the largest amax seen: activations may grow by it before they saturate.
     float_model: the model that qmodel was made from, to calibrate on what its float layers read. None: on qmodel itself,
         its weights in NVFP4 and its activations not quantized.
@@ -40,7 +44,7 @@ def calibrate(
     An input scale is the contract's global scale of headroom * amax: that divided by 2688 (1536 where the layer's activations are
     four-over-six). ValueError names a layer that no valid token reached, and an argument that does not fit.
     """
-    result = nnx.merge(*nnx.split(qmodel))
+    result = nnx.merge(*nnx.split(arguments.module("calibrate: qmodel", qmodel)))
     modules = swap.scaled_layers(result)
     for path, scales in input_scales(qmodel, batches, headroom=headroom, float_model=float_model).items():
         layer = modules[path]
@@ -57,23 +61,27 @@ def input_scales(
 
     [L] for a stack of layers. With a float_model, qmodel may be abstract.
     """
-    if not (math.isfinite(headroom) and headroom >= 1):
-        raise ValueError(f"headroom={headroom}: a finite factor of at least 1")
-    static = {path: layer for path, layer in swap.scaled_layers(qmodel).items() if isinstance(layer.scaling, Static)}
+    headroom = check_headroom(headroom)
+    batches = check_batches(batches)
+    if float_model is not None:
+        arguments.module("calibrate: float_model", float_model)
+    static: dict[Path, Any] = {path: layer for path, layer in swap.scaled_layers(qmodel).items() if isinstance(layer.scaling, Static)}
     if not static:
-        raise ValueError("calibrate: no layer of the model has scaling='static'; swap with Rule(..., scaling='static'), or take "
+        raise ValueError("calibrate: qmodel: no layer of the model has scaling='static'; swap with Rule(..., scaling='static'), or take "
                          "flax.nnx.view(model, scaling='static')")
     model, watches = _watched(qmodel, static) if float_model is None else _watched_float(float_model, static)
-    graphdef, none_yet, params = nnx.split(model, InputAmax, ...)
-    params = jax.tree.map(committed, params)
+    graphdef, none_yet, *rest = nnx.split(model, InputAmax, ...)
+    params = jax.tree.map(committed, rest[0])
     seen = None
-    for batch in batches:
-        ids, mask = check_prompts(model, *(batch if isinstance(batch, tuple) else (batch, None)))
-        packed = pack(ids, mask, bucket(int(mask.sum(1).max())))  # near lengths share a program
-        found = _observe(graphdef, params, none_yet, *map(jnp.asarray, (packed.ids, packed.positions(), packed.valid)))
+    for number, batch in enumerate(batches):
+        try:
+            called_with = _arguments(model, batch)
+        except ValueError as error:
+            raise ValueError(f"calibrate: batches[{number}]: {error}") from error
+        found = _observe(graphdef, params, none_yet, called_with)
         seen = found if seen is None else jax.tree.map(jnp.maximum, seen, found)
     if seen is None:
-        raise ValueError("calibrate: no batch of prompts was given")
+        raise ValueError("calibrate: batches: no batch of prompts was given")
     nnx.update(model, seen)
     found = {}
     for path, layer in static.items():
@@ -82,11 +90,42 @@ def input_scales(
     return found
 
 
+def _arguments(model: nnx.Module, batch: Any) -> tuple:
+    """What `_observe` calls the model with: a decoder's ids and positions i32 [B, T] and valid bool [B, T]; another's batch."""
+    if not isinstance(model, Decoder):
+        return batch if isinstance(batch, tuple) else (batch,)
+    if isinstance(batch, tuple) and len(batch) != 2:
+        raise ValueError(f"token ids [B, T], or a pair of them and a mask, are needed, not {len(batch)} values")
+    ids, mask = check_prompts(model, *(batch if isinstance(batch, tuple) else (batch, None)))
+    packed = pack(ids, mask, bucket(int(mask.sum(1).max())))  # near lengths share a program
+    return tuple(map(jnp.asarray, (packed.ids, packed.positions(), packed.valid)))
+
+
+def check_headroom(headroom: float) -> float:
+    headroom = math.nan if isinstance(headroom, bool | str) or not np.isscalar(headroom) else float(headroom)
+    if not (math.isfinite(headroom) and headroom >= 1):
+        raise ValueError(f"headroom={headroom}: a finite factor of at least 1")
+    return headroom
+
+
+def check_batches(batches: Iterable[Any]) -> Iterable[Any]:
+    """The batches themselves; an array of token ids alone is no sequence of batches."""
+    if isinstance(batches, str) or hasattr(batches, "shape") or not isinstance(batches, Iterable):
+        raise ValueError(f"calibrate: batches: a sequence of batches is needed, e.g. of token ids [B, T], not {arguments.shown(batches)}")
+    return batches
+
+
 @jax.jit
-def _observe(graphdef, params: Mapping, seen: Mapping, ids: jax.Array, positions: jax.Array, valid: jax.Array) -> nnx.State:
-    """The amaxes of one batch, ids and positions i32 [B, T], valid bool [B, T]; seen: zeros in their place."""
-    model = nnx.merge(graphdef, params, seen)
-    call(model, ids, positions, model.init_cache(*ids.shape, None), valid=valid)
+def _observe(graphdef, params: Mapping, seen: Mapping, arguments: tuple) -> nnx.State:
+    """The amaxes of one batch, `arguments` as `_arguments` gives them; seen: zeros in their place."""
+    model: Any = nnx.merge(graphdef, params, seen)
+    is_decoder = isinstance(model, Decoder)
+    if is_decoder:
+        ids, positions, valid = arguments
+        batch, steps = ids.shape
+        call(model, ids, positions, model.init_cache(batch, steps, None), valid=valid)
+    else:
+        model(*arguments)
     return nnx.state(model, InputAmax)
 
 
@@ -103,14 +142,14 @@ def _scale(layer: str, name: str, amax: jax.Array, headroom: float, four_over_si
     return scale
 
 
-def _watch(observer: nnx.Module, layer: nnx.Module) -> nnx.Module:
+def _watch(observer: Any, layer: Any) -> Any:
     """A float `observer` itself, with an amax to note for each input of the NVFP4 `layer`."""
     for name in layer.inputs:
         setattr(observer, f"{name}_amax", LargestAmax(jnp.zeros(layer.lead, jnp.float32)))
     return observer
 
 
-def _watched(qmodel: nnx.Module, static: Mapping[Path, nnx.Module]) -> tuple[nnx.Module, dict[Path, nnx.Module]]:
+def _watched(qmodel: nnx.Module, static: Mapping[Path, Any]) -> tuple[nnx.Module, dict[Path, Any]]:
     """A copy that shares the weights and quantizes no activation; the layers that take notes, by path."""
     model = nnx.view(qmodel, scaling=None)
     watched = {path: layer for path, layer in swap.scaled_layers(model).items() if path in static}
@@ -132,7 +171,7 @@ class _Watched(nnx.Module):
         return self.layer(inputs, *args, **kwargs)
 
 
-def _watched_float(float_model: nnx.Module, static: Mapping[Path, nnx.Module]) -> tuple[nnx.Module, dict[Path, nnx.Module]]:
+def _watched_float(float_model: nnx.Module, static: Mapping[Path, Any]) -> tuple[nnx.Module, dict[Path, Any]]:
     model = nnx.merge(*nnx.split(float_model))
     floats = {tuple(path): module for path, module in nnx.iter_modules(model)}
     watches, wrapped = {}, {}

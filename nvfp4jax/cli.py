@@ -6,13 +6,14 @@ import logging
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="NVFP4 checkpoints and rollouts in JAX.")
+# Plain help: the framed one cuts words off where the terminal is narrow.
+app = typer.Typer(rich_markup_mode=None, help="NVFP4 checkpoints and rollouts in JAX.")
 
 
 def _version(wanted: bool) -> None:
@@ -44,11 +45,12 @@ MODES = ("none", "static", "delayed", "tensor", "tensor_pow2", "token", "expert"
 _CALIBRATION_BATCH = 8  # prompts in one forward pass
 
 
-def _scaling(name: str, four_over_six: str | None = None) -> Any:
+def _scaling(name: str, four_over_six: Any = None) -> Any:
     from nvfp4jax import scaling
 
     if name not in MODES:
         raise ValueError(f"--scaling {name}: one of {', '.join(MODES)}")
+    scaling.check_four_over_six(four_over_six, "--scaling-four-over-six")
     mode = None if name == "none" else scaling.NAMES[name]
     return mode if mode is None or four_over_six is None else dataclasses.replace(mode, four_over_six=four_over_six)
 
@@ -57,7 +59,7 @@ def _scaling(name: str, four_over_six: str | None = None) -> Any:
 def quantize(
     model_dir: Annotated[Path, typer.Option(help="Hugging Face folder (bf16, FP8 by blocks, NVFP4), or an Orbax folder of ours.")],
     save_dir: Annotated[Path, typer.Option(help="Folder to make; it must not exist.")],
-    output: Annotated[str, typer.Option(help="orbax, modelopt or compressed-tensors.")] = "orbax",
+    output: Annotated[str, typer.Option(help="orbax, modelopt or compressed-tensors (these two share a global scale among fused layers).")] = "orbax",
     keep_first_n: Annotated[int, typer.Option(help="First layers that stay in bfloat16.")] = 0,
     keep_last_n: Annotated[int, typer.Option(help="Last layers that stay in bfloat16.")] = 0,
     exclude: Annotated[list[str] | None, typer.Option(help="Regular expression, searched in 'layers/0/mlp/up_proj'. May repeat.")] = None,
@@ -74,21 +76,23 @@ def quantize(
     calibration_headroom: Annotated[float, typer.Option(help="Input scales leave room for this many times the largest value.")] = 1.0,
     follow_links: _FOLLOW_LINKS = False,
 ) -> None:
-    """Quantize a model to NVFP4, shard by shard; a run that was interrupted goes on when it is started again."""
+    """Quantize a model to NVFP4. It is read shard by shard; a run that was interrupted goes on when it is started again."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from nvfp4jax.checkpoint import convert
+    from nvfp4jax.rollout.prompts import pad_left
 
     _follow_links(follow_links)
+    of_weights: Any = four_over_six  # any word: Selection says which it knows
     selection = convert.Selection(
-        keep_first_n, keep_last_n, tuple(exclude or ()), experts_only, four_over_six, _scaling(scaling, scaling_four_over_six)
+        keep_first_n, keep_last_n, tuple(exclude or ()), experts_only, of_weights, _scaling(scaling, scaling_four_over_six)
     )
     calibration = None
     if calibration_prompts is not None or calibration_token_ids:
         rows, _ = _prompt_rows(model_dir, (), calibration_prompts, calibration_token_ids, ("--calibration-prompts", "--calibration-token-ids"))
         rows.sort(key=len)  # little padding
-        batches = [_padded(rows[i : i + _CALIBRATION_BATCH]) for i in range(0, len(rows), _CALIBRATION_BATCH)]
+        batches = [pad_left(rows[i : i + _CALIBRATION_BATCH]) for i in range(0, len(rows), _CALIBRATION_BATCH)]
         calibration = convert.Calibration(batches, calibration_headroom)
     elif calibration_headroom != 1:
         raise ValueError("--calibration-headroom: without --calibration-prompts there is nothing to calibrate")
@@ -119,7 +123,8 @@ def _prompt_rows(
     texts = list(prompts)
     if file is not None:
         try:
-            texts += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            content = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+            texts += [line for line in content.splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{file_option} {file}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from error
     rows = []
@@ -139,17 +144,6 @@ def _prompt_rows(
     return rows, tokenizer
 
 
-def _padded(rows: Sequence[Sequence[int]]):
-    """Token ids i64 [B, T], padded on the left, and their mask."""
-    import numpy as np
-
-    length = max(map(len, rows))
-    ids, mask = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), bool)
-    for i, row in enumerate(rows):
-        ids[i, length - len(row) :], mask[i, length - len(row) :] = row, True
-    return ids, mask
-
-
 def _tokenizer(checkpoint: Path, ids_option: str):
     from nvfp4jax.checkpoint.tokenizer import Tokenizer
 
@@ -160,170 +154,147 @@ def _tokenizer(checkpoint: Path, ids_option: str):
 
 
 def _stop_tokens(checkpoint: Path) -> list[int]:
+    """As transformers finds them: of generation_config.json, or, where there is none, of the model's own config."""
+    from nvfp4jax.checkpoint import orbax
     from nvfp4jax.checkpoint.safetensors import read_json
 
     file = checkpoint / "generation_config.json"
-    found = read_json(file).get("eos_token_id") if file.is_file() else None
+    if file.is_file():
+        found = read_json(file).get("eos_token_id")
+    elif orbax.exists(checkpoint):
+        file = checkpoint / orbax.METADATA_FILE
+        found = (orbax.read_folder(checkpoint).metadata.get("config") or {}).get("eos_token_id")
+    else:
+        file = checkpoint / "config.json"
+        found = read_json(file).get("eos_token_id")
     found = [] if found is None else found if isinstance(found, list) else [found]
     if not all(type(token) is int for token in found):
         raise ValueError(f"{file}: eos_token_id must be an integer or a list of them")
     return found
 
 
+def _part_of(output: Path) -> Path:
+    """The file that is written first; ValueError for an --output that could not be."""
+    try:
+        if output.is_dir() or not output.absolute().parent.is_dir():
+            raise ValueError(f"--output {output}: a folder" if output.is_dir() else f"--output {output}: {output.absolute().parent} is no folder")
+        part = output.with_name(output.name + ".part")
+        part.exists()
+    except OSError as error:
+        raise ValueError(f"--output {str(output)[:80]}...: {error.strerror}") from None
+    return part
+
+
 @app.command()
 def rollout(
     checkpoint: Annotated[Path, typer.Option(help="Hugging Face folder or Orbax folder.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may repeat.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A file of prompts, one a line.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file of prompts, one a line; - is stdin.")] = None,
     token_ids: Annotated[list[str] | None, typer.Option(help='A prompt as token ids, "1,2,3"; may repeat.')] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to sample for each prompt.")] = 32,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Leave out tokens below this share of the likeliest one's probability.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: what the text holds already becomes less likely.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Taken from the logits of what the answer holds already.")] = 0.0,
     num_samples: Annotated[int, typer.Option(help="Samples a prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the random key.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends a sample, and is cut off; may repeat.")] = None,
     stop_token: Annotated[list[int] | None, typer.Option(help="Token that ends a sample; default: the folder's eos tokens.")] = None,
     cache_length: Annotated[int | None, typer.Option(help="Slots of the KV cache.")] = None,
+    rows_in_flight: Annotated[int | None, typer.Option(help="Samples decoded at a time, the others in a queue; default: all.")] = None,
     scaling: Annotated[str | None, typer.Option(help="Mode of the NVFP4 layers, where not the stored one.")] = None,
-    scan_layers: Annotated[bool, typer.Option(help="Scan equal layers: compiles faster, runs slower.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a sample.")] = False,
+    scan_layers: Annotated[bool, typer.Option(help="Scan equal layers: compiles faster.")] = False,
+    stream: Annotated[
+        bool | None, typer.Option("--stream/--no-stream", help="Print the text as it is sampled; default: on a terminal, one sample.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a sample, with its logprobs.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write the JSON objects to this file, one a line.")] = None,
+    telemetry: Annotated[bool, typer.Option("--telemetry", help="Say on stderr what NVFP4 made of the layers' activations.")] = False,
     follow_links: _FOLLOW_LINKS = False,
 ) -> None:
     """Sample continuations of prompts."""
     import jax
     import numpy as np
+    from flax import nnx
+    from rich.console import Console
 
+    from nvfp4jax import arguments
     from nvfp4jax.checkpoint import load_model
-    from nvfp4jax.rollout import generate
+    from nvfp4jax.rollout import generate, generate_text
+    from nvfp4jax.rollout.prompts import pad_left
 
     _follow_links(follow_links)
     rows, tokenizer = _prompt_rows(checkpoint, prompt or (), prompt_file, token_ids, ("--prompt", "--prompt-file", "--token-ids"))
-    options = {} if scaling is None else {"scaling": _scaling(scaling)}
-    model = load_model(checkpoint, scan_layers=scan_layers, **options)
-    ids, mask = _padded(rows)
-    result = generate(
-        model, ids, mask, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, key=jax.random.key(seed),
-        num_samples=num_samples, stop_tokens=_stop_tokens(checkpoint) if stop_token is None else stop_token, cache_length=cache_length,
+    if stop and tokenizer is None:
+        tokenizer = _tokenizer(checkpoint, "no --stop")
+    if stream and (tokenizer is None or as_json or len(rows) * num_samples != 1):
+        raise ValueError("--stream: one prompt as text and one sample, without --json")
+    if stream is None:
+        stream = tokenizer is not None and not as_json and len(rows) * num_samples == 1 and sys.stdout.isatty()
+    part = None if output is None else _part_of(output)
+    arguments.whole("--seed", seed, -(2**63), 2**63 - 1)
+    if scaling is not None:
+        _scaling(scaling)  # its name is known
+    with Console(stderr=True).status(f"loading {checkpoint}"):
+        model = load_model(checkpoint, scan_layers=scan_layers, scaling=None if scaling == "none" else scaling)  # type: ignore[arg-type]
+    if scaling == "none":  # to load_model None is "as stored"
+        model = nnx.view(model, scaling=None)
+    settings: Any = dict(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty, key=jax.random.key(seed), num_samples=num_samples, cache_length=cache_length,
+        stop_tokens=_stop_tokens(checkpoint) if stop_token is None else stop_token, rows_in_flight=rows_in_flight, telemetry=telemetry,
     )  # fmt: skip
-    tokens, lengths, logprobs = (np.asarray(v) for v in (result.tokens, result.lengths, result.logprobs))
-    sampled = [tokens[i, : lengths[i]].tolist() for i in range(tokens.shape[0])]
-    texts = [None] * len(sampled) if tokenizer is None else tokenizer.decode(sampled)
-    for i, (new, text) in enumerate(zip(sampled, texts, strict=True)):
-        if as_json:
-            record = {"prompt": i // num_samples, "sample": i % num_samples, "tokens": new, "logprobs": logprobs[i, : lengths[i]].tolist()}
-            print(json.dumps(record if text is None else record | {"text": text}))
+    texts: Sequence[str | None]
+    if stream:
+        waiting = Console(stderr=True).status("compiling, and reading the prompt")
+
+        def show(row: int, new: str) -> None:
+            waiting.stop()
+            print(new, end="", flush=True)
+
+        with waiting:
+            texts, result = generate_text(model, tokenizer, rows, stop_strings=stop or (), on_text=show, swap_every=4, **settings)
+        print()
+    else:
+        settings |= dict(progress=Console(stderr=True).is_terminal)
+        if tokenizer is not None:
+            texts, result = generate_text(model, tokenizer, rows, stop_strings=stop or (), **settings)
         else:
+            result = generate(model, *pad_left(rows), **settings)
+            texts = [None] * result.tokens.shape[0]
+    tokens, lengths, logprobs = (np.asarray(v) for v in (result.tokens, result.lengths, result.logprobs))
+    records = []
+    for i, text in enumerate(texts):
+        new = tokens[i, : lengths[i]].tolist()
+        record = {"prompt": i // num_samples, "sample": i % num_samples, "tokens": new, "logprobs": logprobs[i, : lengths[i]].tolist()}
+        records.append(json.dumps(record if text is None else record | {"text": text}))
+        if as_json:
+            print(records[-1])
+        elif not stream:
             print(f"[{i // num_samples}.{i % num_samples}] " + (",".join(map(str, new)) if text is None else text))
-
-
-def _grouped(leaves: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """(pattern, names): leaves of one shape and dtype whose names differ in layer and expert numbers alone."""
-    groups: dict[tuple, list[str]] = {}
-    for name, leaf in leaves.items():
-        pattern = re.sub(r"(?<=[./])\d+(?=[./]|$)", "*", name)
-        groups.setdefault((pattern, tuple(leaf.shape), str(leaf.dtype)), []).append(name)
-    return ((pattern, names) for (pattern, *_), names in groups.items())
-
-
-def _range(values: Sequence[float]) -> str:
-    return "" if not len(values) else f"{min(values):.3g}" if min(values) == max(values) else f"{min(values):.3g}..{max(values):.3g}"
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in [header, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _print_total(nbytes: int, elements: int) -> None:
-    print(f"total: {nbytes:,} bytes, {elements:,} weights, {8 * nbytes / max(elements, 1):.2f} bits a weight")
+    if telemetry:
+        print(result.telemetry, file=sys.stderr)
+    if output is not None and part is not None:
+        part.write_text("".join(record + "\n" for record in records), encoding="utf-8")
+        part.replace(output)
 
 
 @app.command()
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="Hugging Face folder or Orbax folder.")], follow_links: _FOLLOW_LINKS = False
+    directory: Annotated[Path, typer.Argument(help="Hugging Face folder or Orbax folder.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw histograms of the scales into this file (.png, .svg, .pdf).")] = None,
+    follow_links: _FOLLOW_LINKS = False,
 ) -> None:
-    """Print the layers of a checkpoint: formats, shapes, scales, sizes."""
-    from nvfp4jax.checkpoint import orbax
-    from nvfp4jax.checkpoint.survey import require_folder
+    """Print layers of a checkpoint: formats, shapes, scales, sizes."""
+    from nvfp4jax import inspection
 
     _follow_links(follow_links)
-    require_folder(directory)
-    if orbax.exists(directory):
-        _inspect_orbax(directory)
-    else:
-        _inspect_huggingface(directory)
-
-
-def _inspect_huggingface(directory: Path) -> None:
-    from nvfp4jax.checkpoint import formats
-
-    checkpoint = formats.open_checkpoint(directory)
-    tensors, quantization = checkpoint.tensors, checkpoint.quantization
-    described = quantization.method or "none"
-    if quantization.method is not None:
-        described += f" ({'weights only, ' if quantization.weight_only else ''}{len(quantization.exclude)} exclude patterns, KV cache {quantization.kv_cache or 'unquantized'})"
-    print(f"{directory}: Hugging Face, {' '.join(map(str, checkpoint.config.get('architectures') or ['?']))}, quantization: {described}")
-    rows, elements = [], 0
-    scales = (".weight_scale", ".weight_scale_2", ".weight_global_scale", ".input_scale", ".input_global_scale", ".weight_scale_inv")
-    for pattern, names in _grouped({name: info for name, info in tensors.items() if not name.endswith(scales)}):
-        info = tensors[names[0]]
-        module = names[0].removesuffix(".weight").removesuffix(".weight_packed")
-        modules = [name.removesuffix(".weight").removesuffix(".weight_packed") for name in names]
-        packed = formats.is_packed(checkpoint, module)
-        shape = (*info.shape[:-1], 2 * info.shape[-1]) if packed else info.shape
-        parts = [tensors[f"{m}{scale}"] for m in modules for scale in scales if f"{m}{scale}" in tensors]
-        globals_, inputs = [], []
-        for m in modules if packed else ():
-            for name, found in ((f"{m}.weight_scale_2", globals_), (f"{m}.input_scale", inputs)):
-                if name in tensors:
-                    found.append(float(formats.read_scalar(checkpoint, name)))
-            for name, found in ((f"{m}.weight_global_scale", globals_), (f"{m}.input_global_scale", inputs)):
-                if name in tensors:
-                    found.append(float(formats.reciprocal(formats.read_scalar(checkpoint, name))))
-        nbytes = sum(tensors[name].nbytes for name in names) + sum(part.nbytes for part in parts)
-        count = sum(tensors[name].nbytes // info.dtype.itemsize for name in names) * (2 if packed else 1)
-        elements += count
-        kind = "nvfp4" if packed else str(info.dtype)
-        rows.append([pattern, str(len(names)), kind, str(list(shape)), _range(globals_), _range(inputs), f"{nbytes:,}"])
-    _print_table(["tensor", "count", "format", "shape", "global scale", "input scale", "bytes"], rows)
-    _print_total(sum(info.nbytes for info in tensors.values()), elements)
-
-
-def _inspect_orbax(directory: Path) -> None:
-    import numpy as np
-
-    from nvfp4jax.checkpoint import orbax
-
-    folder = orbax.read_folder(directory)
-    metadata, shapes = folder.metadata, folder.shapes
-    config = metadata.get("config") if isinstance(metadata.get("config"), dict) else {}
-    print(f"{directory}: Orbax, format {metadata['format_version']}, {' '.join(map(str, config.get('architectures') or ['?']))}, "
-          f"recipe {metadata.get('recipe')}")  # fmt: skip
-    rules: Any = metadata.get("rules")
-    for rule in rules[:12] if isinstance(rules, list) else ():
-        print(f"  rule {rule}")
-    if isinstance(rules, list) and len(rules) > 12:
-        print(f"  ... {len(rules) - 12} more rules")
-    suffixes = ("_global_scale", "_input_scale", "/input_scale")
-    scales = orbax.restore_leaves(folder, {name: leaf for name, leaf in shapes.items() if name.endswith(suffixes)}, subset=True)
-    values = {name: np.asarray(value).reshape(-1).tolist() for name, value in scales.items()}
-    rows, elements = [], 0
-    for pattern, names in _grouped({name: leaf for name, leaf in shapes.items() if not name.endswith((*suffixes, "_scale"))}):
-        leaf = shapes[names[0]]
-        packed = leaf.dtype == np.uint8
-        bases = [name.removesuffix("_packed") for name in names]
-        parts = [f"{base}{suffix}" for base in bases for suffix in ("_scale", "_global_scale", "_input_scale") if f"{base}{suffix}" in shapes]
-        inputs = [f"{base.rpartition('/')[0]}/input_scale" for base in bases] if packed and bases[0].endswith("/kernel") else []
-        inputs = [name for name in inputs if name in shapes] + [part for part in parts if part.endswith("_input_scale")]
-        globals_ = [v for part in parts if part.endswith("_global_scale") for v in values[part]]
-        nbytes = sum(shapes[name].size * shapes[name].dtype.itemsize for name in {*names, *parts, *inputs})
-        elements += sum(shapes[name].size for name in names) * (2 if packed else 1)
-        shape = (*leaf.shape[:-1], 2 * leaf.shape[-1]) if packed else leaf.shape
-        kind = "nvfp4" if packed else str(leaf.dtype)
-        rows.append([pattern, str(len(names)), kind, str(list(shape)), _range(globals_), _range([v for n in inputs for v in values[n]]), f"{nbytes:,}"])
-    _print_table(["leaf", "count", "format", "shape", "global scale", "input scale", "bytes"], rows)
-    _print_total(sum(leaf.size * leaf.dtype.itemsize for leaf in shapes.values()), elements)
+    inspection.show(directory)
+    if plot is not None:
+        inspection.plot_scales(directory, plot)
+        print(f"scales drawn: {plot}")
 
 
 @app.command()
@@ -331,9 +302,11 @@ def demo(
     directory: Annotated[Path | None, typer.Argument(help="A bfloat16 Hugging Face folder; without one, a tiny random Qwen3-MoE.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to sample for each prompt.")] = 16,
 ) -> None:
-    """Load, swap, save, restore, roll out, reload, roll out again; then a table of the modes."""
-    from nvfp4jax import demo
+    """Load, swap, save, restore, roll out, reload. Then roll out again, and a table of the modes."""
+    from nvfp4jax import arguments, demo
 
+    arguments.whole("--new-tokens", new_tokens, 1)
+    arguments.device()
     if directory is not None:
         demo.run(directory, new_tokens)
         return
@@ -342,11 +315,24 @@ def demo(
         demo.run(Path(folder), new_tokens)
 
 
+_OTHER_NAMES = {"headroom": "--calibration-headroom", "input_ids": "the prompts", "stop_tokens": "--stop-token"}
+
+
+def _with_flags(message: str, command: Any) -> str:
+    """The message of an error in the library, its arguments called what they are on the command line."""
+    flags = _OTHER_NAMES | {option.name: option.opts[0] for option in command.params if option.opts[0].startswith("--")}
+    for name, flag in flags.items():
+        # A name that may also be a word is one where a value follows, or at the beginning.
+        name = rf"(?<![\w/-]){name}(?![\w/-])" if "_" in name else rf"(?<![\w/-]){name}(?==)|^{name}(?=: )"
+        message = re.sub(name, flag, message, count=1)  # what follows is advice
+    return message
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits: 0, or 2 with one line on stderr for bad input, 130 when interrupted."""
     logging.basicConfig(level=logging.WARNING, format="nvfp4jax: %(message)s")
     command = typer.main.get_command(app)
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     try:
         code = command.main(args=arguments, prog_name="nvfp4jax", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -358,7 +344,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         message = getattr(error, "format_message", None)  # what typer raises for bad usage has one
         if message is None and not isinstance(error, ValueError | NotImplementedError):
             raise
-        print(f"nvfp4jax: {' '.join((str(error) if message is None else message()).split())}", file=sys.stderr)
+        said = message() if message is not None else _with_flags(str(error), command.commands[arguments[0]])  # type: ignore[attr-defined]
+        print(f"nvfp4jax: {' '.join(said.split())}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code or 0)
 

@@ -34,6 +34,8 @@ SILU_RATE = 1 - 2.0**-22
 SILU_MIN = -87.25  # below, exp(-g) leaves the range in which its reciprocal is no denormal; silu, under 2**-118, counts as zero
 
 _MANTISSA, _ONE, _HIDDEN = 0x7FFFFF, 0x3F800000, 0x800000
+# One program for an eager call, where each of its hundred operations would be compiled by itself; under a trace it leaves no mark.
+compiled = functools.partial(jax.jit, inline=True)
 
 
 def _bits(x: jax.Array) -> jax.Array:
@@ -55,6 +57,12 @@ def as_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x.astype(jnp.float32)
 
 
+def add(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """a + b; of two bfloat16 arrays whose roundings XLA does not skip (see `as_float32`)."""
+    return rounded(as_float32(a) + as_float32(b), a.dtype).astype(a.dtype) if a.dtype == b.dtype == jnp.bfloat16 else a + b
+
+
+@compiled
 def divide(a: jax.Array | float, b: jax.Array | float) -> jax.Array:
     """a / b for non-negative float32, rounded to nearest even on every backend; a quotient below 2**-126 becomes 0.
 
@@ -83,11 +91,13 @@ def _power_of_two(exponent: jax.Array) -> jax.Array:
     return _float((exponent + 127) << 23)
 
 
+@compiled
 def round_up_to_power_of_two(x: jax.Array) -> jax.Array:
     """The smallest power of two >= x, for positive normal float32 (exp2(ceil(log2(x))) is not exact)."""
     return _float((_bits(x) + _MANTISSA) & ~_MANTISSA)
 
 
+@compiled
 def encode_e4m3(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
     """float32 in [0, 448] -> E4M3 bits, ties to even."""
     bits = _bits(x)
@@ -96,6 +106,7 @@ def encode_e4m3(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
     return jnp.where(x < jnp.float32(2.0**-6), subnormal, normal).astype(jnp.uint8)
 
 
+@compiled
 def decode_e4m3(bits: UInt8[Array, "..."]) -> Float[Array, "..."]:
     """E4M3 bits -> float32; 0x7f and 0xff are NaN."""
     magnitude = (bits & 0x7F).astype(jnp.int32)
@@ -104,6 +115,7 @@ def decode_e4m3(bits: UInt8[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(bits >= 0x80, -value, value)
 
 
+@compiled
 def encode_e2m1(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
     """float32 -> E2M1 code (sign << 3 | magnitude), ties to the even code, saturating at 6. -0.0 gives code 0, NaN code 0."""
     a = jnp.abs(x)
@@ -114,6 +126,7 @@ def encode_e2m1(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
     return code | ((x < 0).astype(jnp.uint8) << 3)
 
 
+@compiled
 def decode_e2m1(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
     """E2M1 codes 0..15 -> float32."""
     magnitude = (codes & 7).astype(jnp.int32)
@@ -121,17 +134,20 @@ def decode_e2m1(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where((codes & 8) != 0, -value, value)
 
 
+@compiled
 def pack(codes: UInt8[Array, "... K"]) -> UInt8[Array, "... K//2"]:
     """Two codes a byte, the first in the low nibble."""
     pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
+@compiled
 def unpack(packed: UInt8[Array, "... K2"]) -> UInt8[Array, "... 2*K2"]:
     """The inverse of `pack`."""
     return jnp.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], packed.shape[-1] * 2)
 
 
+@compiled(static_argnames=("pow2", "four_over_six"))
 def global_scales(
     amax: Float[Array, "..."], *, pow2: bool = False, four_over_six: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -154,6 +170,13 @@ def global_scales(
     return g, global_scale, jnp.where(zero, jnp.float32(0), amax)
 
 
+def wanted_scales(block_amax: Float[Array, "..."], g: Float[Array, "..."], four_over_six: bool) -> Float[Array, "..."]:
+    """The scale that maps a block's amax to 6, before it is clipped and rounded to E4M3. Two orders of operations: TransformerEngine's."""
+    wanted = divide(block_amax, 6.0) * g if four_over_six else block_amax * (g * jnp.float32(1 / 6))
+    return jnp.minimum(wanted, jnp.float32(FLT_MAX))
+
+
+@compiled(static_argnames=("four_over_six", "block_rows"))
 def quantize_blocks(
     x: Float[Array, "... K"],
     g: jax.Array,
@@ -191,10 +214,10 @@ def quantize_blocks(
         multiplier = jnp.where(scale == 0, jnp.float32(FLT_MAX), jnp.minimum(multiplier, jnp.float32(FLT_MAX)))
         return encode_e2m1(jnp.clip(blocks * multiplier, jnp.float32(-E2M1_MAX), jnp.float32(E2M1_MAX))), bits, scale
 
+    base = wanted_scales(block_amax, g, four_over_six is not None)
     if four_over_six is None:
-        codes, bits, _ = encode(jnp.minimum(block_amax * (g * jnp.float32(1 / 6)), jnp.float32(FLT_MAX)))
+        codes, bits, _ = encode(base)
     else:
-        base = jnp.minimum(divide(block_amax, 6.0) * g, jnp.float32(FLT_MAX))
         codes, bits, scale = encode(base)
         codes4, bits4, scale4 = encode(base * jnp.float32(1.5))
         better = _error(blocks, codes4, scale4, amax, four_over_six) < _error(blocks, codes, scale, amax, four_over_six)
@@ -218,6 +241,7 @@ def _error(x, codes, scale, amax, kind: str):
     return total
 
 
+@compiled(static_argnames=("dtype",))
 def dequantize(
     packed: UInt8[Array, "... K2"], scale_bits: UInt8[Array, "... blocks"], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "... 2*K2"]:
@@ -231,11 +255,12 @@ def dequantize(
 # In the order of Hugging Face's models, rounded where they round. Results below 2**-126 may be flushed to zero.
 
 
-def _rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """float32 x rounded to dtype, in float32; no compiler skips it (see `as_float32`)."""
     return as_float32(x.astype(dtype))
 
 
+@compiled
 def inverse_sqrt(x: jax.Array) -> jax.Array:
     """1 / sqrt(x) for positive normal float32, root and reciprocal each rounded to nearest even on every backend.
 
@@ -300,6 +325,7 @@ def _inverse_rms_jvp(eps, primals, tangents):
     return inverse, -inverse * inverse * inverse * slope
 
 
+@compiled(static_argnames=("eps",))
 def rms_norm(x: Float[Array, "... K"], weight: Float[Array, "K"], eps: float) -> Float[Array, "... K"]:
     """x / sqrt(mean(x * x) + eps) over the last axis, rounded to x's dtype, times weight in that dtype: the order of
     transformers' LlamaRMSNorm and Qwen3RMSNorm.
@@ -307,8 +333,8 @@ def rms_norm(x: Float[Array, "... K"], weight: Float[Array, "K"], eps: float) ->
     The bits are the same on every backend, and in the kernels: the sum of squares has one order (`_sum_of_squares`), the mean is
     the sum times float32(1 / K) as in torch on a GPU, root and reciprocal are rounded to nearest. eps: at least 1e-20.
     """
-    normed = _rounded(as_float32(x) * _inverse_rms(x, eps), x.dtype)
-    weight = _rounded(weight.astype(jnp.float32), x.dtype)
+    normed = rounded(as_float32(x) * _inverse_rms(x, eps), x.dtype)
+    weight = rounded(weight.astype(jnp.float32), x.dtype)
     return (normed * weight.reshape((1,) * (x.ndim - 1) + weight.shape)).astype(x.dtype)
 
 
@@ -329,16 +355,18 @@ def _silu_jvp(nudged, primals, tangents):
     return _silu(gate, nudged), dgate * (sigmoid * (1 + gate * (1 - sigmoid)))
 
 
+@compiled
 def silu_mul(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
     """silu(gate), rounded to its dtype, times up in that dtype: the order of transformers' gated MLPs.
 
     Of a bfloat16 gate, silu is the exact value rounded to nearest, on every backend and in the kernels (see SILU_NUDGE; zero
     below SILU_MIN, NaN at minus infinity). Of a float32 gate it is within 3 ulps; its last bits are the backend's.
     """
-    silu = _rounded(_silu(as_float32(gate), gate.dtype == jnp.bfloat16), gate.dtype)
+    silu = rounded(_silu(as_float32(gate), gate.dtype == jnp.bfloat16), gate.dtype)
     return (silu * as_float32(up)).astype(gate.dtype)
 
 
+@compiled
 def rotate(x: Float[Array, "B T H D"], cos: Float[Array, "B T D//2"], sin: Float[Array, "B T D//2"]) -> Float[Array, "B T H D"]:
     """Rotates the halves of D against each other (the Hugging Face layout), in float32."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -4,13 +4,13 @@ import dataclasses
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
-from nvfp4jax import layers
+from nvfp4jax import arguments, layers
 
 _log = logging.getLogger("nvfp4jax")
 
@@ -58,8 +58,7 @@ def describe(qmodel: nnx.Module) -> Report:
 
     Works on a model of arrays and on an abstract one.
     """
-    if not isinstance(qmodel, nnx.Module):
-        raise ValueError(f"describe: {type(qmodel).__name__} is no nnx.Module")
+    arguments.module("describe: qmodel", qmodel)
     packed, left = [], []
     for path, module in nnx.iter_modules(qmodel):
         own = {name: v for name, v in vars(module).items() if isinstance(v, nnx.Variable)}
@@ -80,8 +79,13 @@ def _why(module: nnx.Module, key: str, variable: nnx.Variable) -> str:
     parents = [cls.__name__ for cls in type(module).__mro__[1:] if cls in layers.CONVERTERS]
     if parents:
         return f"a subclass of {parents[0]}; teach it with nvfp4jax.register({type(module).__name__})"
-    if isinstance(module, nnx.Embed):
+    called = f"{type(module).__name__} {key}".lower()
+    if isinstance(module, nnx.Embed) or "embed" in called:
         return "an embedding"
+    if "norm" in called:
+        return "a norm, which multiplies no matrix"
+    if "router" in called:
+        return "a router, whose rounding would change the choice of experts"
     if len(variable.shape) == 3:
         return "a raw Param; Rule(path, scaling=None) packs it for reading, nvfp4jax.register its module for multiplying"
     return f"no known layer; teach it with nvfp4jax.register({type(module).__name__})"
@@ -91,7 +95,7 @@ def log(report: Report, rules: Sequence[Any]) -> None:
     """A few lines on the logger, and a warning for each rule whose path matches more bytes in float than it packed."""
     text = str(report).splitlines()
     _log.info("%s", "\n".join([*text[:8], *([f"  ... {len(text) - 8} more"] if len(text) > 8 else [])]))
-    first: Mapping[str, int] = {}
+    first: dict[str, int] = {}
     for i, rule in enumerate(rules):
         if rule.skip:
             first = first | {e.path: i for e in (*report.packed, *report.left) if _matches(rule, e) and e.path not in first}

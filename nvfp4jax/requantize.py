@@ -1,14 +1,17 @@
 """A trainer's float state into the state of a model already swapped: every leaf accounted for, in both directions."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from nvfp4jax import layers
-from nvfp4jax.swap import Path, path_string, quantized_layers
+from nvfp4jax import arguments, layers
+from nvfp4jax.scaling import is_tracing
+from nvfp4jax.swap import Path, path_string, quantized_layers, shared_places
 
 # What adapters are called beside a kernel: by nnx.LoRALinear, by nnx.LoRA wrappers, by qwix and tunix.
 _ADAPTERS = (("lora", "lora_{}"), ("lora_{}",), ("kernel_lora_{}",), ("w_lora_{}",))
@@ -38,6 +41,12 @@ def quantize_params(state: nnx.State | nnx.Module | Mapping, qmodel: nnx.Module,
     Returns an nnx.State for `nnx.update(qmodel, ...)`. ValueError that names the leaf: missing, surplus (an adapter, a bias that the
     model has not), of another shape or kind.
     """
+    if not quantized_layers(arguments.module("quantize_params: qmodel", qmodel)):
+        raise ValueError(f"quantize_params: qmodel: {type(qmodel).__name__} has no NVFP4 layer; give what quantize_model made")
+    if not isinstance(merge_lora, bool):
+        merge_lora = arguments.number("quantize_params: merge_lora", merge_lora)
+        if merge_lora == 0:  # alpha // rank, most likely
+            raise ValueError("quantize_params: merge_lora=0 would leave the adapters out; alpha / rank is needed, or False to refuse them")
     given = _flatten(state)
     target = dict(nnx.to_flat_state(nnx.state(qmodel, layers.WEIGHTS)))
     taken: set[Path] = set()
@@ -51,14 +60,36 @@ def quantize_params(state: nnx.State | nnx.Module | Mapping, qmodel: nnx.Module,
         floats = {name: _undifferentiated(value) for name, value in floats.items()}
         for name, value in layer.quantize_params(floats).items():
             made[(*path, *name)] = value
-    out = {path: _leaf(path, variable, made, given, taken) for path, variable in target.items()}
+    shared = shared_places(qmodel)
+    out = {path: _leaf(path, variable, made, given, taken, shared) for path, variable in target.items()}
     surplus = [path for path in given if path not in taken]
     if surplus:
         raise ValueError(_surplus(surplus[0], len(surplus)))
+    _check_values({path: variable for path, variable in out.items() if path not in made})
     return nnx.from_flat_state(out)
 
 
-def straight_through(qmodel: nnx.Module, state: nnx.State | nnx.Module | Mapping, *, merge_lora: bool | float = False) -> nnx.Module:
+@functools.partial(jax.jit, static_argnums=1)
+def _fit(x: jax.Array, signed: bool) -> jax.Array:
+    x = x.astype(jnp.float32)
+    return (jnp.isfinite(x) if signed else jnp.isfinite(x) & ~jnp.signbit(x)).all()
+
+
+def _check_values(taken: Mapping[Path, nnx.Variable]) -> None:
+    """Leaves that are taken as they are hold no NaN and no infinity, and scales are not negative; traced ones are not looked at, and inside
+    jit none: a look at one that is not would be traced, too."""
+    if is_tracing():
+        return
+    leaves = {p: v for p, v in taken.items() if isinstance(v.get_value(), jax.Array | np.ndarray) and not isinstance(v.get_value(), jax.core.Tracer)}
+    floats = {p: v for p, v in leaves.items() if jnp.issubdtype(v.dtype, jnp.floating)}
+    fit = {p: _fit(v.get_value(), not isinstance(v, layers.NVFP4Param)) for p, v in floats.items()}  # all are started before the first is waited for
+    for path, good in zip(fit, jax.device_get([*fit.values()]), strict=True):
+        if not good:
+            what = "or a negative scale" if isinstance(floats[path], layers.NVFP4Param) else f"in {floats[path].dtype}"
+            raise ValueError(f"{path_string(path)}: NaN or infinity {what}")
+
+
+def straight_through[M: nnx.Module](qmodel: M, state: nnx.State | nnx.Module | Mapping, *, merge_lora: bool | float = False) -> M:
     """The rollout's own forward over a trainer's float state, for use inside a function that is differentiated.
 
     A copy of `qmodel` with the weights that `quantize_params(state, qmodel)` makes, to the bit, whose gradients reach `state` as if
@@ -76,11 +107,13 @@ def straight_through(qmodel: nnx.Module, state: nnx.State | nnx.Module | Mapping
             node = node.setdefault(part, {})
         node[path[-1]] = jax.lax.stop_gradient(value)
     made = dict(nnx.to_flat_state(quantize_params(values, qmodel, merge_lora=merge_lora)))
+    shared = shared_places(qmodel)
     for path, variable in made.items():
-        if path in given and not isinstance(variable, layers.NVFP4Param | layers.InputScale):
-            made[path] = variable.replace(given[path].astype(variable.dtype))
-    graphdef, _, rest = nnx.split(qmodel, layers.WEIGHTS, ...)
-    result = nnx.merge(graphdef, nnx.from_flat_state(made), jax.tree.map(lambda x: x, rest))
+        source = path if path in given else shared.get(path)
+        if source in given and not isinstance(variable, layers.NVFP4Param | layers.InputScale):
+            made[path] = variable.replace(given[source].astype(variable.dtype))
+    graphdef, _, *rest = nnx.split(qmodel, layers.WEIGHTS, ...)
+    result: Any = nnx.merge(graphdef, nnx.from_flat_state(made), *jax.tree.map(lambda x: x, rest))
     for path, layer in quantized_layers(result).items():
         if hasattr(layer, "set_sources") and not all((*path, *name) in given for name in _packed_names(layer)):
             layer.set_sources(_floats(given, path, layer, merge_lora)[0])
@@ -91,7 +124,7 @@ def _packed_names(layer: nnx.Module) -> list[tuple[str]]:
     return [(name,) for name, value in vars(layer).items() if isinstance(value, layers.NVFP4Param)]
 
 
-def _floats(given: Mapping[Path, Any], path: Path, layer: nnx.Module, merge_lora: bool | float) -> tuple[dict, set[Path]]:
+def _floats(given: Mapping[Path, Any], path: Path, layer: Any, merge_lora: bool | float) -> tuple[dict, set[Path]]:
     """(what `layer` is made of, by name; the paths in the state that were read)."""
     homes = dict(getattr(layer, "float_paths", ()))
     shapes = layer.float_shapes() if hasattr(layer, "float_shapes") else {}
@@ -99,10 +132,12 @@ def _floats(given: Mapping[Path, Any], path: Path, layer: nnx.Module, merge_lora
     for name in layer.float_names():
         home = homes.get(name, (*path, *name))
         home = home if home in given else (*path, *name)
+        if home not in given and (*path, "base_module", *name) in given:  # nnx.LoRA(base_module=the layer)
+            home = (*path, "base_module", *name)
         value = given.get(home)
         if value is None:
             raise ValueError(f"{path_string(path)}: the state has no {path_string(home)}, which this NVFP4 layer is made from")
-        _check_kind(home, value)
+        check_leaf(home, value)
         if name in shapes and tuple(value.shape) != tuple(shapes[name]):
             raise ValueError(f"{path_string(home)}: shape {tuple(value.shape)} in the state; the float layer had {tuple(shapes[name])}")
         floats[name] = value
@@ -113,6 +148,8 @@ def _floats(given: Mapping[Path, Any], path: Path, layer: nnx.Module, merge_lora
         if merge_lora is False or not isinstance(layer, layers.NVFP4Linear):
             raise ValueError(f"{path_string(a)}: the state has a low-rank adapter, which this NVFP4 layer has no place for; merge it into the "
                              "kernel, or, beside a linear layer, pass merge_lora=True (or alpha / rank)")
+        for adapter in adapters:
+            check_leaf(adapter, given[adapter])
         floats[("kernel",)] = layer.merged(floats[("kernel",)], given[a], given[b], float(merge_lora))
         read |= {a, b}
     return floats, read
@@ -126,17 +163,17 @@ def _adapters(given: Mapping[Path, Any], path: Path) -> tuple[Path, Path] | None
     return None
 
 
-def _leaf(path: Path, variable: nnx.Variable, made: Mapping, given: Mapping, taken: set[Path]) -> nnx.Variable:
+def _leaf(path: Path, variable: nnx.Variable, made: Mapping, given: Mapping, taken: set[Path], shared: Mapping[Path, Path]) -> nnx.Variable:
     value = made.get(path)
     if value is None:
-        value = given.get(path)
+        value = given.get(path, given.get(shared.get(path)))
         taken.add(path)
         if value is None:
             if isinstance(variable, layers.InputScale):
                 return variable  # calibrated, not trained: it stays
             raise ValueError(f"the state has no {path_string(path)}, which the model needs")
         if jnp.issubdtype(variable.dtype, jnp.floating) and not isinstance(variable, layers.NVFP4Param):
-            _check_kind(path, value)
+            check_leaf(path, value)
         elif value.dtype != variable.dtype:
             raise ValueError(f"{path_string(path)}: {value.dtype} in the state, {variable.dtype} in the model")
     if tuple(value.shape) != tuple(variable.shape):
@@ -144,7 +181,14 @@ def _leaf(path: Path, variable: nnx.Variable, made: Mapping, given: Mapping, tak
     return variable.replace(value if value.dtype == variable.dtype else value.astype(variable.dtype))
 
 
-def _check_kind(path: Path, value: Any) -> None:
+def is_random(path: Path, value: Any) -> bool:
+    """Whether an array in a plain dict is a random key or count, which is no weight."""
+    dtype = getattr(value, "dtype", None)
+    return dtype is not None and (jnp.issubdtype(dtype, jax.dtypes.prng_key) or ("rngs" in path and dtype == jnp.uint32))
+
+
+def check_leaf(path: Path, value: Any) -> None:
+    """A ValueError unless it is a float weight."""
     if value.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
         raise ValueError(f"{path_string(path)}: {value.dtype} in the state; float weights are needed (bfloat16, float16, float32)")
 
@@ -161,6 +205,8 @@ def _flatten(state: nnx.State | nnx.Module | Mapping) -> dict[Path, jax.Array]:
     """Leaves by path; random states and what only a call notes are no weights."""
     if isinstance(state, nnx.Module):
         state = nnx.state(state)
+    if not isinstance(state, Mapping | nnx.State | nnx.Variable) and not hasattr(state, "dtype"):
+        raise ValueError(f"quantize_params: state: an nnx.Module, its state or a nested dict is needed, not {arguments.shown(state)}")
     flat: dict[Path, jax.Array] = {}
 
     def visit(node, path):
@@ -172,8 +218,10 @@ def _flatten(state: nnx.State | nnx.Module | Mapping) -> dict[Path, jax.Array]:
                 visit(node[key], (*path, key))
         elif not (hasattr(node, "dtype") and hasattr(node, "shape")):
             raise ValueError(f"{path_string(path)}: {type(node).__name__} in the state, where an array is needed")
-        elif "rngs" not in path and not jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
+        elif not is_random(path, node):
             flat[path] = node
 
     visit(state, ())
+    for path, value in flat.items():
+        arguments.held(path_string(path), value)
     return flat

@@ -31,10 +31,12 @@ def check_route(expert_ids, valid):
         raise ValueError(f"route: valid has shape {valid.shape}; expert_ids of shape {expert_ids.shape} wants {expert_ids.shape[:1]}")
 
 
-def check_combine(rows, routing, weights):
+def check_combine(rows, routing, weights, residual=None, out_dtype=None):
     if rows.ndim != 2 or rows.shape[0] != weights.size or routing.row_of_slot.shape != weights.shape:
         raise ValueError(f"combine: rows {rows.shape}, weights {weights.shape} and routing of {routing.row_of_slot.shape} do not match: "
                          "want [T*k, H], [T, k], [T, k]")
+    if residual is not None and (residual.shape != (len(weights), rows.shape[1]) or residual.dtype != out_dtype):
+        raise ValueError(f"combine: residual {residual.dtype}{residual.shape} is not {jnp.dtype(out_dtype)}{(len(weights), rows.shape[1])}")
 
 
 def check_top_k(logits, k):
@@ -96,12 +98,12 @@ def route(expert_ids, num_experts: int, valid=None) -> Routing:
     return Routing(order // jnp.int32(k), jnp.where(known, row_of_slot, jnp.int32(-1)), sizes)
 
 
-def combine(rows, routing: Routing, weights, *, out_dtype=jnp.bfloat16):
-    """rows [T*k, H] -> [T, H]: the weighted sum of each token's rows, in slot order, in float32."""
-    check_combine(rows, routing, weights)
+def combine(rows, routing: Routing, weights, *, out_dtype=jnp.bfloat16, residual=None):
+    """rows [T*k, H] -> [T, H]: the weighted sum of each token's rows, in slot order, in float32, rounded; residual: added to that."""
+    check_combine(rows, routing, weights, residual, out_dtype)
     total = jnp.zeros((weights.shape[0], rows.shape[1]), jnp.float32)
     for j in range(weights.shape[1]):
         row = routing.row_of_slot[:, j, None]
         product = rows[jnp.maximum(row[:, 0], jnp.int32(0))].astype(jnp.float32) * weights[:, j, None].astype(jnp.float32)
         total = jnp.where(row >= 0, total + product, total)
-    return total.astype(out_dtype)
+    return total.astype(out_dtype) if residual is None else residual + total.astype(out_dtype)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from nvfp4jax import numerics, pytree
+from nvfp4jax import arguments, numerics, pytree
 
 HISTORY = 16  # calls that a delayed amax looks back on
 
@@ -60,12 +60,19 @@ class Tensor(_Mode):
     """One amax over the valid rows of this call.
 
     pow2: the global scale is rounded up to a power of two. A row's bits then depend on its neighbours only in blocks whose amax lies
-        below 1/14336 of the call's (1/8192 with four-over-six; `POW2_RANGE`), whose scales are E4M3 denormals.
+        below 1/14336 of the call's (1/8192 with four-over-six; `POW2_RANGE`), whose scales are E4M3 denormals;
+        `blocks_beyond_pow2_range` counts them.
     axes: names of mesh axes that hold other rows, under `jax.shard_map`: the amax is the largest over them (`lax.pmax`).
     """
 
     pow2: bool = False
     axes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        arguments.flag("Tensor: pow2", self.pow2)
+        if not isinstance(self.axes, tuple) or not all(isinstance(axis, str) for axis in self.axes):
+            raise ValueError(f"Tensor: axes={str(self.axes)[:40]!r}: a tuple of names of mesh axes is needed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +90,11 @@ class Static(_Mode):
 
     scale: Float[Array, "..."] | None = dataclasses.field(default=None, compare=False)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.scale is not None:
+            arguments.array("Static: scale", self.scale)
+
 
 @dataclasses.dataclass(frozen=True)
 class Delayed(_Mode):
@@ -93,6 +105,11 @@ class Delayed(_Mode):
     """
 
     history: Float[Array, "H"] | None = dataclasses.field(default=None, compare=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.history is not None:
+            arguments.array("Delayed: history", self.history, "float", ("...", HISTORY))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +122,18 @@ class Calibrate(_Mode):
     largest: Float[Array, ""] | None = dataclasses.field(default=None, compare=False)
 
 
-Scaling = Token | Tensor | PerExpert | Static | Delayed | Calibrate
+@dataclasses.dataclass(frozen=True)
+class Observed(_Mode):
+    """`mode`, None also, and what telemetry counts beside it; only `layers.scaling_of` makes one. four_over_six: the mode's own holds.
+
+    counts: a `counting.Counts`, of the calls before; the call carries it on, in a pair behind what the mode itself carries.
+    """
+
+    mode: "Scaling | None"
+    counts: Any
+
+
+Scaling = Token | Tensor | PerExpert | Static | Delayed | Calibrate | Observed
 Name = Literal["token", "tensor", "tensor_pow2", "expert", "static", "delayed"]
 
 NAMES: dict[str, Scaling] = {
@@ -116,6 +144,21 @@ NAMES: dict[str, Scaling] = {
     "static": Static(),
     "delayed": Delayed(),
 }
+def blocks_beyond_pow2_range(
+    x: Float[Array, "... K"], valid: Bool[Array, "..."] | None = None, *, four_over_six: FourOverSix | None = None
+) -> Int[Array, ""]:
+    """How many blocks of 16 of x a call in mode Tensor(pow2=True) may round in another way than their row alone would be.
+
+    Those whose amax, not 0, is below the call's over `POW2_RANGE`: their bits depend on the other rows. valid: bool x.shape[:-1], rows
+    that count. For telemetry: jittable, nothing of it runs in a rollout.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    mask = jnp.ones(rows.shape[0], bool) if valid is None else valid.reshape(-1)
+    blocks = magnitude(rows).astype(jnp.float32).reshape(rows.shape[0], -1, numerics.BLOCK).max(-1)
+    beyond = blocks * jnp.float32(POW2_RANGE[four_over_six]) < tensor_amax(rows, mask)
+    return ((blocks > 0) & beyond & mask[:, None]).sum(dtype=jnp.int32)
+
+
 # The array that a mode carries through a call, by class: what a layer keeps in a Variable.
 CARRIED = {Static: "scale", Delayed: "history", Calibrate: "largest"}
 
@@ -149,7 +192,7 @@ def name_of(scaling: Scaling | None) -> str | None:
 def to_json(scaling: Scaling | None) -> str | dict | None:
     """A mode, without the array that it carries, as a JSON value: its name, or a dict where there is more to say."""
     name = name_of(scaling)
-    if name is None or scaling == NAMES[name]:
+    if scaling is None or name is None or scaling == NAMES[name]:
         return name
     more = {"four_over_six": scaling.four_over_six, "axes": list(getattr(scaling, "axes", ()))}
     return {"name": name} | {key: value for key, value in more.items() if value}
@@ -160,7 +203,7 @@ def from_json(value: Any) -> Scaling | None:
     if not isinstance(value, dict):
         return parse(value, "scaling")
     mode = parse(value.get("name"), "scaling")
-    more = {key: tuple(v) if key == "axes" else v for key, v in value.items() if key != "name"}
+    more: dict[str, Any] = {key: tuple(v) if key == "axes" else v for key, v in value.items() if key != "name"}
     if mode is None or more.keys() - {"four_over_six", "axes"} or ("axes" in more and not isinstance(mode, Tensor)):
         raise ValueError(f"scaling={str(value)[:80]} is not a mode")
     return dataclasses.replace(mode, **more)
@@ -198,9 +241,11 @@ def resolve(
     if isinstance(scaling, Static):
         scale = jnp.asarray(scaling.scale, jnp.float32)
         if scale.ndim:
+            assert group_sizes is not None  # `parse` lets experts alone have a scale each
             scale = scale[group_ids(group_sizes, x.shape[0])][:, None]
         return Request(global_scale=scale, four_over_six=kind), None
     if isinstance(scaling, PerExpert):
+        assert group_sizes is not None  # `parse` refuses it elsewhere
         return Request(amax=expert_amax(x, group_sizes, valid), four_over_six=kind), None
     if isinstance(scaling, Tensor):
         if not scaling.axes:
@@ -209,14 +254,31 @@ def resolve(
         return Request(amax=amax, pow2=scaling.pow2, four_over_six=kind), None
     amax = tensor_amax(x, valid)
     if isinstance(scaling, Calibrate):
+        assert scaling.largest is not None  # the layer's: `layers.scaling_of`
         return None, jnp.maximum(scaling.largest, amax)
+    assert isinstance(scaling, Delayed)  # `ops` takes an Observed apart
+    assert scaling.history is not None
     largest = scaling.history.max()
     history = jnp.concatenate([amax[None], scaling.history[:-1]])
     return Request(amax=jnp.where(largest > 0, largest, amax), four_over_six=kind), history
 
 
+def multipliers(x: Float[Array, "... K"], request: Request) -> tuple[Array, Array, Array]:
+    """What `request` means for x: (encode multiplier, global scale, the amax that they stand for), as of `numerics.global_scales`."""
+    four_over_six, amax = request.four_over_six is not None, request.amax
+    if request.global_scale is not None:
+        global_scale = jnp.asarray(request.global_scale, jnp.float32)
+        top = numerics.E2M1_MAX * (numerics.E4M3_MAX_FOUR_OVER_SIX if four_over_six else numerics.E4M3_MAX)
+        return numerics.divide(1.0, global_scale), global_scale, global_scale * jnp.float32(top)
+    if amax is None:
+        amax = row_amax(x) if request.per_row else tensor_amax(x, request.valid)
+    return numerics.global_scales(amax, pow2=request.pow2, four_over_six=four_over_six)
+
+
 def by_group(scaling: Scaling | None) -> bool:
     """Whether the mode asks which expert a row goes to."""
+    if isinstance(scaling, Observed):
+        return by_group(scaling.mode)
     return isinstance(scaling, PerExpert) or (isinstance(scaling, Static) and scaling.scale is not None and scaling.scale.ndim > 0)
 
 
@@ -277,7 +339,7 @@ class _Rows:
 _rows: contextvars.ContextVar[_Rows | None] = contextvars.ContextVar("valid_rows", default=None)
 
 
-def _tracing() -> bool:
+def is_tracing() -> bool:
     """Whether jax traces a program here: what it computes then is no value yet."""
     return isinstance(jnp.zeros(()) + jnp.ones(()), jax.core.Tracer)
 
@@ -289,9 +351,11 @@ def valid_rows(mask: Bool[Array, "..."] | None) -> Iterator[None]:
     mask: bool, of the shape of the activations without their last axis, e.g. [B, T]. A layer whose scaling reads it and whose input has
     another shape is an error that names the layer, never a guess. Under `jit`, enter it in the traced function, with a traced mask.
     """
+    if mask is not None:
+        arguments.array("valid_rows: mask", mask, "bool")
     outer = _rows.get()
     cleared = mask is None and outer is not None and outer.mask is not None
-    token = _rows.set(_Rows(None if mask is None else jnp.asarray(mask, bool), cleared, _tracing()))
+    token = _rows.set(_Rows(None if mask is None else jnp.asarray(mask, bool), cleared, is_tracing()))
     try:
         yield
     finally:
@@ -311,7 +375,7 @@ def current_valid(x: Float[Array, "... K"], name: str) -> Bool[Array, "..."] | N
     if rows.mask.shape != x.shape[:-1]:
         raise ValueError(f"{name}: the mask of valid_rows has shape {rows.mask.shape}, this layer's input of shape {tuple(x.shape)} needs "
                          f"{tuple(x.shape[:-1])}; pass valid= to the layer, or enter valid_rows with a mask of that shape around it")
-    if not rows.traced and not isinstance(rows.mask, jax.core.Tracer) and _tracing():
+    if not rows.traced and not isinstance(rows.mask, jax.core.Tracer) and is_tracing():
         raise ValueError(f"{name}: valid_rows was entered outside of jit, so its mask would be a constant of the compiled program; enter it in "
                          "the jitted function, with the mask as an argument")
     return rows.mask

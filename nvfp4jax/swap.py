@@ -5,12 +5,12 @@ Plain module surgery: no sample input, no forward pass, no interception. The mod
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
 
-from nvfp4jax import layers, ops, report
+from nvfp4jax import arguments, layers, ops, report
 from nvfp4jax import scaling as modes
 from nvfp4jax.ops import Implementation
 from nvfp4jax.scaling import FourOverSix, Name, Scaling
@@ -42,14 +42,15 @@ class Rule:
 
     def __post_init__(self):
         if not isinstance(self.module_path, str):
-            raise ValueError(f"Rule: module_path={self.module_path!r} is no regular expression")
+            raise ValueError(f"Rule: module_path={str(self.module_path)[:40]} is no regular expression")
         name = f"Rule({self.module_path!r})"
         try:
             re.compile(self.module_path)
         except re.error as error:
-            raise ValueError(f"{name} is no regular expression: {error}") from error
+            raise ValueError(f"{name}: module_path is no regular expression: {error}") from error
         object.__setattr__(self, "scaling", modes.parse(self.scaling, name))
         modes.check_four_over_six(self.weight_four_over_six, f"{name}: weight_four_over_six")
+        arguments.flag(f"{name}: skip", self.skip)
         object.__setattr__(self, "implementation", ops.check_implementation(self.implementation))
 
     def options(self) -> dict[str, Any]:
@@ -58,6 +59,7 @@ class Rule:
 
 def children(node: Any) -> Iterator[tuple[Any, Any]]:
     """The modules, containers and Params that a module or container holds, by name or index."""
+    items: Iterable[tuple[Any, Any]]
     if isinstance(node, Mapping):
         items = node.items()
     elif isinstance(node, list | tuple | nnx.List):
@@ -72,7 +74,8 @@ def children(node: Any) -> Iterator[tuple[Any, Any]]:
 def set_child(parent: Any, key: Any, value: Any) -> None:
     if isinstance(parent, tuple):
         raise ValueError(f"a layer at index {key} sits in a tuple, which cannot be changed in place; hold your layers in an nnx.List")
-    if isinstance(parent, Mapping | list | nnx.List):
+    has_items = isinstance(parent, Mapping | list | nnx.List)
+    if has_items:
         parent[key] = value
     else:
         setattr(parent, key, value)
@@ -82,24 +85,32 @@ def path_string(path: Path) -> str:
     return "/".join(map(str, path))
 
 
-def quantize_model(model: nnx.Module, rules: Rule | Sequence[Rule]) -> nnx.Module:
+def quantize_model[M: nnx.Module](model: M, rules: Rule | Sequence[Rule]) -> M:
     """A copy of `model` whose layers are swapped for NVFP4 ones as the first matching rule says.
 
     Works on a model of arrays and on an abstract one (`nnx.eval_shape`); layers that two parents share stay shared, and a Param that two
     layers share is found again by `quantize_params`. What was packed and what stayed is logged; `describe` returns it.
     ValueError for a rule that matches nothing, and for a layer that cannot be quantized, naming its path and shape.
     """
-    rules = [rules] if isinstance(rules, Rule) else list(rules)
+    rules = [rules] if isinstance(rules, Rule) else rules
+    if not isinstance(rules, Sequence):
+        raise ValueError(f"quantize_model: rules: a Rule or a sequence of them is needed, not {arguments.shown(rules)}")
+    rules = [rules] if isinstance(rules, str) else list(rules)
     if wrong := [rule for rule in rules if not isinstance(rule, Rule)]:
         raise ValueError(f"quantize_model: {wrong[0]!r} is no Rule; write Rule({wrong[0]!r}) or Rule(r'.*')")
     if not isinstance(model, nnx.Module):
-        raise ValueError(f"quantize_model: {type(model).__name__} is no nnx.Module; a Linen module or a tree of arrays cannot be swapped")
+        raise ValueError(f"quantize_model: model: {arguments.shown(model)} is no nnx.Module; a Linen module or a tree of arrays cannot be swapped")
     patterns = [re.compile(rule.module_path) for rule in rules]
     used = [False] * len(rules)
     done: dict[int, nnx.Module] = {}
     seen_layers: list[str] = []
     copy = nnx.clone(model)
     homes = {id(node): tuple(path) for path, node in nnx.iter_graph(copy) if isinstance(node, nnx.Variable)}
+    places: dict[int, list[Path]] = {}
+    for path, module in nnx.iter_modules(copy):
+        for key, child in children(module):
+            if isinstance(child, nnx.Variable):
+                places.setdefault(id(child), []).append((*path, key))
 
     def decide(path: str, wanted: Callable[[Rule], bool]) -> Rule | None:
         for i, (rule, pattern) in enumerate(zip(rules, patterns, strict=True)):
@@ -110,12 +121,13 @@ def quantize_model(model: nnx.Module, rules: Rule | Sequence[Rule]) -> nnx.Modul
 
     def converted(node: nnx.Module, path: Path, rule: Rule) -> nnx.Module:
         name = path_string(path)
-        new = layers.CONVERTERS[type(node)](node, name=name or type(node).__name__, **rule.options())
+        new: Any = layers.CONVERTERS[type(node)](node, name=name or type(node).__name__, **rule.options())
         if hasattr(new, "float_names"):
             # Where a float state has what this layer is made of: a Param that is shared stands at the first of its places.
             own = {names: _get(node, names) for names in new.float_names()}
             homes_of = {names: homes.get(id(v), (*path, *names)) for names, v in own.items()}
             new.float_paths = tuple((names, home) for names, home in homes_of.items() if home != (*path, *names))
+            new.float_places = tuple((names, place) for names, v in own.items() for place in places.get(id(v), ()) if place != (*path, *names))
         return new
 
     def visit(node: Any, path: Path) -> Any:
@@ -135,6 +147,10 @@ def quantize_model(model: nnx.Module, rules: Rule | Sequence[Rule]) -> nnx.Modul
             rule = decide(name, lambda rule: True)
             if rule is not None and not rule.skip:
                 new = converted(node, path, rule)
+                # What it keeps as it was, a router say, is skipped: a rule that says so has matched.
+                kept = [inside for inside, m in nnx.iter_modules(new) if inside and type(m) in layers.CONVERTERS]
+                for inside in kept:
+                    decide(path_string((*path, *inside)), lambda rule: False)
             done[id(node)] = new
             return new
         if isinstance(node, nnx.Module) and decide(name, lambda rule: False) is not None:
@@ -154,6 +170,12 @@ def quantize_model(model: nnx.Module, rules: Rule | Sequence[Rule]) -> nnx.Modul
         raise ValueError(f"rule {unused[0]!r} matches no layer that an earlier rule has not taken; {_what_there_is(model, seen_layers)}")
     report.log(report.describe(result), rules)
     return result
+
+
+def shared_places(qmodel: nnx.Module) -> dict[Path, Path]:
+    """Where else a swapped layer's float Params stood, e.g. an embedding's table: each place -> the layer's own path to it."""
+    layers_ = quantized_layers(qmodel).items()
+    return {place: (*path, *names) for path, layer in layers_ for names, place in getattr(layer, "float_places", ())}
 
 
 def _get(node: Any, names: Path) -> Any:
@@ -176,6 +198,6 @@ def scaled_layers(model: nnx.Module) -> dict[Path, layers.NVFP4Linear | layers.N
     return {tuple(path): m for path, m in nnx.iter_modules(model) if isinstance(m, layers.NVFP4Linear | layers.NVFP4Experts)}
 
 
-def quantized_layers(model: nnx.Module) -> dict[Path, nnx.Module]:
-    """The NVFP4 layers of a swapped model by path, registered ones with `quantize_params` among them."""
+def quantized_layers(model: nnx.Module) -> dict[Path, Any]:
+    """The NVFP4 layers of a swapped model by path: modules with `quantize_params` and `float_names`, registered ones among them."""
     return {tuple(path): m for path, m in nnx.iter_modules(model) if hasattr(m, "quantize_params") and hasattr(m, "float_names")}

@@ -1,6 +1,6 @@
 """Compile the kernels for a GPU that is not there, and read what the compiler says of them.
 
-Needs `jax-cuda13-plugin` and `jax-cuda13-pjrt` beside jax, JAX_PLATFORMS=cpu, and for the machine code `nvdisasm`
+Needs the extra aot or aot-cuda12 (`jax-cuda13-plugin` and `jax-cuda13-pjrt`, or 12) beside jax, JAX_PLATFORMS=cpu, and for the machine code `nvdisasm`
 (the package `nvidia-cuda-nvdisasm`, or a CUDA toolkit). A test holds "no spills", "no serialized wgmma" and
 "N instructions in the main loop" as numbers:
 

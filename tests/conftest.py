@@ -1,5 +1,6 @@
 """Strict dtypes and ranks, warnings as errors, and shapes checked by jaxtyping in every test."""
 
+import gc
 import itertools
 import os
 import sys
@@ -10,15 +11,19 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+# The same examples in each run; NVFP4JAX_FRESH=1 (make test-all, CI) draws new ones, and says which where one fails.
+FRESH = os.environ.get("NVFP4JAX_FRESH") == "1"
+
 if os.environ.get("NVFP4JAX_TEST_GPU") != "1":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    # A third of the tests' time would be LLVM's. CI runs what holds bits optimized as for users, too.
+    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Before nvfp4jax is imported: annotations of these modules are enforced while tests run.
 install_import_hook(
-    ["nvfp4jax.numerics", "nvfp4jax.array", "nvfp4jax.scaling", "nvfp4jax.ops", "nvfp4jax.models", "nvfp4jax.rollout"],
+    ["nvfp4jax.numerics", "nvfp4jax.fp8", "nvfp4jax.array", "nvfp4jax.scaling", "nvfp4jax.ops", "nvfp4jax.models", "nvfp4jax.rollout"],
     "beartype.beartype",
 )
 
@@ -30,21 +35,50 @@ import numpy as np  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The same examples in each run; NVFP4JAX_FRESH=1 (make test-all, CI) draws new ones, and says which where one fails.
-FRESH = os.environ.get("NVFP4JAX_FRESH") == "1"
 hypothesis.settings.register_profile("ours", deadline=None, max_examples=25, derandomize=not FRESH, print_blob=True)
 hypothesis.settings.load_profile("ours")
 _default_rng = np.random.default_rng
 
 DATA = Path(__file__).parent / "data"
+SLOW = Path(__file__).parent / "slow.txt"
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config, items):
-    """GPU tests run only where they are asked for: `NVFP4JAX_TEST_GPU=1 pytest -m gpu` on a machine with a Hopper GPU."""
+    """GPU tests run only where they are asked for: `NVFP4JAX_TEST_GPU=1 pytest -m gpu` on a machine with a Hopper GPU. What `slow.txt` names is
+    marked so."""
     wanted = os.environ.get("NVFP4JAX_TEST_GPU") == "1"
+    slow = {line for line in SLOW.read_text().splitlines() if not line.startswith("#")}
+    if config.args == config.getini("testpaths") and (gone := slow - {item.nodeid for item in items}):
+        raise pytest.UsageError(f"tests/slow.txt names tests that are gone: {', '.join(sorted(gone))}")
     for item in items:
+        if item.nodeid in slow:
+            item.add_marker(pytest.mark.slow)
         if "gpu" in item.keywords and not wanted:
             item.add_marker(pytest.mark.skip(reason="needs a GPU: NVFP4JAX_TEST_GPU=1 pytest -m gpu"))
+
+
+_TESTS = itertools.count(1)
+
+
+def _mappings() -> int:
+    """Of this process' memory. Each compiled program takes a few, Linux allows 65,530, and beyond XLA's compiler dies of a fault."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """NVFP4JAX_CPU_TIMES=FILE appends the seconds of CPU of each test, its children's too: what `slow.txt` is made of."""
+    before = sum(os.times()[:4])
+    result = yield
+    if next(_TESTS) % 10 == 0 and _mappings() > 25_000:
+        jax.clear_caches()
+        gc.collect()
+    if file := os.environ.get("NVFP4JAX_CPU_TIMES"):
+        with open(file, "a") as out:
+            out.write(f"{sum(os.times()[:4]) - before:.2f} {item.nodeid}\n")
+    return result
 
 
 @pytest.fixture

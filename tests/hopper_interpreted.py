@@ -124,13 +124,16 @@ class Split(Interpreted, dense_split.Split):
         own = pl.ds(at.row_tile * self.rows + wg * 64, 64)
         refs.out[at.slice, pl.ds(at.token_tile * self.tokens, self.tokens), own] = acc.T
 
+    def axes(self, ctas):
+        return dict(grid=(ctas, self.slices), grid_names=("tile", "slice"))
+
     def build(self):
         p = self.product
         sums = jax.ShapeDtypeStruct((self.slices, self.token_tiles * self.tokens, p.n), jnp.float32)
-        run = self.launch(sums, grid=(self.row_tiles * self.token_tiles, self.slices), grid_names=("tile", "slice"))
+        run = self.launch(self.body, sums, self.ctas)
 
-        def finished(w, s, x, row_scale, global_scale, bias, layer):
-            total = functools.reduce(jnp.add, run(w, s, x, row_scale, global_scale, bias, layer))[:p.m]
+        def finished(w, s, x, row_scale, global_scale, bias, residual, layer):
+            total = functools.reduce(jnp.add, run(w, s, x, row_scale, global_scale, bias, residual, layer))[:p.m]
             return scaled(p, total, row_scale.reshape(-1, 1), global_scale[0], bias)
 
         return finished

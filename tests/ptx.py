@@ -483,6 +483,8 @@ class _Run:
             low, high = ((v(1) >> np.uint64(s)).astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float16).view(np.uint16)
                          .astype(np.uint64) for s in (0, 8))
             put(low | high << np.uint64(16))
+        elif op == "cvt.rn.bf16.f32":
+            put(_join(_f(v(1)), np.zeros(len(at), F32)) & np.uint64(0xFFFF))
         elif op == "cvt.f32.f16":
             put(_u(v(1).astype(np.uint16).view(np.float16).astype(F32)))
         elif op in ("cvt.u32.u16", "cvt.u16.u32"):

@@ -55,7 +55,7 @@ class _Run(ptx_hopper._Run):
         if pc >= len(self.instructions):
             return super().step(at, pc)
         predicate, negated, op, operands = self.instructions[pc]
-        own = op.startswith(("cp.async.cg", "cp.async.commit", "cp.async.wait", "atom.", "ldmatrix", "bar.arrive"))
+        own = op.startswith(("cp.async.cg", "cp.async.ca", "cp.async.commit", "cp.async.wait", "atom.", "ldmatrix", "bar.arrive"))
         if not own or op.startswith("cp.async.bulk"):
             return super().step(at, pc)
         self.pc[at] = pc + 1
@@ -73,7 +73,7 @@ class _Run(ptx_hopper._Run):
             return self.load_matrix(op, operands, at)
         for warp in np.unique(self.warp[at]):
             lanes = at[self.warp[at] == warp]
-            if op.startswith("cp.async.cg"):
+            if op.startswith(("cp.async.cg", "cp.async.ca")):
                 self.copy(operands, lanes, warp)
             elif op.startswith("cp.async.commit"):
                 self.groups.setdefault(warp, []).append(self.copies.pop(warp, []))
@@ -95,13 +95,15 @@ class _Run(ptx_hopper._Run):
 
     def copy(self, operands, lanes, warp):
         to = (self.address(operands[0], lanes) % np.uint64(1 << 32)).astype(int)
-        assert (to % 16 == 0).all() and to.max() + 16 <= self.shared_size, "cp.async outside shared memory or misaligned"
-        size = self.value(operands[3], lanes).astype(int) if len(operands) > 3 else np.full(len(lanes), 16)
-        offsets, data = to[:, None] + np.arange(16), np.zeros((len(lanes), 16), np.uint8)
+        width = int(operands[2])
+        assert (to % width == 0).all() and to.max() + width <= self.shared_size, "cp.async outside shared memory or misaligned"
+        size = self.value(operands[3], lanes).astype(int) if len(operands) > 3 else np.full(len(lanes), width)
+        assert np.isin(size, (0, width)).all()
+        offsets, data = to[:, None] + np.arange(width), np.zeros((len(lanes), width), np.uint8)
         some = np.flatnonzero(size)
         if len(some):
-            for memory, where, start in self.memory("cp.async.global", self.address(operands[1], lanes)[some], lanes[some], 16):
-                data[some[where]] = memory[start[:, None] + np.arange(16)]
+            for memory, where, start in self.memory("cp.async.global", self.address(operands[1], lanes)[some], lanes[some], width):
+                data[some[where]] = memory[start[:, None] + np.arange(width)]
         self.shared[0][offsets] = 0xA5
         self.copies.setdefault(warp, []).append((offsets, data))
 
@@ -168,23 +170,45 @@ class _Run(ptx_hopper._Run):
             super().compute(op, parts, operands, at)
 
 
-def run_prefill(kernel, inputs, out, *, grid, threads=384, seed=None):
-    """The PTX of a prefill on numpy inputs (q, keys, values, layer, starts, counts), written to `out`."""
-    q, keys, values, layer, starts, counts = inputs
-    tokens = q.swapaxes(1, 2)  # what a copy has one of comes last; an axis of 1 is left out
-    maps = [ptx_hopper.TensorMap(tokens if len(q) > 1 else tokens[0], (64, 64, 1, 1)[:3 + (len(q) > 1)], 128)]
-    maps += [ptx_hopper.TensorMap(a.reshape(-1, *a.shape[3:]), (64, 128, 1), 128) for a in (keys, values)]
+def _cache_maps(*arrays):
+    """Pieces of 128 slots, 64 columns at a time."""
+    return [ptx_hopper.TensorMap(a.reshape(-1, *a.shape[3:]), (64, 128, 1), 128) for a in arrays]
+
+
+def _run_warpgroups(kernel, loaded, stored, maps, grid, seed):
     before, ptx_hopper._Run = ptx_hopper._Run, _Run
     try:
-        ptx_hopper.run(kernel.ptx, {"ld.global": [starts, counts, layer.reshape(1)], "st.global": [out]}, maps, grid=grid, threads=threads,
-                       shared=kernel.smem, seed=seed)
+        ptx_hopper.run(kernel.ptx, {"ld.global": loaded, "st.global": stored}, maps, grid=grid, threads=384, shared=kernel.smem, seed=seed)
     finally:
         ptx_hopper._Run = before
 
 
-def compiled_text(f, *structs):
-    """The program that XLA makes of jit(f) for an H200."""
+def run_prefill(kernel, inputs, out, *, grid, seed=None):
+    """The PTX of a prefill on numpy inputs (q, keys, values, layer, starts, counts, and shared keys, values, slots where rows share),
+    written to `out`."""
+    q, keys, values, layer, starts, counts, *shared = inputs
+    tokens = q.swapaxes(1, 2)  # what a copy has one of comes last; an axis of 1 is left out
+    maps = [ptx_hopper.TensorMap(tokens if len(q) > 1 else tokens[0], (64, 64, 1, 1)[:3 + (len(q) > 1)], 128)]
+    maps += _cache_maps(*[a for pair in zip(shared[:2], (keys, values)) for a in pair] if shared else (keys, values))
+    _run_warpgroups(kernel, [starts, counts, layer.reshape(1), *shared[2:]], [out], maps, grid, seed)
+
+
+def run_shared(kernel, inputs, padded, each, outs, *, grid, seed=None):
+    """The PTX of `attention_shared` on numpy inputs (q, keys, values, layer, slots, table), written to `outs`. A copy of q has `each` rows
+    of `padded` queries."""
+    q, keys, values, layer, slots, table = inputs
+    rows, heads, d = keys.shape[1], keys.shape[2], q.shape[-1]
+    q = q.reshape(rows, len(q) // rows, heads, -1, d)
+    q = np.pad(q, ((0, 0),) * 3 + ((0, padded - q.shape[3]), (0, 0))).swapaxes(1, 2)
+    box = [size for size, axis in zip((64, padded, each, 1, 1), q.shape[::-1]) if (size, axis) != (1, 1)]
+    maps = [ptx_hopper.TensorMap(q.reshape([axis for size, axis in zip((1, 1, each, padded, 64), q.shape) if (size, axis) != (1, 1)]),
+                                 tuple(box), 128)]
+    _run_warpgroups(kernel, [table, slots, layer.reshape(1)], outs, maps + _cache_maps(keys, values), grid, seed)
+
+
+def compiled_text(f, *structs, donate=()):
+    """The program that XLA makes of jit(f) for an H200. donate: arguments that it may write into."""
     device, sharding = aot._device("h200")
     structs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in structs]
     with aot._default_device(device):
-        return jax.jit(f).lower(*structs).compile().as_text()
+        return jax.jit(f, donate_argnums=tuple(donate)).lower(*structs).compile().as_text()

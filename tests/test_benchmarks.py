@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import aot
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -36,9 +37,42 @@ def test_rollout_floor():
 
 
 @pytest.mark.slow
+@pytest.mark.aot
+@pytest.mark.skipif(not aot.available(), reason="needs the extra `aot`")
+def test_compile():
+    out = subprocess.run([sys.executable, str(FOLDER / "bench_compile.py"), "--geometries", "tiny"], check=True, capture_output=True, text=True).stdout
+    kinds = [line.split()[:2] for line in out.splitlines()[1:]]
+    assert kinds == [["tiny", "stacked"], ["tiny", "unrolled"]]
+
+
+@pytest.mark.slow
 def test_rollout(tmp_path):
     file = tmp_path / "found.json"
-    argv = ["--geometry", "tiny", "--layers", "1", "--batches", "2", "--contexts", "16", "--prefill", "2x8", "--steps", "8", "--json", str(file)]
+    argv = ["--geometry", "tiny", "--layers", "1", "--batches", "2", "--contexts", "16", "--prefill", "2x8", "--steps", "8",
+            "--cache-dtype", "float8_e4m3fn", "--json", str(file)]  # fmt: skip
     out = subprocess.run([sys.executable, str(FOLDER / "bench_rollout.py"), *argv], check=True, capture_output=True, text=True).stdout
     assert [r["kind"] for r in json.loads(file.read_text())] == ["prefill", "decode"]
     assert len([line for line in out.splitlines() if line.startswith("|")]) == 4
+
+
+@pytest.mark.slow
+def test_rollout_through_a_queue(tmp_path):
+    file = tmp_path / "found.json"
+    argv = ["--geometry", "tiny", "--layers", "1", "--scalings", "bf16", "--batches", "--prefix-prompts", "5", "--prefix", "140", "--own", "10",
+            "--mean", "4", "--new", "8", "--rows-in-flight", "2", "--json", str(file)]  # fmt: skip
+    subprocess.run([sys.executable, str(FOLDER / "bench_rollout.py"), *argv], check=True)
+    batches, queue = json.loads(file.read_text())
+    assert [r["kind"] for r in (batches, queue)] == ["prefix, shared, batches of 2", "prefix, shared, a queue of 2"]
+    assert batches["mean_tokens"] == queue["mean_tokens"] > 1 and queue["tokens_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_rollout_of_samples_and_of_a_prefix(tmp_path):
+    file = tmp_path / "found.json"
+    argv = ["--geometry", "tiny", "--layers", "1", "--scalings", "bf16", "--batches", "--prompts", "2", "--samples", "2",
+            "--length", "130", "--prefix-prompts", "3", "--prefix", "140", "--own", "10", "--mean", "4", "--new", "8", "--json", str(file)]  # fmt: skip
+    subprocess.run([sys.executable, str(FOLDER / "bench_rollout.py"), *argv], check=True)
+    found = json.loads(file.read_text())
+    kinds = [f"{what}, {how}" for how in ("shared", "repeated") for what in ("2 samples", "prefix")]
+    assert [r["kind"] for r in found] == kinds and all(r["tokens_per_s"] > 0 and 0 < r["floor_ms"] for r in found)
+    assert found[0]["floor_ms"] < found[2]["floor_ms"] and 1 <= found[1]["mean_tokens"] <= 8

@@ -1,16 +1,22 @@
 """The command line: what it prints, and one line with exit code 2 for what is wrong."""
 
+import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from checkpoint import folders
 from checkpoint.test_huggingface import leaves
 from conftest import DATA
 
-from nvfp4jax import cli
+from nvfp4jax import cli, inspection
 from nvfp4jax.checkpoint import load_model
 from nvfp4jax.checkpoint.convert import Calibration, Selection, quantize_folder
 from nvfp4jax.rollout import generate
@@ -64,20 +70,57 @@ def test_inspect_hugging_face(run, form):
     assert f"total: {total:,} bytes" in text and "1,119,616 weights" in text
 
 
+@pytest.mark.parametrize("form", ["modelopt-nvfp4", "compressed-tensors-nvfp4", "orbax", "bf16"])
+def test_inspect_draws_scales(run, form, quantized, tmp_path):
+    """A picture; what is drawn is what the files hold."""
+    pytest.importorskip("matplotlib")
+    directory = quantized if form == "orbax" else MOE / form
+    if form == "bf16":
+        assert "no NVFP4 weight" in run("inspect", directory, "--plot", tmp_path / "scales.png", code=2)
+        return
+    assert "scales drawn" in run("inspect", directory, "--plot", tmp_path / "scales.png")
+    assert (tmp_path / "scales.png").read_bytes()[:4] == b"\x89PNG"
+    if form != "orbax":
+        tensors = folders.tensors(directory)
+        drawn = inspection._huggingface_scales(directory)
+        blocks = [value for name, value in tensors.items() if name.endswith(".weight_scale")]
+        np.testing.assert_array_equal(np.sort(drawn["block scales"]), np.sort(np.concatenate([b.ravel() for b in blocks]).astype(np.float32)))
+        given = [value.reshape(-1).astype(np.float32) for name, value in tensors.items() if name.endswith(("weight_scale_2", "weight_global_scale"))]
+        plain = np.concatenate(given) if form == "modelopt-nvfp4" else 1 / np.concatenate(given)
+        np.testing.assert_allclose(np.sort(drawn["global scales"]), np.sort(plain), rtol=1e-6)
+    assert "--plot" in run("inspect", directory, "--plot", tmp_path / "absent" / "scales.png", code=2)
+
+
+@pytest.mark.parametrize("command", ["quantize", "rollout", "inspect", "demo"])
+def test_help_fits_80_columns(run, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run(command, "--help").splitlines()
+    assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+
+
 def test_rollout_of_token_ids(run, quantized):
-    common = ("rollout", "--checkpoint", quantized, "--scan-layers", "--max-new-tokens", 5, "--num-samples", 2)
-    lines = run(*common, "--token-ids", "1,2,3", "--token-ids", "7 8 9 10 11", "--json").splitlines()
+    common = ("rollout", "--checkpoint", quantized, "--scan-layers", "--max-new-tokens", 5, "--num-samples", 2,
+              "--token-ids", "1,2,3", "--token-ids", "7 8 9 10 11")  # fmt: skip
+    lines = run(*common, "--stop-token", 10_000, "--json").splitlines()  # one that no row draws: all three share a program
     records = [json.loads(line) for line in lines]
     assert [(r["prompt"], r["sample"]) for r in records] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     ids, mask = np.array([[0, 0, 1, 2, 3], [7, 8, 9, 10, 11]]), np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    expected = generate(load_model(quantized, scan_layers=True), ids, mask, max_new_tokens=5, num_samples=2)
+    expected = generate(load_model(quantized, scan_layers=True), ids, mask, max_new_tokens=5, num_samples=2, stop_tokens=[10_000])
     for i, record in enumerate(records):
         assert record["tokens"] == np.asarray(expected.tokens)[i].tolist()
         np.testing.assert_allclose(record["logprobs"], np.asarray(expected.logprobs)[i], rtol=1e-6)
     first, second = records[0]["tokens"][:2]
     assert first != second
-    text = run(*common, "--token-ids", "1,2,3", "--stop-token", second)
-    assert text == f"[0.0] {first},{second}\n[0.1] {first},{second}\n"
+    text = run(*common, "--stop-token", second)
+    assert text.startswith(f"[0.0] {first},{second}\n[0.1] {first},{second}\n[1.0] ")
+
+
+@pytest.mark.slow
+def test_rollout_through_a_queue(run, quantized):
+    common = ("rollout", "--checkpoint", quantized, "--scan-layers", "--max-new-tokens", 4, "--num-samples", 2, "--json",
+              "--token-ids", "1,2,3", "--token-ids", "7 8 9", "--token-ids", "5 6")  # fmt: skip
+    found, expected = ([json.loads(line) for line in run(*common, *more).splitlines()] for more in (("--rows-in-flight", 2), ()))
+    assert [r | dict(logprobs=None) for r in found] == [r | dict(logprobs=None) for r in expected] and len(found) == 6
 
 
 def save_tokenizer(folder):
@@ -112,7 +155,16 @@ def test_calibration_prompts(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_rollout_of_text(run, tmp_path, quantized):
+def test_rollout_telemetry(quantized, capsys):
+    """The table goes to stderr: stdout stays what it is."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(["rollout", "--checkpoint", str(quantized), "--scan-layers", "--token-ids", "1,2", "--max-new-tokens", "2", "--json", "--telemetry"])
+    captured = capsys.readouterr()
+    assert end.value.code == 0 and len(json.loads(captured.out)["tokens"]) == 2
+    assert re.search(r"inputs of NVFP4 layers, [\d,]+ blocks: saturated 0, .*\nlayer +amax +saturated +beyond +flushed\nlayers/", captured.err)
+
+
+def test_rollout_of_text(run, tmp_path, quantized, monkeypatch):
     folder = tmp_path / "with"
     shutil.copytree(quantized, folder)
     save_tokenizer(folder)
@@ -121,7 +173,19 @@ def test_rollout_of_text(run, tmp_path, quantized):
     lines = text.splitlines()
     assert len(lines) == 3 and lines[0].removeprefix("[0.0] ") == lines[1].removeprefix("[1.0] ")
     expected = generate(load_model(folder, scan_layers=True), np.array([[1, 2, 3]]), max_new_tokens=3)
-    assert lines[0] == "[0.0] " + " ".join(f"w{i}" for i in np.asarray(expected.tokens)[0])
+    words = [f"w{i}" for i in np.asarray(expected.tokens)[0]]
+    assert lines[0] == "[0.0] " + " ".join(words)
+    # Prompts from stdin, cut at a word; JSON lines into a file; text as it is sampled.
+    monkeypatch.setattr("sys.stdin", io.StringIO("w1 w2 w3\n\nw9\n"))
+    common = ("rollout", "--checkpoint", folder, "--scan-layers", "--max-new-tokens", 3)
+    text = run(*common, "--prompt-file", "-", "--stop", " " + words[1], "--output", tmp_path / "out.jsonl")
+    assert text.splitlines()[0] == f"[0.0] {words[0]}"
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [r["prompt"] for r in records] == [0, 1] and records[0]["text"] == words[0]
+    assert records[0]["tokens"] == np.asarray(expected.tokens)[0, :2].tolist()
+    np.testing.assert_allclose(records[0]["logprobs"], np.asarray(expected.logprobs)[0, :2], rtol=1e-5)
+    assert run(*common, "--prompt", "w1 w2 w3", "--stream") == " ".join(words) + "\n"
+    assert "one prompt as text" in run(*common, "--prompt", "w1", "--num-samples", 2, "--stream", code=2)
 
 
 @pytest.mark.slow
@@ -133,6 +197,23 @@ def test_sampling_depends_on_the_seed_alone(run, quantized):
         )  # fmt: skip
 
     assert call(0) == call(0) != call(1)
+
+
+def test_the_folders_stop_tokens(tmp_path, quantized):
+    """Of generation_config.json, where there is one, else of the model's config, as transformers' GenerationConfig.from_model_config has it."""
+    folder = folders.copy(MOE / "bf16", tmp_path / "a", config={"eos_token_id": 7})
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    assert cli._stop_tokens(folder) == [7]
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    assert cli._stop_tokens(folder) == [3, 5]
+    (folder / "generation_config.json").write_text("{}")
+    assert cli._stop_tokens(folder) == []
+    (folder / "generation_config.json").write_text('{"eos_token_id": "5"}')
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id must be an integer"):
+        cli._stop_tokens(folder)
+    (folder / "generation_config.json").unlink()
+    quantize_folder(folder, tmp_path / "packed", Selection(experts_only=True))
+    assert cli._stop_tokens(tmp_path / "packed") == [7]
 
 
 QUANTIZE = ["quantize", "--model-dir", str(MOE / "bf16"), "--save-dir", "{tmp}/x"]
@@ -150,7 +231,7 @@ BAD = {
     "calibration text": ([*QUANTIZE, "--calibration-prompts", "{tmp}/one.txt"], "tokenizer.json.*pass --calibration-token-ids"),
     "calibration ids": ([*QUANTIZE, "--calibration-token-ids", "1,x"], "--calibration-token-ids '1,x': integers"),
     "headroom alone": ([*QUANTIZE, "--calibration-headroom", "2"], "--calibration-headroom: without --calibration-prompts"),
-    "headroom": ([*QUANTIZE, "--calibration-token-ids", "1", "--calibration-headroom", "0.5"], "headroom=0.5: a finite factor"),
+    "headroom": ([*QUANTIZE, "--calibration-token-ids", "1", "--calibration-headroom", "0.5"], "--calibration-headroom=0.5: a finite factor"),
     "nothing to scale": ([*QUANTIZE, "--scaling", "none", "--calibration-token-ids", "1"], "scaling=None quantizes no activation"),
     "usage": (["quantize", "--model-dir", "x"], "save-dir"),
     "no such option": (["rollout", "--nonsense"], "nonsense"),
@@ -163,7 +244,21 @@ BAD = {
     "no ids": (["rollout", "--checkpoint", str(MOE / "bf16"), "--token-ids", ""], "no token"),
     "vocabulary": (["rollout", "--checkpoint", str(MOE / "bf16"), "--token-ids", "1,512"], "vocabulary"),
     "prompt file": (["rollout", "--checkpoint", str(MOE / "bf16"), "--prompt-file", "{tmp}/absent.txt"], "prompt-file.*absent.txt"),
-    "cache": (["rollout", "--checkpoint", str(MOE / "bf16"), "--token-ids", "1,2,3", "--cache-length", "16"], "cache_length=16"),
+    "a huge id": (["rollout", "--checkpoint", str(MOE / "bf16"), "--token-ids", "1,99999999999999999999"], "prompt 0: token=99999999999999999999: at most"),
+    "a huge seed": (["rollout", "--checkpoint", str(MOE / "bf16"), "--token-ids", "1", "--seed", "99999999999999999999"], "--seed=99999999999999999999: at most"),
+    "output": (["rollout", "--checkpoint", str(MOE / "bf16"), "--token-ids", "1", "--output", "{tmp}"], "--output .*: a folder"),
+    "a long name": (["quantize", "--model-dir", str(MOE / "bf16"), "--save-dir", "{tmp}/" + "x" * 300], "cannot be looked at .File name too long"),
+    "cache": (["rollout", "--checkpoint", str(MOE / "bf16"), "--token-ids", "1,2,3", "--cache-length", "16"],
+              r"the prompts \[1, 3\] and --max-new-tokens=32 need 35 slots; the cache has --cache-length=16"),
+    "samples": (["rollout", "--checkpoint", str(MOE / "bf16"), "--token-ids", "1", "--num-samples", "0"], "^nvfp4jax: --num-samples=0: at least 1"),
+    "a long output": (["rollout", "--checkpoint", str(MOE / "bf16"), "--token-ids", "1", "--output", "{tmp}/" + "x" * 300], "--output .*: File name too long"),
+    "a huge stop token": (["rollout", "--checkpoint", str(MOE / "bf16"), "--token-ids", "1", "--stop-token", "99999999999"], "--stop-token=99999999999: at most"),
+    "static of floats": (["rollout", "--checkpoint", str(MOE / "bf16"), "--token-ids", "1", "--scaling", "static"],
+               r"--scaling='static': the folder stores no layer in NVFP4.*rules=\[Rule\(..., scaling="),
+    "four over six of activations": (["quantize", "--model-dir", str(MOE / "bf16"), "--save-dir", "{tmp}/out", "--scaling-four-over-six", "foo"],
+                                     "^nvfp4jax: --scaling-four-over-six='foo': None, 'mae' or 'mse'"),
+    "a demo of no token": (["demo", "--new-tokens", "0"], "^nvfp4jax: --new-tokens=0: at least 1"),
+    "temperature": (["rollout", "--checkpoint", str(MOE / "bf16"), "--token-ids", "1", "--temperature", "-1"], "^nvfp4jax: --temperature=-1.0: 0 .greedy., or at least"),
 }
 
 
@@ -185,5 +280,24 @@ def test_bad_input_is_one_line_and_code_2(run, tmp_path, case):
     assert not list(tmp_path.glob("x*"))
 
 
-def test_help(run):
-    assert "quantize" in run("--help") and "rollout" in run("rollout", "--help")
+def test_a_device_that_is_not_there(tmp_path, quantized):
+    """It is the device that is missing, not the folder that is bad. In a process of its own: jax looks for devices once."""
+    for command in (["inspect", quantized], ["rollout", "--checkpoint", quantized, "--token-ids", "1,2"], ["quantize", "--model-dir", MOE / "bf16", "--save-dir", tmp_path / "x"]):
+        environment = os.environ | {"JAX_PLATFORMS": "rocm", "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+        done = subprocess.run([sys.executable, "-m", "nvfp4jax.cli", *map(str, command)], capture_output=True, text=True, env=environment)
+        line = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", done.stderr).strip().splitlines()[-1]
+        assert done.returncode == 2 and line.startswith("nvfp4jax: JAX_PLATFORMS=rocm: jax finds no such device here"), done.stderr
+    assert not os.listdir(tmp_path)
+
+
+def test_help(run, monkeypatch):
+    """Every word of it, also where the terminal is narrow; and no argument at all asks for it."""
+    monkeypatch.setenv("COLUMNS", "80")
+    command = typer.main.get_command(cli.app)
+    for name, sub in command.commands.items():
+        text = " ".join(run(name, "--help").split())
+        for option in sub.params:
+            assert f"--{option.name.replace('_', '-')}" in text or option.name in ("directory", "as_json")
+            assert " ".join(option.help.split()) in text
+        assert sub.help.split(".")[0] in " ".join(run("--help").split())
+    assert run() == run("--help") and "..." not in run().replace("[ARGS]...", "")

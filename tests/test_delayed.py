@@ -14,7 +14,7 @@ from test_array import decode
 
 import nvfp4jax
 from nvfp4jax import Rule, models, quantize
-from nvfp4jax.checkpoint import load_model, orbax
+from nvfp4jax.checkpoint import load_model, orbax, saved_model
 from nvfp4jax.checkpoint.reload import Reader, publish
 from nvfp4jax.layers import AmaxHistory, InputAmax
 from nvfp4jax.rollout import decoding, generate
@@ -232,7 +232,7 @@ def test_checkpoints_and_reloads_leave_the_history_alone(tmp_path):
     loaded = load_model(tmp_path / "steps" / "1", scan_layers=True)
     assert loaded.layers[0].mlp.up_proj.scaling == Delayed()
     assert len(history(loaded)) == len(before) and not any(leaf.any() for leaf in history(loaded))
-    nnx.update(model, orbax.restore_state(tmp_path / "steps" / "1", model))
+    nnx.update(model, saved_model.restore_state(tmp_path / "steps" / "1", model))
     reader = Reader(tmp_path / "steps", model)
     assert reader.poll() == 2, reader.failures
     nnx.update(model, reader.take().state)

@@ -11,6 +11,7 @@ from flax import nnx
 import nvfp4jax
 from nvfp4jax import layers, models, numerics, ops
 from nvfp4jax.backends import xla
+from nvfp4jax.layers import feeding
 from nvfp4jax.models import blocks
 from nvfp4jax.scaling import Static, Token
 
@@ -98,7 +99,7 @@ def kernels_of(jaxpr):
 
 
 def test_quantizations_of_a_layer(monkeypatch):
-    """A dense layer quantizes four activations for its seven matmuls: on XLA's path, and as kernels."""
+    """A dense layer quantizes four activations for its seven weights: on XLA's path, and as kernels, those of one activation in one launch."""
     made = []
 
     def counted(f):
@@ -108,13 +109,61 @@ def test_quantizations_of_a_layer(monkeypatch):
 
         return call
 
-    spy = backend_like_xla(**{n: counted(getattr(xla, n)) for n in ("activation", "rms_norm", "silu_mul", "matmul")})
+    spy = backend_like_xla(**{n: counted(getattr(xla, n)) for n in ("activation", "rms_norm", "silu_mul", "matmul", "matmuls")})
     monkeypatch.setitem(ops.BACKENDS, "xla", lambda: spy)
     call, state = layer_call("xla")
     jax.jit(call).lower(jnp.ones((2, 3, 512), BF16), state)
-    assert sorted(made) == ["activation", *["matmul"] * 7, "rms_norm", "rms_norm", "silu_mul"]
+    assert sorted(made) == ["activation", *["matmul"] * 2, *["matmuls"] * 2, "rms_norm", "rms_norm", "silu_mul"]
     call, state = layer_call("hopper")
-    assert len(list(kernels_of(jax.make_jaxpr(call)(jnp.ones((2, 3, 512), BF16), state).jaxpr))) == 4 + 7
+    assert len(list(kernels_of(jax.make_jaxpr(call)(jnp.ones((2, 3, 512), BF16), state).jaxpr))) == 4 + 4
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_kept_layer_multiplies_by_the_op(key, bias, monkeypatch):
+    """Each product of a layer that no rule swapped is `ops.float_matmul`'s; value and gradients are those of Flax's own call."""
+    config = CONFIG | dict(attention_bias=bias)
+    graphdef, state = nnx.split(models.build(config, rngs=nnx.Rngs(0)).layers[0])
+    state = jax.tree.map(lambda v: v + jax.random.normal(key, v.shape, v.dtype) / 64, state)  # biases that are no zeros
+    calls = []
+
+    def spy(x, kernel, out_dtype, transposed=False):
+        calls.append((x.dtype, kernel.dtype, out_dtype, kernel.shape))
+        return xla.float_matmul(x, kernel, out_dtype, transposed)
+
+    monkeypatch.setitem(ops.BACKENDS, "xla", lambda: backend_like_xla(float_matmul=spy))
+    x = jax.random.normal(key, (2, 3, 512), BF16)
+    angles = jnp.ones((2, 3, 32))
+    inputs = blocks.StepInputs(angles, angles, jnp.zeros(2, jnp.int32), None)
+
+    def run(state, x):
+        y = nnx.merge(graphdef, state)(x, None, inputs)[0]
+        return (y.astype(jnp.float32) ** 2).mean(), y
+
+    traced_anew = lambda: jax.jit(lambda *args: jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(*args))  # noqa: E731
+    (_, values), grads = traced_anew()(state, x)
+    kernels = sorted(v.shape for p, v in nnx.to_flat_state(state) if p[-1] == "kernel")
+    assert sorted(shape for *_, shape in calls[: len(kernels)]) == kernels and len(kernels) == 7
+    assert {d for call in calls for d in call[:3]} == {jnp.dtype(BF16)}
+    monkeypatch.setattr(feeding, "_is_plain", lambda layer, x: False)
+    count = len(calls)
+    (_, flax), want = traced_anew()(state, x)
+    assert len(calls) == count
+    for a, b in zip(jax.tree.leaves((values, grads)), jax.tree.leaves((flax, want)), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.abs(b).max() > 0
+        np.testing.assert_allclose(a, b, atol=0.03 * np.abs(b).max())  # XLA's sum of bfloat16 products has another order
+
+
+def test_what_is_no_plain_product_in_bfloat16_is_called(key, monkeypatch):
+    """A dot_general of its own, float32: the layer itself."""
+    monkeypatch.setitem(ops.BACKENDS, "xla", lambda: backend_like_xla(float_matmul=None))
+    x = jax.random.normal(key, (3, 64), BF16)
+    own = lambda *args, **options: 2 * jax.lax.dot_general(*args, **options)  # noqa: E731
+    for options in (dict(dtype=BF16, dot_general=own), dict(dtype=jnp.float32)):
+        layer = nnx.Linear(64, 64, param_dtype=BF16, rngs=nnx.Rngs(0), **options)
+        (y,) = layers.call_each((layer,), (x,))
+        np.testing.assert_array_equal(y, layer(x))
+        np.testing.assert_array_equal(layers.add_to(layer(x), layer, x), 2 * layer(x))
 
 
 def test_an_activation_of_one_backend_is_read_by_another(key):

@@ -16,6 +16,7 @@ from test_ops import check
 import nvfp4jax
 from nvfp4jax import Rule, quantize
 from nvfp4jax.array import NVFP4Array, quantize_weight
+from nvfp4jax.checkpoint.reload import Quantizer
 from nvfp4jax.layers import NVFP4Weight
 from nvfp4jax.scaling import Static, Tensor
 
@@ -246,7 +247,7 @@ def test_rules(key, unchecked):
     ):
         with pytest.raises(ValueError, match=message):
             nvfp4jax.quantize_model(net, rules)
-    for wrong, message in ((dict(module_path="("), r"Rule\('\('\) is no regular expression"), (dict(module_path=7), "module_path=7"),
+    for wrong, message in ((dict(module_path="("), r"Rule\('\('\): module_path is no regular expression"), (dict(module_path=7), "module_path=7"),
                            (dict(module_path="head", scaling="row"), r"Rule\('head'\): scaling='row' is not one of token"),
                            (dict(module_path="head", weight_four_over_six="mze"), "weight_four_over_six='mze': None, 'mae' or 'mse'"),
                            (dict(module_path="head", implementation="hoper"), "implementation='hoper': one of xla, hopper")):  # fmt: skip
@@ -362,3 +363,69 @@ def test_raw_weight_reads_like_a_param(key):
     assert w.shape == raw.shape and w.dtype == BF16 and w.ndim == 3
     np.testing.assert_array_equal(jnp.asarray(w), w[...])
     np.testing.assert_array_equal(w[0], w.get_value()[0])
+
+
+def test_a_packed_kernel_reads_like_the_float_layers():
+    """What others' code asks of a Param, of a linear layer's kernel and of a raw weight."""
+    linear = nnx.Linear(32, 16, param_dtype=BF16, rngs=nnx.Rngs(0))
+    kernel = nvfp4jax.NVFP4Linear.from_float(linear).kernel
+    raw = NVFP4Weight(nnx.Param(jnp.ones((2, 32, 16), BF16)), name="w")
+    for view, shape in ((kernel, (32, 16)), (raw, (2, 32, 16))):
+        assert (view.shape, view.ndim, view.size, view.dtype) == (shape, len(shape), np.prod(shape), BF16)
+        assert view.value.shape == view.get_value().shape == view[...].shape == shape and view.T.shape == shape[::-1]
+        assert view.astype(jnp.float32).dtype == jnp.float32 and jnp.asarray(view).shape == shape
+    assert np.abs(np.asarray(kernel.value - linear.kernel[...], np.float32)).max() < 0.25 * np.abs(np.asarray(linear.kernel[...], np.float32)).max()
+
+
+class _Tied(nnx.Module):
+    """Two layers of one kernel, and a table that is a layer's too."""
+
+    def __init__(self, rngs):
+        self.a = nnx.Linear(32, 32, use_bias=False, rngs=rngs)
+        self.b = nnx.Linear(32, 32, use_bias=False, rngs=rngs)
+        self.b.kernel = self.a.kernel
+        self.table = nnx.Embed(16, 32, rngs=rngs)
+        self.first = nnx.Linear(16, 32, use_bias=False, rngs=rngs)
+        self.last = nnx.Linear(16, 32, use_bias=False, rngs=rngs)
+        self.first.kernel = self.table.embedding  # 'first' comes before 'table' in a state
+        self.other = nnx.Embed(16, 32, rngs=rngs)
+        self.last.kernel = self.other.embedding  # 'last' before 'other'
+
+
+def test_a_param_that_layers_share_is_found():
+    """A float state has it once, at the first of its places; each layer is made of it."""
+    net = _Tied(nnx.Rngs(0))
+    qnet = nvfp4jax.quantize_model(net, Rule("a|b|first|last"))
+    nnx.update(net, jax.tree.map(lambda x: 2 * x, nnx.state(net)))
+    made = nnx.to_pure_dict(nvfp4jax.quantize_params(nnx.state(net), qnet))
+    apart = nnx.to_pure_dict(nvfp4jax.quantize_params(nnx.state(net.a), nvfp4jax.quantize_model(nnx.Sequential(net.a), Rule(".*")).layers[0]))
+    for name in ("kernel_packed", "kernel_scale", "kernel_global_scale"):
+        np.testing.assert_array_equal(made["a"][name], made["b"][name])
+        np.testing.assert_array_equal(made["a"][name], apart[name])
+    for linear, table in (("first", "table"), ("last", "other")):
+        embedding = getattr(net, table).embedding.get_value()
+        np.testing.assert_array_equal(made[linear]["kernel_packed"], nvfp4jax.NVFP4Linear.from_float(getattr(net, linear)).kernel_packed[...])
+        np.testing.assert_array_equal(made[table]["embedding"], embedding)
+    for state in (nnx.state(net), nnx.clone(net)):
+        for one, other in zip(jax.tree.leaves(Quantizer(qnet)(state)), jax.tree.leaves(nvfp4jax.quantize_params(state, qnet)), strict=True):
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    loss = lambda net: nvfp4jax.straight_through(qnet, net).table(jnp.array([3])).sum()  # noqa: E731
+    gradient = nnx.to_pure_dict(nnx.grad(loss)(net))
+    assert np.asarray(gradient["first"]["kernel"])[3].sum() == 32  # the one Param, through its other place
+
+
+def test_what_a_rule_leaves_in_float_is_said(caplog):
+    """A rule whose path matches more bytes than it can pack: one warning, with the class and the way out."""
+
+    class Fancy(nnx.Linear):
+        pass
+
+    net = nnx.Dict(small=nnx.Linear(16, 16, rngs=nnx.Rngs(0)), big=Fancy(64, 64, rngs=nnx.Rngs(0)))
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.net = net
+
+    nvfp4jax.quantize_model(Net(), Rule(".*"))
+    (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "rule '.*' packed" in said and "net/big/kernel (Fancy): a subclass of Linear; teach it with nvfp4jax.register(Fancy)" in said

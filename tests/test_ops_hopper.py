@@ -14,6 +14,7 @@ from test_ops import activation, check
 import nvfp4jax
 from nvfp4jax import Rule, array, ops
 from nvfp4jax.array import NVFP4Array
+from nvfp4jax.ops import choice
 from nvfp4jax.rollout.prompts import pack
 from nvfp4jax.scaling import NAMES, Static
 
@@ -36,7 +37,7 @@ class NothingNew:
 
 
 def test_hopper_is_the_default():
-    assert ops._default_order() == ("hopper", "xla")
+    assert choice._default_order() == ("hopper", "xla")
 
 
 @pytest.mark.parametrize("scaling", ["tensor", "tensor_pow2", "token"])

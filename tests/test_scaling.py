@@ -124,7 +124,7 @@ def test_the_mask_of_a_foreign_model(key):
 
 def test_what_a_mode_lacks_is_named(key):
     x, w = jax.random.normal(key, (2, 32)), nvfp4jax.ops.quantize_weight(jax.random.normal(key, (16, 32)))
-    for mode, message in (("static", "q: Static needs scale.*calibrate"), ("delayed", r"q: Delayed needs history; give f32 \[16\]")):
+    for mode, message in (("static", "q: scaling: Static needs scale.*calibrate"), ("delayed", r"q: scaling: Delayed needs history; give f32 \[16\]")):
         with pytest.raises(ValueError, match=message):
             nvfp4jax.matmul(x, w, scaling=mode, name="q")
     history = jnp.zeros(scaling.HISTORY).at[3].set(2.0)
@@ -153,3 +153,17 @@ print(bad)
 
 def test_replace_keeps_what_a_mode_says():
     assert dataclasses.replace(NAMES["tensor_pow2"], four_over_six="mse") == Tensor(pow2=True, four_over_six="mse")
+
+
+@pytest.mark.parametrize("kind, limit", [(None, 14336), ("mse", 8192)])
+def test_blocks_beyond_the_range(kind, limit):
+    """The count is numpy's: blocks, not all 0, of valid rows whose amax is below the call's over the limit."""
+    rng = np.random.default_rng()
+    x = rng.standard_normal((6, 4, 16)).astype(np.float32) * np.float32(2.0) ** rng.integers(-24, 4, (6, 4, 1))
+    x[0, 0], x[1, 2] = 0, 112
+    x[2, 1] = 0.0078125 if kind is None else 0.013671875  # 112 over the limit, exactly: inside
+    valid = np.array([True, True, True, False, True, True])
+    amax = np.abs(x).max(-1)
+    expected = ((amax > 0) & (amax * np.float32(limit) < amax[valid].max()) & valid[:, None]).sum()
+    found = jax.jit(lambda x, valid: scaling.blocks_beyond_pow2_range(x, valid, four_over_six=kind))(x.reshape(6, 64), valid)
+    assert int(found) == expected > 0

@@ -1,5 +1,8 @@
 """Decode attention on Hopper: few queries a row against a cache of ragged lengths, one launch, read in place.
 
+Where rows share what they begin with (`attention_shared`), the pieces here are the rows' own: a unit goes on from the sums of the
+shared ones.
+
 A CTA walks over its units of the plan (`attention_plan`), a piece of 128 slots at a time. Each of its 8 warps loads 16
 slots of keys and values by cp.async, a few pieces ahead and across units: zeros past a row's end, where nothing is
 read. The scores of a piece are divided among the warps by slot and its values by head dimension, both by mma.sync
@@ -8,12 +11,15 @@ piece to piece. The columns of an mma are queries: the heads of a group, times t
 than 8 take several mmas.
 
 Of a divided (row, head) the unit that comes last adds up the sums, in order: no CTA waits for another.
+
+An FP8 cache (`nvfp4jax.fp8`) goes through the ring as it is, half the bytes, with its scales behind it (`attention_fp8`).
 """
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
+from nvfp4jax.kernels.hopper import attention_fp8 as fp8
 from nvfp4jax.kernels.hopper import attention_merge as merge
 from nvfp4jax.kernels.hopper import attention_sums as sums
 from nvfp4jax.kernels.hopper import mosaic as mg
@@ -45,6 +51,9 @@ class Shape:
     scale: float
     window: int | None
     soft_cap: float | None
+    words: int = WORDS  # of a record
+    shared: int = 0  # rows begin with pieces that lie elsewhere: for how many of them there are sums in memory at a time
+    fp8: bool = False  # the cache
 
     @property
     def columns(self):
@@ -57,12 +66,21 @@ class Shape:
 
     @property
     def row(self):
-        """Bytes of a slot's keys, and of a query."""
+        """Bytes of a slot's keys."""
+        return self.d if self.fp8 else 2 * self.d
+
+    @property
+    def query_row(self):
         return 2 * self.d
 
     @property
-    def stage(self):
+    def scales_at(self):
+        """Offset in a stage: scales lie behind keys and values."""
         return 2 * PIECE * self.row
+
+    @property
+    def stage(self):
+        return self.scales_at + (2 * PIECE * fp8.SCALE if self.fp8 else 0)
 
     @property
     def stages(self):
@@ -70,7 +88,7 @@ class Shape:
 
     @property
     def queries(self):
-        return 8 * self.tiles * self.row
+        return 8 * self.tiles * self.query_row
 
     @property
     def maxima_at(self):
@@ -87,10 +105,10 @@ class Shape:
 
     @property
     def exchange(self):
-        return -(-(self.records_at + self.rounds * WORDS * 4) // 256) * 256
+        return -(-(self.records_at + self.rounds * self.words * 4) // 256) * 256
 
     @property
-    def shared(self):
+    def shared_memory(self):
         return self.exchange + self.stages * (self.stage + self.queries)
 
 
@@ -113,21 +131,26 @@ class _Thread:
         self.ring = base + s.exchange
         self.queries = self.ring + s.stages * s.stage
         self.c = f32(sums.factor(s.scale, s.soft_cap))
-        # In a stage, 16-byte unit u of slot p lies at row p, unit u ^ p % 8: 8 slots of a unit hit 8 bank groups.
-        units = s.d // 8  # of a slot
+        # In a stage, 16-byte unit u of slot p lies at row p, unit u ^ p % 8: 8 slots of a unit hit 8 bank groups. (Of 64 FP8 bytes: u ^ p / 2 % 4.)
+        units = s.row // 16  # of a slot
+        twist = (lambda slot: slot // 2) if units == 4 else (lambda slot: slot)
         self.per_copy = 32 // units  # slots that a warp's copy instruction has
         own = self.warp * (16 * s.row)
         self.copy_row, unit = lane // units, lane % units
-        self.copy_at = own + (self.copy_row * s.row + (unit ^ self.copy_row) * 16)
+        self.copy_at = own + (self.copy_row * s.row + (unit ^ twist(self.copy_row)) * 16)
         key = lane % 16
         self.key_at = own + (key * s.row + (lane // 16 ^ key % 8) * 16)
         query = lane % 8
-        self.query_at = query * s.row + (lane // 8 ^ query) * 16
+        self.query_at = query * s.query_row + (lane // 8 ^ query) * 16
         self.slice = self.warp % (s.d // 16)
         self.place, self.own_slice = self.slice * 32 + lane, self.warp < s.d // 16
         slot = lane % 8 + lane // 16 * 8
         unit = self.slice * 2 + lane // 8 % 2
         self.value_at = slot * s.row + ((unit ^ lane % 8) * 16 + PIECE * s.row)
+        if s.fp8:
+            self.key_at = own + (self.row * s.row + (twist(self.row) * 16 + self.quad * 2))
+            self.value_at = lane * s.row + ((self.slice ^ twist(lane % 8)) * 16 + PIECE * s.row)
+            self.scale_at = self.warp * (16 * fp8.SCALE) + (self.row * fp8.SCALE + s.scales_at)
 
     def columns(self):
         """[tile][e]: this lane's columns."""
@@ -144,14 +167,14 @@ def _advance(thread, cursor):
     """cursor: address of the unit's record, (row, head), end, piece, pieces left with this one."""
     at, which, end, piece, left = cursor
     last = left == 1
-    at = at + last * (4 * WORDS)
+    at = at + last * (4 * thread.s.words)
     return [at, *_record(thread, at, [which, end, piece + 1, left - (left > 0)], last)]
 
 
 def _query_place(thread, at):
     """Where a unit's queries lie in shared memory: units in flight have places of their own."""
     s = thread.s
-    number = (at - thread.records) // (4 * WORDS)
+    number = (at - thread.records) // (4 * s.words)
     return thread.queries + number % s.stages * s.queries
 
 
@@ -165,7 +188,8 @@ def _issue(thread, stage, cursor):
     rest = mg.select(some, end - slot - thread.copy_row, 0)
     head = thread.layer * (s.rows * s.heads) + which
     sources = [mg.gmem_element(thread.refs[name], head, s.capacity, mg.i32(0), s.row) for name in ("keys", "values")]
-    offset = slot * s.row + thread.lane * 16
+    own = slot - merge.shared_pieces(thread, at) * PIECE if s.shared else slot
+    offset = own * s.row + thread.lane * 16
     sources = [source + offset for source in sources]
     to = stage + thread.copy_at
     places = {0: to}
@@ -177,6 +201,8 @@ def _issue(thread, stage, cursor):
         for x, source in enumerate(sources):
             mg.asm(f"cp.async.cg.shared.global.L2::128B [$0+{512 * i + x * PIECE * s.row}],[$1+{512 * i}],16,$2;",
                    [places[twist], source, size], "")
+    if s.fp8:
+        fp8.issue_scales(thread, stage, head, own, mg.select(some, end - slot, 0))
     new = some & (piece == mg.asm("ld.shared.b32 $0,[$1+8];", [at]))
     mg.branch(new, lambda: _issue_queries(thread, _query_place(thread, at), which))
     mg.asm("cp.async.commit_group;", outputs="")
@@ -184,7 +210,7 @@ def _issue(thread, stage, cursor):
 
 def _issue_queries(thread, place, which):
     s = thread.s
-    units = s.d // 8
+    units = s.query_row // 16
     row, head = which // s.heads, which % s.heads
     for first in range(0, 8 * s.tiles * units, THREADS):
         i = thread.tid + first
@@ -194,7 +220,7 @@ def _issue_queries(thread, place, which):
                                  s.d, unit * 8, 2)
         size = (column < s.columns) * 16
         inside = column < 8 * s.tiles
-        to = place + (column * s.row + (unit ^ column % 8) * 16)
+        to = place + (column * s.query_row + (unit ^ column % 8) * 16)
         mg.asm("{.reg .pred p; setp.ne.u32 p,$3,0; @p cp.async.cg.shared.global [$0],[$1],16,$2;}", [to, source, size, inside], "")
 
 
@@ -205,11 +231,17 @@ def _scores(thread, stage, query, cursor):
     at, queries = stage + thread.key_at, query + thread.query_at
     scores = [[f32(0)] * 4 for _ in range(s.tiles)]
     for pair in range(s.d // 32):
-        keys = [mg.asm(LDMATRIX, [at ^ 32 * (2 * pair + i)], "rrrr") for i in range(2)]
+        if s.fp8:
+            keys = [fp8.keys(thread, at ^ 16 * (2 * pair + i)) for i in range(2)]
+        else:
+            keys = [mg.asm(LDMATRIX, [at ^ 32 * (2 * pair + i)], "rrrr") for i in range(2)]
         for tile in range(s.tiles):
-            q = mg.asm(LDMATRIX, [(queries ^ 64 * pair) + tile * 8 * s.row], "rrrr")
+            q = mg.asm(LDMATRIX, [(queries ^ 64 * pair) + tile * 8 * s.query_row], "rrrr")
             for i in range(2):
                 scores[tile] = mg.asm(MMA, [*keys[i], *q[2 * i:2 * i + 2], *scores[tile]], "ffff", effects=False)
+    if s.fp8:
+        scales = fp8.scales(thread, stage, "keys")
+        scores = [[sums.fmul(x, scales[i // 2]) for i, x in enumerate(tile)] for tile in scores]
     slot = piece * PIECE + thread.warp * 16 + thread.row
     rest = end - slot
     out = []
@@ -221,9 +253,10 @@ def _scores(thread, stage, query, cursor):
     return out
 
 
-def _weights(thread, scores):
+def _weights(thread, stage, scores):
     """Leaves weights and parts of their sums in shared memory. -> [tile][column]: the piece's maximum."""
     s, c = thread.s, thread.c
+    scales = fp8.scales(thread, stage, "values") if s.fp8 else None
     address = lambda offset: thread.exchange + offset
     for i, tile in enumerate(scores):
         m = [sums.lanes(sums.fmax(sums.fmax(tile[0][e], tile[1][e]), f32(EMPTY)), sums.fmax, (4, 8, 16)) for e in range(2)]
@@ -243,6 +276,8 @@ def _weights(thread, scores):
         parts = [sums.lanes(sums.fadd(p[0][e], p[1][e]), sums.fadd, (4,)) for e in range(2)]
         to = address(s.parts_at + 32 * i) + ((thread.warp * PARTS + thread.row // 2) * (32 * s.tiles) + thread.quad * 8)
         mg.asm("{.reg .pred p; setp.eq.u32 p,$3,0; @p st.shared.v2.f32 [$0],{$1,$2};}", [to, *parts, thread.row % 2], "")
+        if s.fp8:
+            p = [[sums.fmul(x, scales[h]) for x in p[h]] for h in range(2)]
         words = [mg.asm("movmatrix.sync.aligned.m8n8.trans.b16 $0,$1;", [sums.pack(*p[h])]) for h in range(2)]
         to = thread.exchange + ((thread.warp * s.tiles + i) * 256 + thread.lane * 8)
         mg.asm("st.shared.v2.b32 [$0],{$1,$2};", [to, *words], "")
@@ -251,13 +286,17 @@ def _weights(thread, scores):
 
 
 def _values(thread, stage, maxima):
-    """[tile]: the piece's sums, [m, m, part, part, 4 values]: of columns 2 quad and 2 quad + 1, part row % 4, and head
-    dimensions 16 slice + row and + 8."""
+    """[tile]: the piece's sums, [m, m, part, part, 4 values]: of columns 2 quad and 2 quad + 1, part row % 4, and the head dimensions
+    of `merge.dimensions`."""
     s = thread.s
     at, weights = stage + thread.value_at, thread.exchange + thread.lane * 8
-    out = [[f32(0)] * 4 for _ in range(s.tiles)]
+    out, two = [[f32(0)] * 4 for _ in range(s.tiles)], None
     for k in range(WARPS):
-        values = mg.asm(LDMATRIX_TRANSPOSED.replace("[$4]", f"[$4+{16 * k * s.row}]"), [at], "rrrr")
+        if s.fp8:
+            two = two if k % 2 else fp8.values(thread, at, k // 2)  # a load has those of two steps
+            values = two[k % 2]
+        else:
+            values = mg.asm(LDMATRIX_TRANSPOSED.replace("[$4]", f"[$4+{16 * k * s.row}]"), [at], "rrrr")
         for i in range(s.tiles):
             p = mg.asm(f"ld.shared.v2.b32 {{$0,$1}},[$2+{(k * s.tiles + i) * 256}];", [weights], "rr")
             out[i] = mg.asm(MMA, [*values, *p, *out[i]], "ffff", effects=False)
@@ -273,14 +312,14 @@ def _program(refs, s: Shape):
     """One thread's program."""
     thread = _Thread(refs, s)
     cta = mg.asm("mov.u32 $0,%ctaid.x;", effects=False)
-    table = mg.gmem_element(refs["table"], cta * s.rounds, WORDS, mg.i32(0), 4)
-    for first in range(0, 2 * s.rounds, THREADS):
+    table, vectors = mg.gmem_element(refs["table"], cta * s.rounds, s.words, mg.i32(0), 4), s.words // 4 * s.rounds
+    for first in range(0, vectors, THREADS):
         i = thread.tid + first
-        words = load_global(table + i * 16, 4, inside := i < 2 * s.rounds)
+        words = load_global(table + i * 16, 4, inside := i < vectors)
         store_shared(thread.records + i * 16, words, inside)
     mg.asm(BARRIER, outputs="")
     pieces = mg.asm("ld.shared.b32 $0,[$1];", [thread.records])
-    at = thread.records + 4 * WORDS
+    at = thread.records + 4 * s.words
     first = [at, *_record(thread, at, [mg.i32(0)] * 4, mg.i32(1))]
     ahead = first
     for i in range(s.stages - 1):
@@ -298,13 +337,14 @@ def _program(refs, s: Shape):
         _issue(thread, thread.ring + behind, ahead)
         here = thread.ring + stage
         scores = _scores(thread, here, _query_place(thread, cursor[0]), cursor)
-        sums_of_piece = _values(thread, here, _weights(thread, scores))
+        sums_of_piece = _values(thread, here, _weights(thread, here, scores))
 
         fresh = cursor[3] == mg.asm("ld.shared.b32 $0,[$1+8];", [cursor[0]])
         starts_group = sums.bit_or(fresh, cursor[3] % GROUP == 0)
-        group = merge.fold(thread, merge.choose(starts_group, merge.nothing(thread), group), sums_of_piece)
+        group_before, before = merge.beginning(thread, cursor, fresh)
+        group = merge.fold(thread, merge.choose(starts_group, group_before, group), sums_of_piece)
         done = sums.bit_or(cursor[4] == 1, cursor[3] % GROUP == GROUP - 1)
-        state = merge.choose(fresh, merge.nothing(thread), state)
+        state = merge.choose(fresh, before, state)
         state = merge.choose(done, merge.fold(thread, state, group), state)
         merge.deliver(thread, cursor, sums_of_piece, group, state)
         behind, stage = stage, stage + s.stage
@@ -317,19 +357,21 @@ def _program(refs, s: Shape):
     merge.join(thread)
 
 
-def decode(q, keys, values, layer, plan, *, scale, window=None, soft_cap=None):
+def decode(q, keys, values, layer, plan, *, scale, window=None, soft_cap=None, shared=(), scales=()):
     """q bf16 [B, T, Hq, D], keys and values bf16 [L, B, Hkv, S, D], layer i32 [], plan: of `attention_plan.plan` ->
-    q's shape."""
+    q's shape. shared: what `attention_shared.shared_sums` gave, where rows share pieces; then T is 1. scales: those of FP8 keys and
+    values, f32 [L, B, Hkv, S] each."""
     rows, tokens, query_heads, d = q.shape
     _, _, heads, capacity, _ = keys.shape
-    ctas, rounds, _ = plan.table.shape
-    s = Shape(rows, tokens, heads, query_heads // heads, d, capacity, rounds, scale, window, soft_cap)
+    ctas, rounds, words = plan.table.shape
+    s = Shape(rows, tokens, heads, query_heads // heads, d, capacity, rounds, scale, window, soft_cap, words, *(shared[2:] or (0,)), bool(scales))
     if s.stages < 2:
         raise NotImplementedError(f"attention on Hopper: {rows} rows of {heads} key heads give a CTA {rounds} units, which leave no "
                                   "shared memory for two pieces; call it for fewer rows")
     single = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     slots = 2 * SLOTS * s.tiles
     return threads.thread_kernel(
-        lambda refs: _program(refs, s), ["q", "keys", "values", "layer", "table", "counters", "out", "sums", "marks", "shared"],
+        lambda refs: _program(refs, s), ["q", "keys", "values", "layer", "table", "counters", *["shared_sums", "shared_marks"][:len(shared[:2])],
+                                     *["keys_scale", "values_scale"][:len(scales)], "out", "sums", "marks", "shared"],
         [jax.ShapeDtypeStruct(q.shape, q.dtype), single(slots, 8 * d), single(slots, 128)], grid=ctas, warps=WARPS,
-        shared_words=s.shared // 4)(q, keys, values, layer.reshape(1), plan.table, plan.counters)[0]
+        shared_words=s.shared_memory // 4)(q, keys, values, layer.reshape(1), plan.table, plan.counters, *shared[:2], *scales)[0]

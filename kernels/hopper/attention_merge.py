@@ -2,18 +2,19 @@
 the output.
 
 A tile is [m, m, part, part, 4 values] of a thread: of columns 2 quad and 2 quad + 1, the part lane / 4 % 4 of the sum
-of weights, and head dimensions 16 slice + lane / 4 and + 8. No CTA waits for another: of a divided (row, head) the
+of weights, and two head dimensions (`dimensions`). No CTA waits for another: of a divided (row, head) the
 unit that comes last adds up the sums.
 """
 from nvfp4jax.kernels.hopper import attention_sums as sums
 from nvfp4jax.kernels.hopper import mosaic as mg
 from nvfp4jax.kernels.hopper.attention_plan import GROUPS, PIECES, SLOTS, WHOLE, WORDS
-from nvfp4jax.kernels.hopper.attention_sums import EMPTY, GROUP, PIECE, f32
+from nvfp4jax.kernels.hopper.attention_sums import EMPTY, GROUP, PARTS, PIECE, f32
 from nvfp4jax.kernels.hopper.threads import store_global
 
 WARPS = 8  # of a CTA
 THREADS = 32 * WARPS
 AHEAD = 16  # sums fetched together
+FEW = 4  # of shared groups
 BARRIER = "bar.sync 0;"
 
 
@@ -33,6 +34,11 @@ def choose(condition, a, b):
     return [[mg.select(condition, x, y) for x, y in zip(*tiles)] for tiles in zip(a, b)]
 
 
+def dimensions(thread):
+    """The first of a thread's two head dimensions, and how far the second lies from it: as fragments of the cache's dtype have them."""
+    return (thread.slice * 16 + thread.row * 2, 1) if thread.s.fp8 else (thread.slice * 16 + thread.row, 8)
+
+
 def _finish(thread, which, i, tile):
     """Writes the output of a tile of a (row, head)."""
     s = thread.s
@@ -41,13 +47,84 @@ def _finish(thread, which, i, tile):
     factors = [sums.reciprocal(sums.lanes(p, sums.fadd, (4, 8))) for p in parts]
     words = [mg.asm("movmatrix.sync.aligned.m8n8.trans.b16 $0,$1;", [sums.pack(*map(sums.fmul, pair, factors))])
              for pair in ((a, b), (c, d))]
-    column = thread.row + 8 * i  # now a lane holds head dimensions 2 quad, + 1 (and + 8) of a column
+    column = thread.row + 8 * i  # now a lane holds head dimensions 2 quad, + 1 (and + 8) of a column; of FP8 4 quad, + 2 and 4 quad + 1, + 3
     token = row * s.tokens + column // s.group
     at = mg.gmem_element(thread.refs["out"], token * (s.heads * s.group) + (head * s.group + column % s.group), s.d,
-                         thread.slice * 16 + thread.quad * 2, 2)
+                         thread.slice * 16 + thread.quad * (4 if s.fp8 else 2), 2)
     own = (column < s.columns) & thread.own_slice
+    if s.fp8:
+        store_global(at, [mg.asm(f"prmt.b32 $0,$1,$2,{selector};", words, effects=False) for selector in (0x5410, 0x7632)], own)
+        return
     for h in range(2):
         store_global(at + 16 * h, [words[h]], own)
+
+
+# --- what rows share --------------------------------------------------------------------------------------------------
+
+def shared_pieces(thread, at):
+    """Of the row of the unit whose record is at `at`: the pieces that are not its own."""
+    return mg.asm(f"ld.shared.b32 $0,[$1+{4 * WORDS}];", [at])
+
+
+def _fetch_shared(thread, which, number, i, inside):
+    """A tile's sums of a unit of what a row shares, nothing where not `inside`."""
+    s = thread.s
+    row, head = which // s.heads, which % s.heads
+    first = (number * s.rows + row) * (s.heads * s.group) + head * s.group
+    load = "{{.reg .pred p; setp.ne.u32 p,${n},0; mov.f32 $0,{a}; mov.f32 $1,0f00000000; @p {load}}}"
+    marks, values = [], []
+    for e in range(2):
+        query = first + mg.minimum(thread.quad * 2 + (8 * i + e), s.columns - 1)
+        at = mg.gmem_element(thread.refs["shared_marks"], query, 8, thread.row % PARTS * 2, 4)
+        marks.append(mg.asm(load.format(n=3, a="0fF149F2CA", load="ld.global.nc.v2.f32 {$0,$1},[$2];"), [at, inside], "ff"))
+        first_dimension, apart = dimensions(thread)
+        at = mg.gmem_element(thread.refs["shared_sums"], query, s.d, first_dimension, 4)
+        both = f"ld.global.nc.f32 $0,[$2]; @p ld.global.nc.f32 $1,[$2+{4 * apart}];"
+        values.append(mg.asm(load.format(n=3, a="0f00000000", load=both), [at, inside], "ff"))
+    (m0, part0), (m1, part1) = marks
+    (a, c), (b, d) = values
+    return [m0, m1, part0, part1, a, b, c, d]
+
+
+def _shared_group(thread, which, number, pieces, i):
+    """A tile's sums of group `number` of a row's shared pieces, of those below `pieces`."""
+    if thread.s.shared == GROUP:
+        return _fetch_shared(thread, which, number, i, number * GROUP < pieces)
+    numbers, [group] = [number * GROUP + k for k in range(GROUP)], nothing(thread)[:1]
+    for piece in [_fetch_shared(thread, which, n, i, n < pieces) for n in numbers]:
+        [group] = fold(thread, [group], [piece])
+    return group
+
+
+def _shared_groups(thread, which, pieces, i):
+    """A tile's sums of the whole groups of a row's shared pieces."""
+    groups, few = pieces // GROUP, FEW if thread.s.shared == GROUP else 1
+
+    def batch(j, *state):
+        for group in [_shared_group(thread, which, j * few + k, groups * GROUP, i) for k in range(few)]:
+            [state] = fold(thread, [state], [group])
+        return state
+
+    return mg.loop(0, (groups + (few - 1)) // few, 1, nothing(thread)[0], batch)
+
+
+def beginning(thread, cursor, fresh):
+    """What a unit's sums go on from, the group's and the row's, at its first piece."""
+    s = thread.s
+    if not s.shared:
+        return nothing(thread), nothing(thread)
+    at, which, _, piece, _ = cursor
+    shared = shared_pieces(thread, at)
+    other = [x for tile in nothing(thread) for x in tile]
+
+    def load():
+        groups = [_shared_group(thread, which, shared // GROUP, shared, i) for i in range(s.tiles)]
+        whole = [_shared_groups(thread, which, shared, i) for i in range(s.tiles)]
+        return [x for tile in (*groups, *whole) for x in tile]
+
+    flat = mg.branch_values(fresh & (piece == shared) & (shared > 0), load, other + other)
+    tiles = [list(flat[8 * i:8 * i + 8]) for i in range(2 * s.tiles)]
+    return tiles[:s.tiles], tiles[s.tiles:]
 
 
 # --- sums that pass through memory ------------------------------------------------------------------------------------
@@ -91,7 +168,8 @@ def _merge_groups(thread, unit, i):
         return state
 
     count = (unit.stop_group - unit.first_group + (AHEAD - 1)) // AHEAD
-    return mg.loop(0, count, 1, nothing(thread)[0], batch)
+    before = _shared_groups(thread, unit.which, unit.first, i) if thread.s.shared else nothing(thread)[i]
+    return mg.loop(0, count, 1, before, batch)
 
 
 def _merge_pieces(thread, unit, i, group, groups):
@@ -115,7 +193,7 @@ class _Unit:
         self.which, self.end, self.begin, self.count, self.kind, self.piece_base, self.group_base = (
             mg.asm(f"ld.shared.b32 $0,[$1+{4 * i}];", [at]) for i in range(7))
         self.stop = (self.end + (PIECE - 1)) // PIECE
-        self.first = mg.i32(0)
+        self.first = shared_pieces(thread, at) if s.shared else mg.i32(0)
         if s.window:
             self.first = sums.not_negative(self.end + 1 - (s.tokens + s.window)) // PIECE
         self.first_group, self.stop_group = self.first // GROUP, (self.stop + (GROUP - 1)) // GROUP
@@ -157,7 +235,7 @@ def join(thread):
     its end."""
     s = thread.s
     units, stages = (mg.asm(f"ld.shared.b32 $0,[$1+{i}];", [thread.records]) for i in (4, 8))
-    record = lambda i: thread.records + (i + 1) * (4 * WORDS)
+    record = lambda i: thread.records + (i + 1) * (4 * s.words)
 
     def each(i):
         at = record(i)

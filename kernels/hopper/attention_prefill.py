@@ -16,12 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from nvfp4jax.kernels.hopper import attention_wgmma as part
+from nvfp4jax.kernels.hopper.attention_cta import STAGES, divide, launch
 from nvfp4jax.kernels.hopper.attention_sums import GROUP, PIECE
 from nvfp4jax.kernels.hopper.attention_wgmma import CONSUMERS, HALF, MARKS, ROWS, Shape
-from nvfp4jax.kernels.hopper.machine import ROWS_128, SMS
-
-STAGES = 2
-REGISTERS = 240, 24  # of a consumer's and a producer's thread: 2 x 240 + 24 are the 3 x 168 that are launched
+from nvfp4jax.kernels.hopper.machine import SMS
 
 
 def _div_rem(a, b):
@@ -45,8 +43,9 @@ def _span(start, count, first_token, s: Shape):
     return end, jnp.minimum(low, stop - 1), stop
 
 
-def _kernel(q, keys, values, layer, starts, counts, out, *, q_sm, k_sm, v_sm, state, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+def _kernel(q, keys, values, layer, starts, counts, *refs, q_sm, k_sm, v_sm, state, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             s: Shape, ctas):
+    *shared, out = refs  # of what rows share: keys, values, slots; or nothing
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     halves = s.d // HALF
     own_tiles = lax.div(s.rows * s.heads * s.group * s.tiles - cta + (ctas - 1), jnp.int32(ctas))
@@ -59,7 +58,11 @@ def _kernel(q, keys, values, layer, starts, counts, out, *, q_sm, k_sm, v_sm, st
         def tile(i, it):
             row, head, token, start, count = known(i)
             _, first, stop = _span(start, count, token, s)
-            kv = (layer[0] * s.rows + row) * s.heads + lax.div(head, jnp.int32(s.group))
+            kv_head = lax.div(head, jnp.int32(s.group))
+            kv = (layer[0] * s.rows + row) * s.heads + kv_head
+            if shared:
+                before = lax.div(shared[2][row], jnp.int32(PIECE))
+                shared_kv = (layer[0] * s.shared + lax.div(row, jnp.int32(s.rows // s.shared))) * s.heads + kv_head
             for w in range(CONSUMERS):
                 pl.when(i > 0)(lambda w=w: plgpu.barrier_wait(q_empty.at[w]))
                 for half in range(halves):
@@ -68,11 +71,19 @@ def _kernel(q, keys, values, layer, starts, counts, out, *, q_sm, k_sm, v_sm, st
 
             def piece(p, it):
                 slot = lax.rem(it, jnp.int32(STAGES))
-                for array, sm, full, empty in ((keys, k_sm, k_full, k_empty), (values, v_sm, v_full, v_empty)):
-                    pl.when(it >= STAGES)(lambda empty=empty: plgpu.barrier_wait(empty.at[slot]))
+
+                def load(array, at, p, sm, full):
                     for half in range(halves):
-                        source = array.at[kv, pl.ds(p * PIECE, PIECE), pl.ds(half * HALF, HALF)]
+                        source = array.at[at, pl.ds(p * PIECE, PIECE), pl.ds(half * HALF, HALF)]
                         plgpu.copy_gmem_to_smem(source, sm.at[slot, pl.ds(half * PIECE, PIECE)], full.at[slot])
+
+                for i, (array, sm, full, empty) in enumerate(((keys, k_sm, k_full, k_empty), (values, v_sm, v_full, v_empty))):
+                    pl.when(it >= STAGES)(lambda empty=empty: plgpu.barrier_wait(empty.at[slot]))
+                    if not shared:
+                        load(array, kv, p, sm, full)
+                        continue
+                    pl.when(p < before)(lambda i=i, sm=sm, full=full: load(shared[i], shared_kv, p, sm, full))
+                    pl.when(p >= before)(lambda array=array, sm=sm, full=full: load(array, kv, p - before, sm, full))
                 return it + 1
 
             return lax.fori_loop(first, stop, piece, it)
@@ -139,35 +150,17 @@ def _kernel(q, keys, values, layer, starts, counts, out, *, q_sm, k_sm, v_sm, st
         *_, start, count = known(jnp.int32(0))
         lax.fori_loop(0, own_tiles, tile, (jnp.int32(0), start, count))
 
-
-    @pl.when(wg == CONSUMERS)
-    def _():
-        plgpu.set_max_registers(REGISTERS[1], action="decrease")
-        produce()
-
-    @pl.when(wg < CONSUMERS)
-    def _():
-        plgpu.set_max_registers(REGISTERS[0], action="increase")
-        consume()
+    divide(wg, produce, consume)
 
 
-def prefill(q, keys, values, layer, starts, counts, *, scale, window=None, soft_cap=None, ctas=SMS):
+def prefill(q, keys, values, layer, starts, counts, *, scale, window=None, soft_cap=None, shared=(), ctas=SMS):
     """q bf16 [B, T, Hq, D], keys and values bf16 [L, B, Hkv, S, D], layer i32 [], starts and counts i32 [B] -> q's
-    shape."""
+    shape. shared: keys and values bf16 [L, N, Hkv, P, D] that the rows begin with, and i32 [B], how many slots of them."""
     rows, tokens, query_heads, d = q.shape
-    layers, _, heads, capacity, _ = keys.shape
-    s = Shape(rows, tokens, heads, query_heads // heads, d, capacity, scale, window, soft_cap)
-    halves = d // HALF
-    tile = lambda *shape: plgpu.SMEM((*shape, HALF), jnp.bfloat16, transforms=ROWS_128)
-    scratch = dict(
-        q_sm=tile(CONSUMERS, halves * ROWS), k_sm=tile(STAGES, halves * PIECE), v_sm=tile(STAGES, halves * PIECE),
-        state=plgpu.SMEM((CONSUMERS, ROWS * (d + 4)), jnp.float32),
-        q_full=plgpu.Barrier(num_arrivals=halves, num_barriers=CONSUMERS), q_empty=plgpu.Barrier(num_arrivals=1, num_barriers=CONSUMERS),
-        **{f"{x}_full": plgpu.Barrier(num_arrivals=halves, num_barriers=STAGES) for x in "kv"},
-        **{f"{x}_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES) for x in "kv"})
+    _, _, heads, capacity, _ = keys.shape
+    s = Shape(rows, tokens, heads, query_heads // heads, d, capacity, scale, window, soft_cap, shared[0].shape[1] if shared else 0)
     kernel = lambda *refs, **scratch: _kernel(*refs, **scratch, s=s, ctas=ctas)
-    flat = [a.reshape(layers * rows * heads, capacity, d) for a in (keys, values)]
-    return plgpu.kernel(
-        kernel, out_type=jax.ShapeDtypeStruct(q.shape, q.dtype), scratch_types=scratch, grid=(ctas,), grid_names=("cta",),
-        num_threads=CONSUMERS + 1, thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True))(q, *flat, layer.reshape(1), starts, counts)
+    flat, shared_flat = ([a.reshape(-1, *a.shape[3:]) for a in pair] for pair in ((keys, values), shared[:2]))
+    run = launch(kernel, jax.ShapeDtypeStruct(q.shape, q.dtype), (d // HALF * ROWS,), d, ctas,
+                 state=plgpu.SMEM((CONSUMERS, ROWS * (d + 4)), jnp.float32))
+    return run(q, *flat, layer.reshape(1), starts, counts, *shared_flat, *shared[2:])

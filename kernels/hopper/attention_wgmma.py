@@ -33,6 +33,7 @@ class Shape:
     scale: float
     window: int | None
     soft_cap: float | None
+    shared: int = 0  # rows that others begin with
 
     @property
     def tiles(self):
@@ -278,6 +279,26 @@ def bank(group, marks, maxima, state, done, some, s: Shape):
         return _words(mg.branch_values(done, bank, marks + maxima))
 
     return mg.inline(program, group, *marks, *maxima, mg.Memory(state), done, some, returns=MARKS + 2)
+
+
+def deliver(group, marks, sums_out, marks_out, place, padded, s: Shape):
+    """Writes a group's sums, of rows of s.group queries, `padded` apart. place: i32 scalars: the first row, how many there are, the key
+    head."""
+    def program(group, *rest):
+        marks, (sums_out, marks_out, first, count, head) = _marks(rest[:MARKS]), rest[MARKS:]
+        values = _flat(group)
+        lane = lanes(False, pinned=True)
+        row = lane.warp * 16 + lane.fragment_row
+        for h in range(2):
+            own = row + 8 * h
+            query = (first + own // padded) * (s.heads * s.group) + (head * s.group + own % padded)
+            inside = mg.signed_less(own // padded, count) & (own % padded < s.group)
+            at = mg.gmem_element(sums_out, query, s.d, lane.quad * 2, 4)
+            for j in range(s.d // 8):
+                store_global(at + 32 * j, values[4 * j + 2 * h:][:2], inside, "f32")
+            store_global(mg.gmem_element(marks_out, query, 8, lane.quad * 2, 4), [marks[h], marks[2 + h]], inside, "f32")
+
+    mg.inline(program, group, *marks, mg.Memory(sums_out), mg.Memory(marks_out), *place)
 
 
 def finish(group, marks, maxima, state, out, place, s: Shape):

@@ -15,6 +15,7 @@ m16n8k16 / k16 steps in float32, one a contiguous slice of K, added from left to
 """
 import jax.numpy as jnp
 
+from nvfp4jax.kernels.hopper import dense_together
 from nvfp4jax.kernels.hopper.decode import as_words
 from nvfp4jax.kernels.hopper.dense_narrow import Narrow, memory_plan
 from nvfp4jax.kernels.hopper.dense_product import STEP, Product
@@ -40,10 +41,38 @@ def slices(n: int, k: int) -> int:
     return wanted
 
 
-def _narrow_tiles(n, k):
+def _row_tiles(widths, rows):
+    return sum(-(-n // rows) for n in widths)
+
+
+def _narrow_tiles(widths, count):
     """16-row tiles of a CTA of `Narrow`: one wave of CTAs where they fit, whole warpgroups."""
-    tiles = min(-(-n // 16 // SMS), 8)
-    return tiles if slices(n, k) % 4 == 0 else tiles + tiles % 2
+    tiles = next((t for t in range(1, 8) if _row_tiles(widths, 16 * t) <= SMS), 8)
+    return tiles if count % 4 == 0 else tiles + tiles % 2
+
+
+def _narrow_tilings(widths, m, count):
+    """(tiles, tokens) of `Narrow`, the best first. From 33 tokens on those of one wave: the fewest rows a CTA, then the fewest tokens."""
+    if m <= 32:
+        yield _narrow_tiles(widths, count), _tokens(m, 32)
+        return
+    for tiles in range(1, 4) if m <= 128 else (_narrow_tiles(widths, count),):
+        for most in (32, 48, 64) if m <= 128 and tiles <= 2 else (32,):  # more tokens, and more than 32 rows: Wide is ahead
+            tokens = _tokens(m, most)
+            if tiles * count % 4 == 0 and _row_tiles(widths, 16 * tiles) * -(-m // tokens) <= SMS:
+                yield tiles, tokens
+
+
+def _whole_sums(n, m):
+    """The schedule of `Wide` where the sums have one slice: 256 rows a CTA in pairs, or 128 (1 / 1.8 of the time a tile) where less
+    of the last wave of tiles is idle."""
+    tokens = _tokens(m, 128)
+    paired = m > 8 and n > 256
+    width = 2 if paired else 1
+    waves = lambda rows, ctas: -(-(-(-n // rows) * -(-m // tokens)) // ctas)
+    if waves(128, SMS) < 1.8 * waves(256 * width, SMS // width):
+        return dict(slices=1, wgs=2, tokens=tokens, paired=False)
+    return dict(slices=1, wgs=4, tokens=tokens, paired=paired)
 
 
 def _tokens(m, most):
@@ -51,29 +80,29 @@ def _tokens(m, most):
     return -(-(-(-m // (-(-m // most)))) // 8) * 8
 
 
-def plan_of(n: int, k: int, m: int) -> tuple[type, dict]:
-    """The kernel for a shape, and its schedule."""
-    count = slices(n, k)
+def plan_of(n: int | tuple[int, ...], k: int, m: int, count: int | None = None) -> tuple[type, dict]:
+    """The kernel for a shape, and its schedule. n: of one weight, or of several in one launch. count: the slices, where not n's own."""
+    widths = (n,) if isinstance(n, int) else n
+    n = sum(widths)
+    count = slices(n, k) if count is None else count
     if count == 1:
-        return Wide, dict(slices=1, wgs=4, tokens=_tokens(m, 128), paired=m > 8 and n > 256)
-    tiles = _narrow_tiles(n, k)
-    # 64 tokens a CTA read more of them than they save in decodes where it has more than 32 rows (measured).
-    for most in (32, 64) if m <= 64 and tiles <= 2 else (32,):
-        tokens = _tokens(m, most)
+        return Wide, _whole_sums(n, m)
+    for tiles, tokens in _narrow_tilings(widths, m, count):
         memory, _ = memory_plan(k, tokens, count, tiles)
-        one_wave = -(-n // (16 * tiles)) * -(-m // tokens) <= SMS
-        if (m <= 32 or one_wave) and memory in (("all", "weights", "steps") if most == 32 else ("all", "weights")):
+        # Code that is laid out for all of K, once for each weight, may become too long to compile.
+        long = len(widths) > 1 and memory != "steps" and len(widths) * -(-k // (STEP * count)) * tokens > 512
+        if memory and not long:
             return Narrow, dict(slices=count, tiles=tiles, tokens=tokens)
     tokens = _tokens(m, 32)
     if m <= 32 or m <= 64 and count == 8:
         return Split, dict(slices=count, wgs=1 if n * count <= 16384 else 2, tokens=tokens)
-    wgs, most = min(_TILE_TIMES, key=lambda tile: -(-(-(-n // (64 * tile[0])) * -(-m // tile[1])) // SMS) * _TILE_TIMES[tile])
+    wgs, most = min(_TILE_TIMES, key=lambda tile: -(-(_row_tiles(widths, 64 * tile[0]) * -(-m // tile[1])) // SMS) * _TILE_TIMES[tile])
     return Wide, dict(slices=count, wgs=wgs, tokens=_tokens(m, most), paired=False)
 
 
 # --- the operation --------------------------------------------------------------------------------------------------
 
-def matmul(operand, row_scale, packed, scale, global_scale, *, bias=None, out_dtype=jnp.bfloat16, layer=None):
+def matmul(operand, row_scale, packed, scale, global_scale, *, bias=None, out_dtype=jnp.bfloat16, layer=None, residual=None):
     """operand @ dequantized(packed, scale, global_scale).T * row_scale + bias, accumulated in float32.
 
     Args:
@@ -85,6 +114,7 @@ def matmul(operand, row_scale, packed, scale, global_scale, *, bias=None, out_dt
         out_dtype: bfloat16 or float32.
         layer: i32 []: the weights, their scales and, if it has one too, the bias have one more leading axis, of which this index
             is read in place.
+        residual: out_dtype [M, N], added to the rounded result, the sum rounded again.
 
     Returns:
         out_dtype [M, N]. The bits of a row depend on nothing but the row and the weights.
@@ -92,7 +122,7 @@ def matmul(operand, row_scale, packed, scale, global_scale, *, bias=None, out_dt
     Raises:
         ValueError: shapes or dtypes do not fit together. NotImplementedError: no schedule for them.
     """
-    return _matmul(operand, row_scale, packed, scale, global_scale, bias, out_dtype, layer)
+    return _matmul(operand, row_scale, packed, scale, global_scale, bias, out_dtype, layer, residual=residual)
 
 
 def _check(operand, row_scale, packed, scale, global_scale, bias, out_dtype, layer):
@@ -118,17 +148,48 @@ def _check(operand, row_scale, packed, scale, global_scale, bias, out_dtype, lay
         raise NotImplementedError(f"dense.matmul: out_dtype {out_dtype} and bias must be bfloat16 or float32")
 
 
-def _matmul(operand, row_scale, packed, scale, global_scale, bias, out_dtype, layer, plan=None):
+def matmuls(operand, row_scale, weights, *, out_dtype=jnp.bfloat16, layer=None):
+    """`matmul` with several weights [N_j, K]: one launch where none of them would fill the GPU.
+
+    weights: (packed, scale, global_scale, bias or None) each. -> out_dtype [M, N_j] each. All sums have the slices of one weight of all
+    the rows, so a result's bits depend on the widths of the others too, and on nothing else of them.
+    """
+    widths, (m, k) = tuple(packed.shape[-2] for packed, *_ in weights), operand.shape
+    count, common = slices(sum(widths), k), dict(out_dtype=out_dtype, layer=layer)
+    for weight in weights:
+        _check(operand, row_scale, *weight, **common)
+    if count == 1:  # many rows: each weight fills the GPU
+        return tuple(matmul(operand, row_scale, *weight[:3], bias=weight[3], **common) for weight in weights)
+    make, settings = plan_of(widths, k, m)
+    # Where a weight alone has waves of tiles, persistent CTAs are better than one launch.
+    if make is Wide and _row_tiles(widths, 64 * settings["wgs"]) * -(-m // settings["tokens"]) > 2 * SMS:
+        return tuple(_matmul(operand, row_scale, *weight, **common, plan=plan_of(n, k, m, count)) for weight, n in zip(weights, widths))
+    kernels, arrays = zip(*(_prepared(operand, row_scale, *weight, **common, plan=(make, settings)) for weight in weights))
+    return dense_together.build(kernels)(arrays)
+
+
+def _matmul(operand, row_scale, packed, scale, global_scale, bias, out_dtype, layer, plan=None, residual=None):
     """`matmul`; plan: a kernel and its schedule in place of `plan_of`'s."""
     _check(operand, row_scale, packed, scale, global_scale, bias, out_dtype, layer)
+    out_shape = operand.shape[0], packed.shape[-2]
+    if residual is not None and (residual.shape != out_shape or residual.dtype != jnp.dtype(out_dtype)):
+        raise ValueError(f"dense.matmul: residual {residual.dtype}{residual.shape} wants {jnp.dtype(out_dtype)}{out_shape}")
+    plan = plan or plan_of(packed.shape[-2], packed.shape[-1] * 2, operand.shape[0])
+    kernel, arrays = _prepared(operand, row_scale, packed, scale, global_scale, bias, out_dtype, layer, plan, residual)
+    return kernel.build()(*arrays)
+
+
+def _prepared(operand, row_scale, packed, scale, global_scale, bias, out_dtype, layer, plan, residual=None):
+    """The kernel, and what it reads."""
     (m, k), n = operand.shape, packed.shape[-2]
     product = Product(n, k, m, per_row=row_scale.ndim == 2, bias_dtype=None if bias is None else jnp.dtype(bias.dtype), out_dtype=out_dtype,
-                      stacked=layer is not None, bias_stacked=bias is not None and bias.ndim == 2)
+                      stacked=layer is not None, bias_stacked=bias is not None and bias.ndim == 2,
+                      residual=residual is not None)
     words, scales = as_words(packed, scale)
     if scales.shape[-1] % 4:  # TMA wants rows of whole 16 bytes: a copy of the scales, where K is no multiple of 256
         scales = jnp.pad(scales, [(0, 0)] * (scales.ndim - 1) + [(0, -scales.shape[-1] % 4)])
     row_scale, global_scale = (a.astype(jnp.float32).reshape(-1) for a in (row_scale, global_scale))
-    make, settings = plan or plan_of(n, k, m)
-    return make(product, **settings).build()(
-        words, scales, operand, row_scale, global_scale, global_scale if bias is None else bias.reshape(-1),
+    make, settings = plan
+    return make(product, **settings), (
+        words, scales, operand, row_scale, global_scale, global_scale if bias is None else bias.reshape(-1), global_scale if residual is None else residual,
         jnp.zeros(1, jnp.int32) if layer is None else layer.astype(jnp.int32).reshape(1))

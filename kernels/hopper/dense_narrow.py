@@ -22,23 +22,19 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from nvfp4jax.kernels.hopper.decode import SCALE_PAIR, SELECTOR, decode_codes
-from nvfp4jax.kernels.hopper.dense_product import CHUNK, SCALE_STEPS, STEP, Factors, Product, Refs, Tile, fetch_factors, finish_tile, pitch
-from nvfp4jax.kernels.hopper.machine import ROWS_128, SHARED_MEMORY, WARP, WARPGROUP, Hardware, swizzled
-from nvfp4jax.kernels.hopper.mosaic import Memory, asm, inline, load_shared, settled, smem_address, thread_index
+from nvfp4jax.kernels.hopper import dense_narrow_thread as thread
+from nvfp4jax.kernels.hopper.dense_narrow_thread import CHUNKS
+from nvfp4jax.kernels.hopper.dense_product import CHUNK, SCALE_STEPS, STEP, Factors, Product, Refs, Tile, fetch_factors, pitch
+from nvfp4jax.kernels.hopper.machine import ROWS_128, SHARED_MEMORY, WARPGROUP, Hardware, swizzled
+from nvfp4jax.kernels.hopper.mosaic import Memory, inline
 from nvfp4jax.kernels.hopper.ring import Ring
 
 _BARRIERS = 32  # the most that Mosaic takes in an array
-_CHUNKS = STEP // CHUNK
-_MMA = ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{$0,$1,$2,$3},{$4,$5,$6,$7},{$8,$9},{$10,$11,$12,$13};")
 
 
 def memory_plan(k: int, tokens: int, slices: int, tiles: int) -> tuple[str, int]:
@@ -56,116 +52,6 @@ def memory_plan(k: int, tokens: int, slices: int, tiles: int) -> tuple[str, int]
         return "weights", chunks
     return ("steps", steps) if steps >= 2 else ("", 0)
 
-
-# --- one thread's code ----------------------------------------------------------------------------------------------
-
-@dataclasses.dataclass(frozen=True)
-class Addresses:
-    """Of a thread, i32 [128] each, computed before the data arrive: its sums, the codes of fragment rows r and r + 8 (weight rows 2 r
-    and 2 r + 1), the tokens of k16 steps 0 1 and 2 3 of a chunk, and the scales, of each round where all lie in memory."""
-
-    sums: jax.Array
-    codes: tuple[jax.Array, ...]
-    tokens: tuple[jax.Array, ...]
-    scales: tuple[jax.Array, ...]
-
-
-def _place(tiles):
-    """Of this thread: its lane, row of quads and place in its quad, and its warp's 16-row tile and slice."""
-    tid = thread_index()
-    lane, warp = tid % WARP, tid // WARP
-    return lane, lane // 4, lane % 4, warp % tiles, warp // tiles
-
-
-def _addresses(w_sm, s_sm, x_sm, partial, *, c):
-    lane, r, quad, tile, p = _place(c.tiles)
-    row = tile * 16 + r * 2
-    out = [smem_address(partial, ((p * c.tokens + quad * 2) * pitch(c.rows) + row) * 4)]
-    for h in range(2):
-        phase = r * 2 + h & 7
-        line = (p * c.rows + row) * 128 + 128 * h
-        out.append(smem_address(w_sm, line + ((quad // 2 ^ phase) * 16 + quad % 2 * 8)))
-    t, matrix = lane % 8, lane // 8
-    for half in range(2):
-        unit = matrix + 4 * half ^ t
-        out.append(smem_address(x_sm, p * c.slice_bytes + (t * 128 + unit * 16)))
-    if not c.resident:
-        return *out, smem_address(s_sm, (p * c.rows + row) * 16)
-    for i in range(c.rounds):
-        step = p * c.rounds + i
-        unit = step % SCALE_STEPS ^ row % 8
-        line = step // SCALE_STEPS * c.rows + row
-        out.append(smem_address(s_sm, line * 128 + unit * 16))
-    return out
-
-
-def _decode(u, w0, w1, w_at, s0, s1):
-    """A 64-chunk of a step -> for each of four k16 steps the operand of mma: rows r and r + 8 in turn."""
-    selector = asm(SELECTOR, [thread_index() % 4], effects=False)
-    factors = asm(SCALE_PAIR, [s0, s1, selector], "rr", effects=False)
-    words = [[decode_codes(word, factor) for word in load_shared(base ^ 32 * u, w_at, 2)] for base, factor in zip((w0, w1), factors)]
-    return [[words[0][0][q], words[1][0][q], words[0][1][q], words[1][1][q]] for q in range(4)]
-
-
-def _load_tokens(address, offset):
-    """8 tokens of two k16 steps."""
-    return asm(f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$0,$1,$2,$3}},[$4+{offset}];", [address], "rrrr")
-
-
-def _mma(left, right, sums):
-    return asm(_MMA, [*left, *right, *sums], "ffff", effects=False)
-
-
-def _decode_chunk(*addresses, u, w_at):
-    w0, w1, scale_at = settled(addresses)
-    (s0,), (s1,) = load_shared(scale_at, 4 * u, 1), load_shared(scale_at ^ 16, 128 + 4 * u, 1)
-    return [v for step in _decode(u, w0, w1, w_at, s0, s1) for v in step]
-
-
-def _add_chunk(acc, *registers, x_at):
-    x0, x1, *left = settled(registers)
-    sums = [settled(pair.reshape(-1)) for pair in acc]
-    for half, address in enumerate((x0, x1)):  # half of the tokens' registers at a time
-        right = [_load_tokens(address, x_at + j * 1024) for j in range(len(acc))]
-        for q in range(2):
-            for j in range(len(acc)):
-                sums[j] = _mma(left[8 * half + 4 * q:][:4], right[j][2 * q:][:2], sums[j])
-    return np.array(sums, object).reshape(acc.shape)
-
-
-def _add_round(acc, stage, *addresses, c, i):
-    w0, w1, x0, x1, scale_at = settled(addresses)
-    w_at, x_at = (i * c.slices * c.rows * 128, i * c.slices * c.slice_bytes) if c.resident else (0, 0)
-    if not c.resident:
-        w0, w1 = (v + stage * (c.slices * c.rows * 128) for v in (w0, w1))
-        x0, x1 = (v + stage * (c.slices * c.slice_bytes) for v in (x0, x1))
-        scale_at = scale_at + stage * (c.slices * c.rows * 16)
-    # rows r and r + 8 are neighbours: their scales' units differ in the lowest bit of the swizzle
-    s0 = load_shared(scale_at, 0, 4)
-    s1 = load_shared(scale_at ^ 16, 128, 4) if c.resident else load_shared(scale_at, 16, 4)
-    sums = [settled(pair.reshape(-1)) for pair in acc]
-    chunk_bytes, group_bytes = (1024, _CHUNKS * 1024) if c.x_tiled else (c.tokens * 128, 1024)
-    for u in range(_CHUNKS):
-        right = [[_load_tokens(v, x_at + u * chunk_bytes + j * group_bytes) for v in (x0, x1)] for j in range(len(acc))]
-        left = _decode(u, w0, w1, w_at, s0[u], s1[u])
-        for q in range(4):
-            for j in range(len(acc)):
-                sums[j] = _mma(left[q], right[j][q // 2][2 * (q % 2):][:2], sums[j])
-    return np.array(sums, object).reshape(acc.shape)
-
-
-def _put_sums(acc, address, _, *, rows):
-    for j, e in np.ndindex(len(acc), 2):
-        asm(f"st.shared.v2.f32 [$0+{(8 * j + e) * pitch(rows) * 4}],{{$1,$2}};", [address, *acc[j, :, e]], "")
-
-
-def _finish(first_token, first, out, partial, *factors, tile, slices):
-    floats = pitch(tile.rows)
-    finish_tile(tile, lambda token, row: smem_address(partial, (token * floats + row) * 4),
-                [p * tile.tokens * floats * 4 for p in range(slices)], factors, first_token, first, out)
-
-
-# --- the kernel -----------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
 class _Shared:
@@ -197,7 +83,7 @@ class _Prepared:
     """Of a thread, before its data arrive."""
 
     factors: Factors
-    addresses: Addresses
+    addresses: thread.Addresses
     own_slice: Any  # in "weights", an index of barriers that is another for the warps of a warpgroup: each waits for its own
 
 
@@ -277,7 +163,7 @@ class Narrow(Hardware):
             if self.x_tiled:
                 plgpu.copy_gmem_to_smem(refs.x.at[own, pl.ds(start, STEP)], target, barrier)
             else:
-                for c in range(_CHUNKS):
+                for c in range(CHUNKS):
                     plgpu.copy_gmem_to_smem(refs.x.at[own, pl.ds(start + c * CHUNK, CHUNK)], target.at[c], barrier)
 
     def fetch_resident(self, refs, sm, at, wg):
@@ -297,11 +183,11 @@ class Narrow(Hardware):
 
     def produce_tokens(self, refs, sm, at):
         """The producer of "weights"."""
-        @pl.loop(0, self.rounds * _CHUNKS)
+        @pl.loop(0, self.rounds * CHUNKS)
         def _(c):
             stage = sm.ring.fill(c)
             for p in range(self.slices):
-                source = refs.x.at[pl.ds(at.token, self.tokens), pl.ds((p * self.rounds * _CHUNKS + c) * CHUNK, CHUNK)]
+                source = refs.x.at[pl.ds(at.token, self.tokens), pl.ds((p * self.rounds * CHUNKS + c) * CHUNK, CHUNK)]
                 plgpu.copy_gmem_to_smem(source, sm.x_sm.at[stage, p], sm.ring.arriving(stage, p))
 
     def produce_steps(self, refs, sm, at):
@@ -321,40 +207,40 @@ class Narrow(Hardware):
 
     def prepare(self, refs, sm, at) -> _Prepared:
         factors = fetch_factors(self.tile, refs, at.token, at.first)
-        program = functools.partial(_addresses, c=self)
+        program = functools.partial(thread.addresses, c=self)
         memories = (Memory(sm.w_sm, ROWS_128), Memory(sm.s_sm, ROWS_128 if self.resident else ()),
                     Memory(sm.x_sm, self.x_transforms), Memory(sm.partial))
         out = inline(program, *memories, returns=5 + (self.rounds if self.resident else 1))
         own_slice = None
         if self.memory == "weights":
-            own_slice = inline(lambda: _place(self.tiles)[-1], returns="scalar")
-        return _Prepared(factors, Addresses(out[0], out[1:3], out[3:5], out[5:]), own_slice)
+            own_slice = inline(lambda: thread.place(self.tiles)[-1], returns="scalar")
+        return _Prepared(factors, thread.Addresses(out[0], out[1:3], out[3:5], out[5:]), own_slice)
 
     def add_round(self, acc, i, stage, prepared, sm, wg):
         """One step of the warp's slice: 16 weight rows x 256 of K, four mma for each 64 and 8 tokens."""
         at = prepared.addresses
-        program = functools.partial(_add_round, c=self, i=i)
+        program = functools.partial(thread.add_round, c=self, i=i)
         return inline(program, acc, jnp.int32(0 if self.resident else stage), *at.codes, *at.tokens, at.scales[i if self.resident else 0],
                       returns=(64, self.tokens))
 
     def decode_chunk(self, i, u, prepared):
         """A 64-chunk of weights that lie in shared memory as a whole."""
         at = prepared.addresses
-        program = functools.partial(_decode_chunk, u=u, w_at=i * self.slices * self.rows * 128)
+        program = functools.partial(thread.decode_chunk, u=u, w_at=i * self.slices * self.rows * 128)
         return inline(program, *at.codes, at.scales[i], returns=16)
 
     def add_chunk(self, acc, i, u, stage, decoded, prepared, sm, wg):
         """A decoded 64-chunk times the tokens of a stage."""
-        program = functools.partial(_add_chunk, x_at=stage * self.slices * self.slice_bytes)
+        program = functools.partial(thread.add_chunk, x_at=stage * self.slices * self.slice_bytes)
         return inline(program, acc, *prepared.addresses.tokens, *decoded, returns=(64, self.tokens))
 
     def finish(self, acc, prepared, refs, sm, at, wg):
-        inline(functools.partial(_put_sums, rows=self.rows), acc, prepared.addresses.sums, Memory(sm.partial))
+        inline(functools.partial(thread.put_sums, rows=self.rows), acc, prepared.addresses.sums, Memory(sm.partial))
         plgpu.barrier_arrive(sm.done)
         plgpu.barrier_wait(sm.done)
-        program = functools.partial(_finish, tile=self.tile, slices=self.slices)
+        program = functools.partial(thread.finish, tile=self.tile, slices=self.slices)
         f = prepared.factors
-        inline(program, at.token, at.first, Memory(refs.out), Memory(sm.partial), f.global_scale, *f.row_scales, *f.biases)
+        inline(program, at.token, at.first, Memory(refs.residual), Memory(refs.out), Memory(sm.partial), f.global_scale, *f.row_scales, *f.biases)
 
     def wait(self, ring: Ring, stage, own_slice, wg):
         """Until the stage holds the slice of this warp, or those of all this warpgroup's warps."""
@@ -373,9 +259,9 @@ class Narrow(Hardware):
 
     def multiply_chunks(self, acc, prepared, sm, wg):
         """In "weights": a chunk is decoded before its tokens have come, and beside the products of the chunk before."""
-        total = self.rounds * _CHUNKS
+        total = self.rounds * CHUNKS
         for c in range(total):
-            (i, u), stage = divmod(c, _CHUNKS), sm.ring.stage(c)
+            (i, u), stage = divmod(c, CHUNKS), sm.ring.stage(c)
             if u == 0:
                 self.wait(sm.weights, i, prepared.own_slice, wg)
             decoded = self.decode_chunk(i, u, prepared)
@@ -397,10 +283,14 @@ class Narrow(Hardware):
 
     # --- all together
 
-    def body(self, *refs, full, empty, w_full=None, **shared):
-        refs, ring = Refs(*refs), Ring(full, empty, self.stages, self.slices)
+    def body(self, *refs, **scratch):
+        self.run(Refs(*refs), lax.axis_index("tile"), **scratch)
+
+    def run(self, refs, tile, *, full, empty, w_full=None, **shared):
+        """A CTA's work. tile: of `ctas`; those of the same weights are neighbours."""
+        ring = Ring(full, empty, self.stages, self.slices)
         sm = _Shared(ring=ring, weights=ring if w_full is None else Ring(w_full, None, self.rounds, self.slices), **shared)
-        wg, tile = lax.axis_index("wg"), lax.axis_index("tile")  # CTAs of the same weights are neighbours
+        wg = lax.axis_index("wg")
         token = lax.rem(tile, jnp.int32(self.token_tiles)) * self.tokens
         first = lax.div(tile, jnp.int32(self.token_tiles)) * self.rows
         at = _Place(token, first, (refs.layer[0],) if self.product.stacked else (), tile * 0)
@@ -429,7 +319,7 @@ class Narrow(Hardware):
         if self.memory == "weights":
             x_box, copies = (self.tokens, CHUNK), 1
         else:
-            x_box, copies = ((self.tokens, STEP), 1) if self.x_tiled else ((_CHUNKS, self.tokens, CHUNK), _CHUNKS)
+            x_box, copies = ((self.tokens, STEP), 1) if self.x_tiled else ((CHUNKS, self.tokens, CHUNK), CHUNKS)
         copies += {"all": 1, "weights": 0, "steps": 2}[self.memory]  # weights, and scales
         out = dict(
             w_sm=plgpu.SMEM((w_stages, self.slices, self.rows, STEP // 8), jnp.int32, transforms=ROWS_128),
@@ -445,10 +335,16 @@ class Narrow(Hardware):
             out["w_full"] = plgpu.Barrier(num_barriers=self.rounds * self.slices)
         return out
 
-    def build(self):
-        """-> a function of the arrays of `Refs` but the last, which it returns."""
+    @property
+    def ctas(self) -> int:
+        return -(-self.product.n // self.rows) * self.token_tiles
+
+    def launch(self, body, out_type, ctas: int):
         return plgpu.kernel(
-            self.body, out_type=self.product.out_type, scratch_types=self.scratch(),
-            grid=(-(-self.product.n // self.rows) * self.token_tiles,), grid_names=("tile",),
+            body, out_type=out_type, scratch_types=self.scratch(), grid=(ctas,), grid_names=("tile",),
             num_threads=self.warpgroups + (self.memory != "all"), thread_name="wg",
             compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True))
+
+    def build(self):
+        """-> a function of the arrays of `Refs` but the last, which it returns."""
+        return self.launch(self.body, self.product.out_type, self.ctas)

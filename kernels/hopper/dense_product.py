@@ -21,7 +21,7 @@ SCALE_STEPS = 8  # steps in 128 bytes of scales
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """y [M, N] = x [M, K] W[N, K].T * row_scale * global_scale + bias.
+    """y [M, N] = x [M, K] W[N, K].T * row_scale * global_scale + bias, rounded; then residual + y, rounded again, where there is one.
 
     per_row: row_scale is f32 [M], else [1]. bias_dtype: None without one. stacked: weights and scales carry an axis of layers;
     bias_stacked: the bias does too."""
@@ -34,6 +34,7 @@ class Product:
     out_dtype: Any = jnp.bfloat16
     stacked: bool = False
     bias_stacked: bool = False
+    residual: bool = False
 
     @property
     def steps(self) -> int:
@@ -47,7 +48,7 @@ class Product:
 @dataclasses.dataclass(frozen=True)
 class Refs:
     """In global memory: w i32 [(L,) N, K/8], s i32 [(L,) N, K/64], x bf16 [M, K] (K permuted), row_scale f32 [1] or [M], global_scale
-    f32 [1 or L], bias [N or L * N] or f32 [1], layer i32 [1], out [M, N]."""
+    f32 [1 or L], bias [N or L * N] or f32 [1], residual of the result's dtype [M, N] or f32 [1], layer i32 [1], out [M, N]."""
 
     w: Any
     s: Any
@@ -55,6 +56,7 @@ class Refs:
     row_scale: Any
     global_scale: Any
     bias: Any
+    residual: Any
     layer: Any
     out: Any
 
@@ -86,6 +88,28 @@ def scaled(v: Register, factor: Register, bias: Register | None) -> Register:
     return asm("fma.rn.f32 $0,$1,$2,$3;", [v, factor, bias], "f", effects=False)
 
 
+def plus_residual(pointer: Register, values, flags, dtype, *, aligned: bool) -> list[Register]:
+    """Neighbouring f32 results, rounded to dtype, plus what stands at an address of global memory, in f32. Read where a flag is not 0."""
+    predicate = "{{.reg .pred p; setp.ne.u32 p,${flag},0; {text}}}"
+    load = functools.partial(asm, effects=False)  # nothing in this kernel writes there
+    if dtype == jnp.float32:
+        if aligned:
+            text = "mov.b32 $0,0; mov.b32 $1,0; @p ld.global.nc.v2.f32 {$0,$1},[$2];"
+            old = load(predicate.format(flag=3, text=text), [pointer, flags[0]], "ff")
+        else:
+            old = [load(predicate.format(flag=2, text=f"mov.b32 $0,0; @p ld.global.nc.f32 $0,[$1+{4 * e}];"), [pointer, flag], "f")
+                   for e, flag in enumerate(flags)]
+        return [asm("add.rn.f32 $0,$1,$2;", pair, "f", effects=False) for pair in zip(values, old)]
+    if aligned:
+        text = ".reg .b32 q; mov.b32 q,0; @p ld.global.nc.b32 q,[$2]; shl.b32 $0,q,16; and.b32 $1,q,0xffff0000;"
+        old = load(predicate.format(flag=3, text=text), [pointer, flags[0]], "rr")
+    else:
+        text = ".reg .b16 h; mov.b16 h,0; @p ld.global.nc.b16 h,[$1+{at}]; mov.b32 $0,{{0,h}};"
+        old = [load(predicate.format(flag=2, text=text.format(at=2 * e)), [pointer, flag], "r") for e, flag in enumerate(flags)]
+    text = "{.reg .b16 h; .reg .f32 a, b; cvt.rn.bf16.f32 h,$1; mov.b32 a,{0,h}; mov.b32 b,$2; add.rn.f32 $0,a,b;}"
+    return [asm(text, pair, "f", effects=False) for pair in zip(values, old)]
+
+
 def _store_pair(pointer, values, flags, dtype, *, aligned):
     """Two neighbouring results at an address of global memory, each where its flag is not zero."""
     predicate = "{{.reg .pred p; setp.ne.u32 p,${flag},0; {text}}}"
@@ -104,14 +128,16 @@ def _store_pair(pointer, values, flags, dtype, *, aligned):
                 [pointer, values[e], flags[e]], "")
 
 
-def finish_pair(p: Product, parts, token, column, inside, scale, biases, out) -> None:
+def finish_pair(p: Product, parts, token, column, inside, scale, biases, residual, out) -> None:
     """The slices' sums of two neighbouring columns, added from left to right, scaled, and stored where `inside` is not zero."""
     total = functools.reduce(
         lambda a, b: [asm("add.rn.f32 $0,$1,$2;", list(ab), "f", effects=False) for ab in zip(a, b)], parts)
     values = [scaled(v, scale, b) for v, b in zip(total, biases)]
     flags = [inside & (column + e < p.n) for e in range(2)]
-    pointer = gmem_element(out, token, p.n, column, jnp.dtype(p.out_dtype).itemsize)
-    _store_pair(pointer, values, flags, p.out_dtype, aligned=p.n % 2 == 0)
+    place = token, p.n, column, jnp.dtype(p.out_dtype).itemsize
+    if p.residual:
+        values = plus_residual(gmem_element(residual, *place), values, flags, p.out_dtype, aligned=p.n % 2 == 0)
+    _store_pair(gmem_element(out, *place), values, flags, p.out_dtype, aligned=p.n % 2 == 0)
 
 
 # --- a tile whose sums lie in shared memory, finished by a whole CTA ------------------------------------------------
@@ -172,7 +198,7 @@ def fetch_factors(tile: Tile, refs: Refs, first_token, first) -> Factors:
     return Factors(out[0], out[1:1 + count], out[1 + count:])
 
 
-def finish_tile(tile: Tile, source, offsets, factors, first_token, first, out) -> None:
+def finish_tile(tile: Tile, source, offsets, factors, first_token, first, residual, out) -> None:
     """In a thread: the slices' sums in shared memory, added from left to right, scaled, and stored.
 
     source: (token, row) -> address of a pair of a slice's sums; offsets: bytes on to those of each slice. factors: registers, as in
@@ -190,4 +216,4 @@ def finish_tile(tile: Tile, source, offsets, factors, first_token, first, out) -
         scale = asm("mul.rn.f32 $0,$1,$2;", [factors[t if p.per_row else 0], factor], "f", effects=False)
         token = first_token + token
         inside = inside & (token < p.m)
-        finish_pair(p, parts, token, first + row, inside, scale, biases, out)
+        finish_pair(p, parts, token, first + row, inside, scale, biases, residual, out)

@@ -38,7 +38,7 @@ def _put_sums(acc, base, wg, rows):
         asm(f"st.shared.v2.f32 [$0+{(8 * j + e) * pitch(rows) * 4}],{{$1,$2}};", [target, *acc[j, :, e]], "")
 
 
-def _meet(acc, sums, p, wg, factor, row_scale, bias, bias_at, first_token, first, out, *, c):
+def _meet(acc, sums, p, wg, factor, row_scale, bias, bias_at, first_token, first, residual, out, *, c):
     """Puts this CTA's sums into shared memory, and finishes its share of the tokens from those of the whole cluster."""
     product, rows = c.product, c.rows
     base = smem_address(sums)
@@ -61,7 +61,7 @@ def _meet(acc, sums, p, wg, factor, row_scale, bias, bias_at, first_token, first
         scale = asm("{.reg .f32 s; ld.global.nc.f32 s,[$1]; mul.rn.f32 $0,s,$2;}", [of_row, factor], "f")
         columns = [minimum(first + row + e, product.n - 1) for e in range(2)]
         biases = [None if product.bias_dtype is None else load_bias(bias, bias_at + column, product.bias_dtype) for column in columns]
-        finish_pair(product, parts, token, first + row, inside, scale, biases, out)
+        finish_pair(product, parts, token, first + row, inside, scale, biases, residual, out)
     asm(_MEET, (), "")
 
 
@@ -176,7 +176,7 @@ class Split(Hardware):
         factor = refs.global_scale[refs.layer[0] if p.stacked else 0] * DECODE_FACTOR
         bias_at = refs.layer[0] * p.n if p.bias_stacked else jnp.int32(0)
         inline(functools.partial(_meet, c=self), acc, Memory(sm.x_sm, ROWS_128), at.slice, wg, factor, Memory(refs.row_scale),
-               Memory(refs.bias), bias_at, at.token_tile * self.tokens, at.row_tile * self.rows, Memory(refs.out))
+               Memory(refs.bias), bias_at, at.token_tile * self.tokens, at.row_tile * self.rows, Memory(refs.residual), Memory(refs.out))
 
     def consume(self, refs, sm, at, wg):
         if not self.resident:
@@ -196,11 +196,14 @@ class Split(Hardware):
 
     # --- all together
 
-    def body(self, *refs, full, empty, **shared):
-        refs, sm = Refs(*refs), _Shared(ring=Ring(full, empty, self.stages), **shared)
+    def body(self, *refs, **scratch):
+        self.run(Refs(*refs), lax.axis_index("tile"), **scratch)
+
+    def run(self, refs, tile, *, full, empty, **shared):
+        """A CTA's work. tile: of `ctas`."""
+        sm = _Shared(ring=Ring(full, empty, self.stages), **shared)
         wg, p = lax.axis_index("wg"), lax.axis_index("slice")
-        row_tile = lax.div(lax.axis_index("tile"), jnp.int32(self.token_tiles))
-        token_tile = lax.rem(lax.axis_index("tile"), jnp.int32(self.token_tiles))
+        row_tile, token_tile = lax.div(tile, jnp.int32(self.token_tiles)), lax.rem(tile, jnp.int32(self.token_tiles))
         at = _Place(p, row_tile, token_tile, (refs.layer[0],) if self.product.stacked else ())
         if self.resident:
             @pl.when(wg == 0)
@@ -220,12 +223,19 @@ class Split(Hardware):
             full=plgpu.Barrier(num_arrivals=2 + STEP // CHUNK, num_barriers=self.stages),
             empty=plgpu.Barrier(num_arrivals=self.wgs, num_barriers=self.stages), done=plgpu.Barrier(num_arrivals=self.wgs))
 
-    def launch(self, out_type, **axes):
+    @property
+    def ctas(self) -> int:
+        """Clusters."""
+        return self.row_tiles * self.token_tiles
+
+    def axes(self, ctas: int) -> dict:
+        return dict(grid=(ctas,), grid_names=("tile",), cluster=(self.slices,), cluster_names=("slice",))
+
+    def launch(self, body, out_type, ctas: int):
         return plgpu.kernel(
-            self.body, out_type=out_type, scratch_types=self.scratch(), num_threads=self.wgs + (not self.resident), thread_name="wg",
-            compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True), **axes)
+            body, out_type=out_type, scratch_types=self.scratch(), num_threads=self.wgs + (not self.resident), thread_name="wg",
+            compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True), **self.axes(ctas))
 
     def build(self):
         """-> a function of the arrays of `Refs` but the last, which it returns."""
-        return self.launch(self.product.out_type, grid=(self.row_tiles * self.token_tiles,), grid_names=("tile",),
-                           cluster=(self.slices,), cluster_names=("slice",))
+        return self.launch(self.body, self.product.out_type, self.ctas)

@@ -145,6 +145,19 @@ class Wide(Hardware):
             row_tile, token_tile = plgpu.planar_snake(linear, shape, 0, min(12 // self.width, self.row_tiles))
         return _Tile(number, row_tile * 2 + lax.axis_index("pair") if self.paired else row_tile, token_tile)
 
+    def each_tile(self, only, zero, work):
+        """work(tile) for each tile of this CTA, or for the one that is given; -> how many."""
+        if only is not None:
+            work(self.tile_at(jnp.int32(0), only, zero))
+            return jnp.int32(1)
+
+        @plgpu.nd_loop((self.tiles,), collective_axes="sm", init_carry=jnp.int32(0))
+        def count(info, carry):
+            work(self.tile_at(carry, info.index[0], zero))
+            return carry + 1
+
+        return count
+
     # --- copies
 
     def fetch_scales(self, refs, sm, layer, own, tile, i):
@@ -189,14 +202,9 @@ class Wide(Hardware):
             source = refs.row_scale.at[pl.ds(tile.token_tile * self.tokens, self.tokens)]
             plgpu.copy_gmem_to_smem(source, sm.r_sm.at[slot, pl.ds(0, self.tokens)], sm.row.arriving(slot))
 
-    def produce(self, refs, sm, layer, zero):
+    def produce(self, refs, sm, layer, only, zero):
         self.set_registers(register_budget(self.wgs)[1], "decrease")
-
-        @plgpu.nd_loop((self.tiles,), collective_axes="sm", init_carry=jnp.int32(0))
-        def count(info, carry):
-            self.fetch_tile(refs, sm, layer, self.tile_at(carry, info.index[0], zero))
-            return carry + 1
-
+        count = self.each_tile(only, zero, lambda tile: self.fetch_tile(refs, sm, layer, tile))
         self.drain(sm.steps, count * self.product.steps)
         if self.product.per_row:
             self.drain(sm.row, count)
@@ -254,9 +262,9 @@ class Wide(Hardware):
         acc = inline(functools.partial(_scale, c=self), acc, factor, Memory(sm.r_sm), slot, Memory(refs.bias), bias_at,
                      channel, returns=(64, self.tokens))
         store_tokens(acc, jnp.float32(1), None, refs.out, row, p.m - row, channel, tokens=self.tokens, width=p.n,
-                     masked=p.n % (self.rows * self.width) != 0)
+                     masked=p.n % (self.rows * self.width) != 0, residual=refs.residual if p.residual else None)
 
-    def consume(self, refs, sm, wg, zero):
+    def consume(self, refs, sm, wg, only, zero):
         p = self.product
         self.set_registers(register_budget(self.wgs)[0], "increase")
         addresses = self.prepare(wg)
@@ -264,10 +272,8 @@ class Wide(Hardware):
         if not p.per_row:
             factor = refs.row_scale[0] * factor
 
-        @plgpu.nd_loop((self.tiles,), collective_axes="sm", init_carry=jnp.int32(0))
-        def _(info, carry):
-            tile = self.tile_at(carry, info.index[0], zero)
-            slot = sm.row.stage(carry)
+        def work(tile):
+            slot = sm.row.stage(tile.number)
             acc = self.sum_over_k(addresses, sm, tile, wg)
             row, channel = tile.token_tile * self.tokens, tile.row_tile * self.rows + wg * 64
             if p.per_row:
@@ -275,19 +281,23 @@ class Wide(Hardware):
             self.finish(acc, factor, row, channel, slot, refs, sm)
             if p.per_row:
                 sm.row.release(slot)
-            return carry + 1
+
+        self.each_tile(only, zero, work)
 
     # --- all together
 
-    def body(self, *refs, full, empty, s_full, s_empty, r_full, r_empty, x_free=None, **shared):
-        refs = Refs(*refs)
+    def body(self, *refs, **scratch):
+        self.run(Refs(*refs), None, **scratch)
+
+    def run(self, refs, tile, *, full, empty, s_full, s_empty, r_full, r_empty, x_free=None, **shared):
+        """A CTA's work. tile: of `ctas`, the only one; None: its share of them all."""
         sm = _Shared(steps=Ring(full, empty, self.stages), scales=Ring(s_full, s_empty, 2), row=Ring(r_full, r_empty, 2),
                      x_free=x_free, **shared)
-        wg, cta = lax.axis_index("wg"), lax.axis_index("sm")
+        wg = lax.axis_index("wg")
         layer = (refs.layer[0],) if self.product.stacked else ()
-        zero = cta * 0  # jax 0.12 refuses static slices that reach past the end
-        pl.when(wg == self.wgs)(lambda: self.produce(refs, sm, layer, zero))
-        pl.when(wg < self.wgs)(lambda: self.consume(refs, sm, wg, zero))
+        zero = (lax.axis_index("sm") if tile is None else tile) * 0  # jax 0.12 refuses static slices that reach past the end
+        pl.when(wg == self.wgs)(lambda: self.produce(refs, sm, layer, tile, zero))
+        pl.when(wg < self.wgs)(lambda: self.consume(refs, sm, wg, tile, zero))
 
     def scratch(self) -> dict:
         stages, wgs = self.stages, self.wgs
@@ -305,10 +315,16 @@ class Wide(Hardware):
             out["x_free"] = plgpu.ClusterBarrier(collective_axes=("pair",), num_barriers=stages)
         return out
 
+    @property
+    def ctas(self) -> int:
+        return self.tiles
+
+    def launch(self, body, out_type, ctas: int, axis: str = "tile"):
+        return plgpu.kernel(
+            body, out_type=out_type, scratch_types=self.scratch(), grid=(ctas,), grid_names=(axis,),
+            num_threads=self.wgs + 1, thread_name="wg", **(dict(cluster=(2,), cluster_names=("pair",)) if self.paired else {}),
+            compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True))
+
     def build(self):
         """-> a function of the arrays of `Refs` but the last, which it returns."""
-        return plgpu.kernel(
-            self.body, out_type=self.product.out_type, scratch_types=self.scratch(), grid=(min(SMS // self.width, self.tiles),),
-            grid_names=("sm",), num_threads=self.wgs + 1, thread_name="wg",
-            **(dict(cluster=(2,), cluster_names=("pair",)) if self.paired else {}),
-            compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True))
+        return self.launch(self.body, self.product.out_type, min(SMS // self.width, self.tiles), "sm")

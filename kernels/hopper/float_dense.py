@@ -17,32 +17,42 @@ SMS = 132
 
 
 def _tiles(m, k, n):
-    """(rows, columns, stages) of a CTA, parts of K."""
-    if n < 128 * SMS:  # few columns: small tiles, so that there are several
-        return 64, 64, 4, max(p for p in (1, 2, 4, 8) if p == 1 or k % (256 * p) == 0 and p * n <= 1024)
-    return 64 if m <= 64 else 128 if m <= 128 else 256, 128, 4, 1
+    """(rows, columns, stages) of a CTA, parts of K. The parts, which bits depend on, follow from k and n alone."""
+    parts = max(p for p in (1, 2, 4, 8) if p == 1 or k % (256 * p) == 0 and p * n <= 1024)
+    large = (64,) if m <= 64 else (128,) if m <= 128 else (256, 128)
+    rows = next((rows for rows in large if -(-m // rows) * n >= 128 * SMS), None)
+    if parts > 1 or n % 128 or rows is None:
+        return 64, 64, 4, parts  # they would not fill the card: small tiles, so that there are several
+    return rows, 128, 4, 1
 
 
-def matmul(x, kernel, *, out_dtype=jnp.float32):
-    """x bf16 [M, K] times kernel bf16 [K, N] -> out_dtype [M, N], accumulated in float32.
+def matmul(x, kernel, *, transposed=False):
+    """x bf16 [M, K] times kernel bf16 [K, N] -> f32 [M, N]. transposed: the kernel lies as [N, K].
 
-    The bits of a row depend on nothing but the row and the kernel. NotImplementedError for K not a multiple of 64, N not one of 64
-    (128 from 16896 on), or other dtypes.
+    The bits of a row depend on nothing but the row and the kernel. NotImplementedError for K or N not a multiple of 64, or other dtypes.
     """
-    (m, k), n = x.shape, kernel.shape[1]
+    m = x.shape[0]
+    parts = sums(x, kernel, transposed)[:, :m]
+    return functools.reduce(jnp.add, [parts[i] for i in range(len(parts))])
+
+
+def sums(x, kernel, transposed=False):
+    """-> f32 [parts, >= M, N], whose sum over the parts, from left to right, is the product."""
+    (m, k), n = x.shape, kernel.shape[0 if transposed else 1]
     rows, columns, stages, parts = _tiles(m, k, n)
     if {x.dtype, kernel.dtype} != {jnp.dtype(jnp.bfloat16)} or k % STEP or n % columns or not m:
         raise NotImplementedError(f"float_dense.matmul: {x.dtype}{x.shape} times {kernel.dtype}{kernel.shape}: bfloat16, K a multiple of {STEP}, "
                                   f"N of {columns} are supported")
-    padded = jnp.pad(x, ((0, -m % rows), (0, 0)))
-    sums = _launch(padded, kernel, jnp.dtype(out_dtype if parts == 1 else jnp.float32), rows, columns, stages, parts)[:, :m]
-    return functools.reduce(jnp.add, [sums[i] for i in range(parts)]).astype(out_dtype)
+    if m > 8:  # TMA takes groups of 8 rows; behind the last group, or the only one, it finds zeros
+        x = jnp.pad(x, ((0, -m % 8), (0, 0)))
+    return _launch(x, kernel, rows, columns, stages, parts, transposed)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
-def _launch(x, kernel, out_dtype, rows, columns, stages, parts):
-    """-> [parts, M, N]."""
-    (m, k), n = x.shape, kernel.shape[1]
+def _launch(x, kernel, rows, columns, stages, parts, transposed):
+    """-> [parts, M, N], M rounded up to whole tiles."""
+    k, n = kernel.shape[::-1] if transposed else kernel.shape
+    m = -(-x.shape[0] // rows) * rows
     down = rows // 64  # warpgroups, one below the other
     across = 2 if down == 1 and columns == 128 else 1
     width = columns // across
@@ -59,13 +69,14 @@ def _launch(x, kernel, out_dtype, rows, columns, stages, parts):
             def scope(acc):
                 evaluate(acc)
                 place = at_rows.start + (wg // across) * 64, at_columns.start + (wg % across) * width
-                out_gmem[lax.axis_index("part"), pl.ds(place[0], 64), pl.ds(place[1], width)] = acc[...].astype(out_dtype)
+                out_gmem[lax.axis_index("part"), pl.ds(place[0], 64), pl.ds(place[1], width)] = acc[...]
 
             pl.run_scoped(scope, plgpu.ACC((64, width), jnp.float32))
 
         def step(_, x_smem, w_smem, acc):
             own_x = x_smem if down == 1 else x_smem.at[pl.ds((wg // across) * 64, 64)]
-            plgpu.wgmma(acc, own_x, w_smem if across == 1 else w_smem.at[:, pl.ds((wg % across) * width, width)])
+            own = slice(None) if across == 1 else pl.ds((wg % across) * width, width)
+            plgpu.wgmma(acc, own_x, w_smem.at[own].T if transposed else w_smem.at[:, own])
             plgpu.wgmma_wait(0)
             return acc
 
@@ -73,10 +84,11 @@ def _launch(x, kernel, out_dtype, rows, columns, stages, parts):
             step, grid=(k // parts // STEP,), memory_registers=40, wg_axis="wg", num_compute_wgs=down * across, max_concurrent_steps=stages,
             compute_context=accumulate,
             in_specs=[plgpu.BlockSpec((rows, STEP), lambda i: (0, i), transforms=transforms(128), memory_space=plgpu.SMEM),
+                      plgpu.BlockSpec((columns, STEP), lambda i: (0, i), transforms=transforms(128), memory_space=plgpu.SMEM) if transposed else
                       plgpu.BlockSpec((STEP, columns), lambda i: (i, 0), transforms=transforms(swizzle), memory_space=plgpu.SMEM)],
-        )(x_gmem.at[at_rows, at_k], w_gmem.at[at_k, at_columns])  # fmt: skip
+        )(x_gmem.at[at_rows, at_k], w_gmem.at[at_columns, at_k] if transposed else w_gmem.at[at_k, at_columns])  # fmt: skip
 
     return plgpu.kernel(
-        float_dense, out_type=jax.ShapeDtypeStruct((parts, m, n), out_dtype), grid=(n // columns, m // rows, parts),
+        float_dense, out_type=jax.ShapeDtypeStruct((parts, m, n), jnp.float32), grid=(n // columns, m // rows, parts),
         grid_names=("columns", "rows", "part"),
         num_threads=down * across + 1, thread_name="wg")(x, kernel)

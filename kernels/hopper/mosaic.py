@@ -135,12 +135,12 @@ def bits(value: Register) -> int:
 
 
 def asm(text: str, args: Sequence[Register] = (), outputs: str = "r", *, effects: bool = True, in_place: int = 0):
-    """Inline PTX. outputs: one letter a result, r (i32) or f (f32). -> a register, a list of registers, or None.
+    """Inline PTX. outputs: one letter a result, r (i32), f (f32) or h (i16). -> a register, a list of registers, or None.
 
     effects: keeps its place and is never removed; pure computation says False, so that it can be moved and shared.
     in_place: so many of the arguments, the first, are in the registers of the first results.
     """
-    kinds = {"r": _int(32), "f": ir.F32Type.get()}
+    kinds = {"r": _int(32), "f": ir.F32Type.get(), "h": _int(16)}
     letters = {str(_int(32)): "r", "i16": "h", "i64": "l", "f32": "f"}
     values = [a.value for a in args]
     given = [str(i) if i < in_place else letters[str(v.type)] for i, v in enumerate(values)]

@@ -50,7 +50,13 @@ def _total(value):
     return value
 
 
-def _top_k_program(refs, tokens, experts, k, normalize, warps):
+def _logits(refs, token, experts, i, ok, parts, rows):
+    """The parts' sum, from left to right."""
+    found = [load_global(gmem_element(refs["logits"], token + part * rows, experts, i, 4), 1, ok)[0] for part in range(parts)]
+    return functools.reduce(lambda a, b: asm("add.rn.f32 $0,$1,$2;", [a, b], effects=False), found)
+
+
+def _top_k_program(refs, tokens, experts, k, normalize, warps, parts, rows):
     """One thread's program.
 
         warp      a token
@@ -63,7 +69,7 @@ def _top_k_program(refs, tokens, experts, k, normalize, warps):
     here = token < tokens
     index = [lane + j for j in range(0, experts, WARP)]
     inside = [here & (i < experts) for i in index]
-    logits = [load_global(gmem_element(refs["logits"], token, experts, i, 4), 1, ok)[0] for i, ok in zip(index, inside)]
+    logits = [_logits(refs, token, experts, i, ok, parts, rows) for i, ok in zip(index, inside)]
     keys = [select(ok, asm(KEY, [x], effects=False), 0) for x, ok in zip(logits, inside)]
     best = _maximum(keys)
     finite = (i32(0x007FFFFF) < best) & (best < 0xFF800000)
@@ -95,6 +101,18 @@ def _top_k_program(refs, tokens, experts, k, normalize, warps):
         store_global(gmem_element(refs[name], token, k, lane, 4), [value], mine)
 
 
+def top_k_of_parts(parts, tokens: int, k: int, *, normalize: bool):
+    """`top_k_experts` of the logits parts[0, :tokens] + parts[1, :tokens] + ..., added up in that order; parts: float32 [P, >= tokens, E]."""
+    count, rows, experts = parts.shape
+    if k > WARP or experts > MAX_EXPERTS:
+        raise NotImplementedError(f"top_k_experts: {k} of {experts} experts; at most {WARP} of {MAX_EXPERTS}; use nvfp4jax.routing.top_k_experts")
+    warps = 4
+    call = threads.thread_kernel(
+        lambda refs: _top_k_program(refs, tokens, experts, k, normalize, warps, count, rows), ["logits", "weights", "ids"],
+        [jax.ShapeDtypeStruct((tokens, k), dtype) for dtype in (jnp.float32, jnp.int32)], grid=-(-tokens // warps), warps=warps)
+    return call(parts.reshape(-1, experts))
+
+
 def top_k_experts(logits, k: int, *, normalize: bool):
     """The k likeliest experts of each token and their probabilities, in one launch, in place of softmax, top_k and a division.
 
@@ -106,15 +124,9 @@ def top_k_experts(logits, k: int, *, normalize: bool):
     check_top_k(logits, k)
     *lead, experts = logits.shape
     tokens = math.prod(lead)
-    if k > WARP or experts > MAX_EXPERTS:
-        raise NotImplementedError(f"top_k_experts: {k} of {experts} experts; at most {WARP} of {MAX_EXPERTS}; use top_k_experts_xla")
     if tokens == 0:
         return jnp.zeros((*lead, k), jnp.float32), jnp.zeros((*lead, k), jnp.int32)
-    warps = 4
-    call = threads.thread_kernel(
-        lambda refs: _top_k_program(refs, tokens, experts, k, normalize, warps), ["logits", "weights", "ids"],
-        [jax.ShapeDtypeStruct((tokens, k), dtype) for dtype in (jnp.float32, jnp.int32)], grid=-(-tokens // warps), warps=warps)
-    return tuple(out.reshape(*lead, k) for out in call(logits.reshape(tokens, experts)))
+    return tuple(out.reshape(*lead, k) for out in top_k_of_parts(logits.reshape(1, tokens, experts), tokens, k, normalize=normalize))
 
 
 # --- the sort --------------------------------------------------------------------------------------------------------
@@ -148,6 +160,22 @@ def route(expert_ids, num_experts: int, valid=None) -> Routing:
 PLUS_PRODUCT = "{.reg .b32 p; mul.rn.f32 p,$2,$3; add.rn.f32 $0,$1,p;}"  # not contracted: the same on every backend
 
 
+def _floats(words):
+    """Float32 bits of the two bfloat16 in each word."""
+    return [asm(text, [w], effects=False) for w in words for text in ("shl.b32 $0,$1,16;", "and.b32 $0,$1,0xFFFF0000;")]
+
+
+def _plus_residual(refs, sums, token, hidden, column, here, single_out):
+    """The sums, rounded to the result's dtype, plus the residual, in float32."""
+    words = load_global(gmem_element(refs["residual"], token, hidden, column, 4 if single_out else 2), 8 if single_out else 4, here)
+    if not single_out:
+        words = _floats(words)
+        rounded = "{.reg .b16 h; .reg .f32 f; mov.b32 f,$1; cvt.rn.bf16.f32 h,f; mov.b32 $0,{0,h};}"
+        sums = [asm(rounded, [v], effects=False) for v in sums]
+    plus = "{.reg .f32 a, b; mov.b32 a,$1; mov.b32 b,$2; add.rn.f32 a,a,b; mov.b32 $0,a;}"
+    return [asm(plus, pair, effects=False) for pair in zip(words, sums)]
+
+
 def _combine_program(refs, tokens, hidden, k, single, single_out, weight_single, warps):
     """One thread's program: 8 neighbouring elements of one token, its k rows one after another. No thread waits for another."""
     chunks = hidden // 8
@@ -168,9 +196,11 @@ def _combine_program(refs, tokens, hidden, k, single, single_out, weight_single,
     sums = [i32(0)] * 8
     for taken, weight, words in loaded:
         if not single:
-            words = [asm(text, [w], effects=False) for w in words for text in ("shl.b32 $0,$1,16;", "and.b32 $0,$1,0xFFFF0000;")]
+            words = _floats(words)
         weight = select(taken, weight, 0)  # a row of no expert may hold anything; its weight may too
         sums = [asm(PLUS_PRODUCT, [s, w, weight], effects=False) for s, w in zip(sums, words)]
+    if "residual" in refs:
+        sums = _plus_residual(refs, sums, token, hidden, column, here, single_out)
     address = gmem_element(refs["out"], token, hidden, column, 4 if single_out else 2)
     if single_out:
         for i in (0, 4):
@@ -180,22 +210,24 @@ def _combine_program(refs, tokens, hidden, k, single, single_out, weight_single,
         store_global(address, pairs, here)
 
 
-def combine(rows, routing: Routing, weights, *, out_dtype=jnp.bfloat16):
+def combine(rows, routing: Routing, weights, *, out_dtype=jnp.bfloat16, residual=None):
     """out[t] = sum over j, in order, of weights[t, j] * rows[row_of_slot[t, j]], in float32 with separate roundings.
 
     rows: bfloat16 or float32 [T*k, H], H a multiple of 8; weights: bfloat16 or float32 [T, k]. Slots of no expert add
-    nothing, whatever their rows hold; a token that is not valid gets zeros. -> out_dtype (bfloat16 or float32) [T, H].
+    nothing, whatever their rows hold; a token that is not valid gets zeros. residual: out_dtype [T, H], added to the
+    rounded sum, and rounded again. -> out_dtype (bfloat16 or float32) [T, H].
     """
-    check_combine(rows, routing, weights)
+    check_combine(rows, routing, weights, residual, out_dtype)
     (tokens, k), hidden, dtypes = weights.shape, rows.shape[1], (jnp.bfloat16, jnp.float32)
     if hidden % 8 or rows.dtype not in dtypes or weights.dtype not in dtypes or out_dtype not in dtypes:
         raise NotImplementedError(f"combine: rows {rows.dtype}{rows.shape}, weights {weights.dtype}, out {jnp.dtype(out_dtype)}: H must "
                                   "be a multiple of 8, dtypes bfloat16 or float32; use nvfp4jax.routing.combine")
     if tokens == 0:
         return jnp.zeros((0, hidden), out_dtype)
+    added = () if residual is None else (residual,)
     warps, single, single_out, weight_single = 4, *(d == jnp.float32 for d in (rows.dtype, out_dtype, weights.dtype))
     call = threads.thread_kernel(
         lambda refs: _combine_program(refs, tokens, hidden, k, single, single_out, weight_single, warps),
-        ["rows", "row_of_slot", "weights", "out"], [jax.ShapeDtypeStruct((tokens, hidden), out_dtype)],
+        ["rows", "row_of_slot", "weights", *(["residual"] if added else []), "out"], [jax.ShapeDtypeStruct((tokens, hidden), out_dtype)],
         grid=-(-tokens * hidden // 8 // (warps * WARP)), warps=warps)
-    return call(rows, routing.row_of_slot, weights)[0]
+    return call(rows, routing.row_of_slot, weights, *added)[0]

@@ -74,13 +74,16 @@ def grouped_kernel(x_ptr, scale_ptr, w_ptr, s_ptr, g_ptr, sizes_ptr, layer_ptr, 
 def plan(sm: int, m: int, experts: int, n: int, k: int, gated: bool) -> dict:
     """BM, BN, warps, STAGES from the compute capability and the shape: a tile as large as an expert's rows on average."""
     average = triton.next_power_of_2(max(1, -(-m // experts)))
+    small = shared_memory(sm) < 160000
     if sm < 80:
         bm = min(8, average)
     else:
-        bm = min(64 if gated or shared_memory(sm) < 160000 else 128, max(least_tokens(sm), 2 * average if average > 4 else average))
+        # Gate and up of 64 tokens spill where three stages of them do not fit; of 32, in more than two stages.
+        bm = min((32 if small else 64) if gated else 64 if small else 128, max(least_tokens(sm), 2 * average if average > 4 else average))
     bn = 128 if bm == 128 else 64
     step = (2 if gated else 1) * bn * BK * 9 // 16 + bm * BK * 2
-    return dict(BM=bm, BN=bn, warps=8 if bm == 128 else 4, STAGES=stages(sm, step, 4) if sm >= 80 else 1)
+    depth = 1 if sm < 80 else 2 if gated and small and bm == 32 else stages(sm, step, 4)
+    return dict(BM=bm, BN=bn, warps=8 if bm == 128 else 4, STAGES=depth)
 
 
 def _run(name, operand, row_scale, packed, scale, global_scale, group_sizes, out_dtype, layer, gated):

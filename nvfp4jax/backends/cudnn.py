@@ -19,12 +19,16 @@ def __getattr__(name: str) -> NoReturn:
     raise NotImplementedError(f"cuDNN computes attention alone, not {name}")
 
 
-def attention_plan(starts: jax.Array, q: jax.ShapeDtypeStruct, keys: jax.ShapeDtypeStruct, window: int | None) -> None:
+def attention_plan(
+    starts: jax.Array, q: jax.ShapeDtypeStruct, keys: jax.ShapeDtypeStruct, window: int | None, shared: tuple | None
+) -> None:
     """Nothing that the layers of a step could share."""
 
 
-def attention(q, keys, values, starts, layer, scale, window, soft_cap, counts, plan) -> jax.Array:
+def attention(q, keys, values, starts, layer, scale, window, soft_cap, counts, plan, shared) -> jax.Array:
     del counts, plan
+    if shared is not None:
+        raise NotImplementedError("slots that rows share")
     if soft_cap is not None:
         raise NotImplementedError("a soft cap")
     if {q.dtype, keys.dtype, values.dtype} != {jnp.dtype(jnp.bfloat16)} or keys.shape[-1] != values.shape[-1]:

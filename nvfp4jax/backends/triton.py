@@ -10,6 +10,7 @@ import numpy as np
 
 from nvfp4jax.array import NVFP4Array, QuantizedActivation
 from nvfp4jax.backends import xla
+from nvfp4jax.backends.operands import global_scale, options
 from nvfp4jax.backends.xla import Operand
 from nvfp4jax.kernels.triton import call, dense, grouped
 from nvfp4jax.kernels.triton import combine as combiner
@@ -22,17 +23,11 @@ NAME = "triton"
 MOST_TOKENS_BEFORE_AMPERE = 64
 # What has no kernel here is XLA's.
 attention, attention_plan, rope_write = xla.attention, xla.attention_plan, xla.rope_write
-float_matmul, norm = xla.float_matmul, xla.norm
-
-
-def _options(request: Request) -> dict:
-    """A request as the quantizing kernels take it."""
-    scaling = "token" if request.per_row else "tensor_pow2" if request.pow2 else "tensor"
-    return dict(scaling=scaling, four_over_six=request.four_over_six, amax=request.amax, global_scale=request.global_scale, valid=request.valid)
+float_matmul, ragged_dot, norm, choose_experts = xla.float_matmul, xla.ragged_dot, xla.norm, xla.choose_experts
 
 
 def quantize(x: jax.Array, request: Request) -> NVFP4Array:
-    return NVFP4Array(*quantizer.quantize(x, **_options(request)))
+    return NVFP4Array(*quantizer.quantize(x, **options(request)))
 
 
 def quantize_weight(w: jax.Array, four_over_six: str | None) -> NVFP4Array:
@@ -42,23 +37,19 @@ def quantize_weight(w: jax.Array, four_over_six: str | None) -> NVFP4Array:
 def activation(x: jax.Array, request: Request | None, route: Routing | None = None) -> Operand:
     """With a route, a token is quantized once and stored once for each of its experts."""
     if request is not None:
-        return quantizer.operand(x, copies=None if route is None else route.row_of_slot, **_options(request))
+        return quantizer.operand(x, copies=None if route is None else route.row_of_slot, **options(request))
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"{x.dtype} activations without quantization; the kernels multiply float16")
     x = x.astype(jnp.float32) if x.dtype == jnp.float16 else x  # a float16 operand is a permuted one
     return x if route is None else x[route.token_of_row], None
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float, request: Request | None) -> Operand:
-    if request is None:
-        raise NotImplementedError("rms_norm without quantization: XLA fuses it")
-    return quantizer.operand(x, weight, eps=eps, **_options(request))
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, request: Request) -> Operand:
+    return quantizer.operand(x, weight, eps=eps, **options(request))
 
 
-def silu_mul(gate: jax.Array, up: jax.Array, request: Request | None) -> Operand:
-    if request is None:
-        raise NotImplementedError("silu_mul without quantization: XLA fuses it")
-    return quantizer.operand(gate, up, **_options(request))
+def silu_mul(gate: jax.Array, up: jax.Array, request: Request) -> Operand:
+    return quantizer.operand(gate, up, **options(request))
 
 
 def packed(q: NVFP4Array) -> Operand:
@@ -83,29 +74,28 @@ def _operand(a: QuantizedActivation) -> tuple[jax.Array, jax.Array]:
     return quantizer.plain(a.operand, a.row_scale)
 
 
-def _global_scale(w: NVFP4Array, axes: int) -> jax.Array:
-    """The global scales of a weight with `axes` leading axes of experts: f32 [(L)] or [(L), E]."""
-    lead = w.packed.shape[: axes + (w.layer is not None)]
-    scale = w.aligned_global_scale
-    if any(size > 1 for size in scale.shape[len(lead) :]):
-        raise NotImplementedError(f"global scales of shape {w.global_scale.shape} for a weight of shape {w.shape}: one a matrix is supported")
-    return jnp.broadcast_to(scale.reshape(scale.shape[: len(lead)]), lead)
+def matmul(
+    a: QuantizedActivation, w: NVFP4Array, bias: jax.Array | None, out_dtype: jnp.dtype, residual: jax.Array | None = None
+) -> jax.Array:
+    y = dense.matmul(*_operand(a), w.packed, w.scale, global_scale(w, 0), bias=bias, out_dtype=out_dtype, layer=w.layer)
+    return y if residual is None else residual + y
 
 
-def matmul(a: QuantizedActivation, w: NVFP4Array, bias: jax.Array | None, out_dtype: jnp.dtype) -> jax.Array:
-    return dense.matmul(*_operand(a), w.packed, w.scale, _global_scale(w, 0), bias=bias, out_dtype=out_dtype, layer=w.layer)
+def matmuls(a: QuantizedActivation, ws: tuple[NVFP4Array, ...], biases: tuple, out_dtype: jnp.dtype) -> tuple[jax.Array, ...]:
+    return tuple(matmul(a, w, bias, out_dtype) for w, bias in zip(ws, biases, strict=True))
 
 
 def grouped_matmul(a: QuantizedActivation, w: NVFP4Array, group_sizes: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    return grouped.matmul(*_operand(a), w.packed, w.scale, _global_scale(w, 1), group_sizes, out_dtype=out_dtype, layer=w.layer)
+    return grouped.matmul(*_operand(a), w.packed, w.scale, global_scale(w, 1), group_sizes, out_dtype=out_dtype, layer=w.layer)
 
 
 def grouped_swiglu(a: QuantizedActivation, w: NVFP4Array, group_sizes: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    return grouped.gate_up(*_operand(a), w.packed, w.scale, _global_scale(w, 1), group_sizes, out_dtype=out_dtype, layer=w.layer)
+    return grouped.gate_up(*_operand(a), w.packed, w.scale, global_scale(w, 1), group_sizes, out_dtype=out_dtype, layer=w.layer)
 
 
-def combine(rows: jax.Array, route: Routing, weights: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    return combiner.combine(rows, route.row_of_slot, weights, out_dtype=out_dtype)
+def combine(rows: jax.Array, route: Routing, weights: jax.Array, out_dtype: jnp.dtype, residual: jax.Array | None) -> jax.Array:
+    y = combiner.combine(rows, route.row_of_slot, weights, out_dtype=out_dtype)
+    return y if residual is None else residual + y
 
 
 # A router's choice and its sort have no kernel of their own here.

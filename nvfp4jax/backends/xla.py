@@ -12,8 +12,10 @@ from jax import lax
 from jaxtyping import Array
 
 from nvfp4jax import array as nvfp4_array
-from nvfp4jax import numerics, routing
+from nvfp4jax import fp8, numerics, routing
 from nvfp4jax.array import NVFP4Array, QuantizedActivation
+from nvfp4jax.fp8 import FP8Array
+from nvfp4jax.numerics import compiled
 from nvfp4jax.routing import Routing
 from nvfp4jax.scaling import Request
 
@@ -32,6 +34,7 @@ def quantize_weight(w: Array, four_over_six: str | None) -> NVFP4Array:
     return nvfp4_array.quantize_weight(w, four_over_six=four_over_six)
 
 
+@compiled
 def activation(x: Array, request: Request | None, route: Routing | None = None) -> Operand:
     """What a matmul reads of x [M, K]. request None: x as it is. route: of its tokens, to copy them to their experts' rows."""
     if request is None:
@@ -45,16 +48,19 @@ def activation(x: Array, request: Request | None, route: Routing | None = None) 
     return operand[rows], row_scale if row_scale is None or row_scale.ndim == 0 else row_scale[rows]
 
 
+@compiled(static_argnames=("eps",))
 def rms_norm(x: Array, weight: Array, eps: float, request: Request | None) -> Operand:
     """What a matmul reads of `numerics.rms_norm(x, weight, eps)`."""
     return activation(numerics.rms_norm(x, weight, eps), request)
 
 
+@compiled
 def silu_mul(gate: Array, up: Array, request: Request | None) -> Operand:
     """What a matmul reads of `numerics.silu_mul(gate, up)`."""
     return activation(numerics.silu_mul(gate, up), request)
 
 
+@compiled
 def packed(q: NVFP4Array) -> Operand:
     """What a matmul reads of an activation that is an NVFP4Array."""
     return q.dequantize_blocks(), q.global_scale
@@ -65,15 +71,23 @@ def natural(operand: Array) -> Array:
     return operand
 
 
-def matmul(a: QuantizedActivation, w: NVFP4Array, bias: Array | None, out_dtype: jnp.dtype) -> Array:
-    """a [M, K] times w [N, K] transposed."""
+@compiled(static_argnames=("out_dtype",))
+def matmul(a: QuantizedActivation, w: NVFP4Array, bias: Array | None, out_dtype: jnp.dtype, residual: Array | None = None) -> Array:
+    """a [M, K] times w [N, K] transposed; residual: out_dtype [M, N], added to the rounded result."""
     w = w.select()
     acc = scaled(dot(a.operand, w.dequantize_blocks()), a.row_scale, w.aligned_global_scale.reshape(-1))
     if bias is not None:
         acc = acc + bias.astype(jnp.float32)[None]
-    return acc.astype(out_dtype)
+    return acc.astype(out_dtype) if residual is None else residual + acc.astype(out_dtype)
 
 
+@compiled(static_argnames=("out_dtype",))
+def matmuls(a: QuantizedActivation, ws: tuple[NVFP4Array, ...], biases: tuple, out_dtype: jnp.dtype) -> tuple[Array, ...]:
+    """a times each of several weights [N_j, K], with their biases."""
+    return tuple(matmul(a, w, bias, out_dtype) for w, bias in zip(ws, biases, strict=True))
+
+
+@compiled(static_argnames=("out_dtype",))
 def grouped_matmul(a: QuantizedActivation, w: NVFP4Array, group_sizes: Array, out_dtype: jnp.dtype) -> Array:
     """a [M, K], rows sorted by group, each times its group's w [E, N, K] transposed; rows past the last group hold anything."""
 
@@ -84,35 +98,56 @@ def grouped_matmul(a: QuantizedActivation, w: NVFP4Array, group_sizes: Array, ou
     return scaled(grouped(a.operand, group_sizes, w.shape[1], weight_of), a.row_scale).astype(out_dtype)
 
 
+@compiled(static_argnames=("out_dtype",))
 def grouped_swiglu(a: QuantizedActivation, w: NVFP4Array, group_sizes: Array, out_dtype: jnp.dtype) -> Array:
     """w [E, 2, I, K], gate first -> silu(a gate^T) * (a up^T), in float32 until the last rounding."""
     gate, up = jnp.split(grouped_matmul(a, merge_halves(w), group_sizes, jnp.dtype(jnp.float32)), 2, -1)
     return (jax.nn.silu(gate) * up).astype(out_dtype)
 
 
+@compiled(static_argnames=("k", "normalize"))
 def top_k_experts(logits: Array, k: int, normalize: bool) -> tuple[Array, Array]:
     return routing.top_k_experts(logits, k, normalize=normalize)
 
 
+@compiled(static_argnames=("num_experts",))
 def route(expert_ids: Array, num_experts: int) -> Routing:
     return routing.route(expert_ids, num_experts)
 
 
-def combine(rows: Array, route: Routing, weights: Array, out_dtype: jnp.dtype) -> Array:
-    return routing.combine(rows, route, weights, out_dtype=out_dtype)
+@compiled(static_argnames=("k", "normalize"))
+def choose_experts(x: Array, kernel: Array, k: int, normalize: bool) -> tuple[Array, Array]:
+    """`top_k_experts` of x [T, K] times a router's kernel [K, E]."""
+    return top_k_experts(float_matmul(x, kernel, jnp.dtype(jnp.float32)), k, normalize)
 
 
-def float_matmul(x: Array, kernel: Array, out_dtype: jnp.dtype) -> Array:
-    """x [M, K] times a float kernel [K, N]."""
+@compiled(static_argnames=("out_dtype",))
+def combine(rows: Array, route: Routing, weights: Array, out_dtype: jnp.dtype, residual: Array | None) -> Array:
+    return routing.combine(rows, route, weights, out_dtype=out_dtype, residual=residual)
+
+
+@compiled(static_argnames=("out_dtype", "transposed"))
+def float_matmul(x: Array, kernel: Array, out_dtype: jnp.dtype, transposed: bool = False) -> Array:
+    """x [M, K] times a float kernel [K, N], or one that lies [N, K]."""
+    if transposed:
+        return dot(x, kernel).astype(out_dtype)
     x, kernel = product_operands(x, kernel)
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.matmul(x, kernel, precision=precision, preferred_element_type=jnp.float32).astype(out_dtype)
+    kind = out_dtype if x.dtype == out_dtype else jnp.float32  # a result of the operands' dtype is rounded where it is summed
+    return jnp.matmul(x, kernel, precision=precision, preferred_element_type=kind).astype(out_dtype)
+
+
+def ragged_dot(rows: Array, kernel: Array, group_sizes: Array) -> Array:
+    """rows [M, K], sorted by group, each times its group's float kernel [E, K, N], in their dtype."""
+    precision = lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
+    return lax.ragged_dot(rows, kernel, group_sizes, precision=precision)
 
 
 def norm(x: Array, weight: Array, eps: float) -> Array:
     return numerics.rms_norm(x, weight, eps)
 
 
+@compiled(static_argnames=("between",))
 def write_slots(into: Array, starts: Array, new: Array, layer: Array | None, between: int) -> Array:
     """new [B, T, ...] in slots starts[b] + t of into [(L,) B, ..., S, ...], `between` axes between rows and slots; tokens past the last
     slot are dropped."""
@@ -124,24 +159,47 @@ def write_slots(into: Array, starts: Array, new: Array, layer: Array | None, bet
     return at.set(new.astype(into.dtype), mode="drop", unique_indices=True)
 
 
-def rope_write(q, k, v, cos, sin, starts, keys, values, layer, norm) -> tuple[Array, Array, Array]:
+def _write(into: Array | FP8Array, starts: Array, new: Array, layer: Array | None) -> Array | FP8Array:
+    """new [B, T, Hkv, D] in its slots; of an FP8 cache, codes and scales."""
+    return jax.tree.map(lambda x, y: write_slots(x, starts, y, layer, 1), into, fp8.quantize(new) if isinstance(into, FP8Array) else new)
+
+
+def rope_write(q, k, v, cos, sin, starts, keys, values, layer, norm) -> tuple[Array, Array | FP8Array, Array | FP8Array]:
     """norm: None, or (weight of q, weight of k, eps)."""
     if norm is not None:
         q, k = (numerics.rms_norm(x, weight, norm[2]) for x, weight in zip((q, k), norm[:2], strict=True))
     q, k = (numerics.rotate(x, cos, sin).astype(v.dtype) for x in (q, k))
-    return q, write_slots(keys, starts, k, layer, 1), write_slots(values, starts, v, layer, 1)
+    return q, _write(keys, starts, k, layer), _write(values, starts, v, layer)
 
 
-def attention_plan(starts: Array, q: jax.ShapeDtypeStruct, keys: jax.ShapeDtypeStruct, window: int | None) -> None:
+def attention_plan(starts: Array, q: jax.ShapeDtypeStruct, keys: jax.ShapeDtypeStruct, window: int | None, shared: tuple | None) -> None:
     """Nothing that the layers of a step could share."""
 
 
-def attention(q, keys, values, starts, layer, scale, window, soft_cap, counts, plan) -> Array:
+def _joined(own: Array, shared: Array, slots: Array) -> Array:
+    """own [B, H, S, D] behind the first slots[b] of the shared row of row b, [N, H, P, D] -> [B, H, P + S, D]."""
+    shared = shared.astype(own.dtype)  # bfloat16 beside FP8 that was decoded to q's dtype
+    first = jnp.pad(jnp.repeat(shared, own.shape[0] // shared.shape[0], axis=0), ((0, 0), (0, 0), (0, own.shape[2]), (0, 0)))
+    place = (jnp.arange(first.shape[2], dtype=jnp.int32)[None] - slots[:, None])[:, None, :, None]
+    rest = jnp.take_along_axis(own, jnp.maximum(place, 0), axis=2, mode="clip")
+    return jnp.where(place < 0, first, rest)
+
+
+@compiled(static_argnames=("scale", "window", "soft_cap"))
+def attention(q, keys, values, starts, layer, scale, window, soft_cap, counts, plan, shared) -> Array:
     """Scores and softmax in float32, the products in q's dtype. Scores are held for some queries at a time, so that a long prompt does
-    not hold T * S of them a head."""
+    not hold T * S of them a head. What rows share is gathered for each: the sums are those of a cache of P + S slots a row. A layer's
+    FP8 keys and values are decoded first."""
     del counts, plan
-    if layer is not None:
-        keys, values = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (keys, values))
+
+    def of_layer(x: Array | FP8Array) -> Array:
+        x = x if layer is None else jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, layer, keepdims=False), x)
+        return x.dequantize(q.dtype) if isinstance(x, FP8Array) else x
+
+    keys, values = of_layer(keys), of_layer(values)
+    shared = None if shared is None else shared._replace(keys=of_layer(shared.keys), values=of_layer(shared.values))
+    if shared is not None:
+        keys, values = lax.optimization_barrier(tuple(_joined(*x, shared.slots) for x in ((keys, shared.keys), (values, shared.values))))
     batch, steps, heads, head_dim = q.shape
     kv_heads, slots = keys.shape[1:3]
     keys, values = keys.astype(q.dtype), values.astype(q.dtype)
@@ -195,7 +253,16 @@ def dot(operand: Array, weight: Array) -> Array:
     operand, weight = product_operands(operand, weight)
     precision = lax.Precision.HIGHEST if operand.dtype == jnp.float32 else None
     dims = (((operand.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(operand, weight, dims, precision=precision, preferred_element_type=jnp.float32)
+    out = _summed(operand, weight)
+    return lax.dot_general(operand, weight, dims, precision=precision, preferred_element_type=jnp.float32, out_sharding=out)
+
+
+def _summed(operand: Array, weight: Array) -> jax.sharding.NamedSharding | None:
+    """Where explicit mesh axes split K of both, jax asks what becomes of the partial sums: they are added, on every device."""
+    a, b = (jax.typeof(x).sharding for x in (operand, weight))
+    if a.mesh.empty or a.spec[-1] is None or a.spec[-1] != b.spec[-1]:
+        return None
+    return jax.sharding.NamedSharding(a.mesh, jax.sharding.PartitionSpec(*a.spec[:-1], *b.spec[:-1]))
 
 
 def scaled(acc: Array, *scales: Array | None) -> Array:

@@ -38,13 +38,15 @@ def _per_word(x: jax.Array, shape: tuple[int, ...]) -> int:
     return per_word if shape and shape[-1] % per_word == 0 else 1
 
 
-def _not_finite(word: jax.Array, dtype: jnp.dtype, per_word: int) -> jax.Array:
-    """u32 words, not 0 where one of the elements of `dtype` in a word is NaN or infinite: its magnitude, as bits, is above the largest."""
+def _unfit(word: jax.Array, dtype: jnp.dtype, per_word: int, signed: bool) -> jax.Array:
+    """u32 words, not 0 where one of the elements of `dtype` in a word is NaN or infinite (its magnitude, as bits, is above the largest),
+    or, unless `signed`, has a sign."""
     bits = 8 * dtype.itemsize
     sign = 1 << (bits - 1)
     largest = int(np.asarray(jnp.finfo(dtype).max, dtype).view(f"u{dtype.itemsize}"))
     each = sum(1 << (bits * i) for i in range(per_word))
-    return ((word & jnp.uint32(each * (sign - 1))) + jnp.uint32(each * (sign - 1 - largest))) & jnp.uint32(each * sign)
+    beyond = (word & jnp.uint32(each * (sign - 1))) + jnp.uint32(each * (sign - 1 - largest))
+    return (beyond if signed else beyond | word) & jnp.uint32(each * sign)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "kind"))
@@ -72,7 +74,7 @@ def _summary(x: jax.Array, start: jax.Array | None, shape: tuple[int, ...], kind
         stride *= shape[axis]
     scrambled = word * jnp.uint32(0x85EBCA6B)
     scrambled ^= scrambled >> jnp.uint32(16)
-    flags = jnp.zeros_like(word) if kind is None else _not_finite(word, dtype, per_word)
+    flags = jnp.zeros_like(word) if kind is None else _unfit(word, dtype, per_word, signed=kind != "block_scale")
     zero = jnp.uint32(0)
     low, high, unfit = lax.reduce(
         (scrambled * _keys(column, 0x9E3779B9), scrambled * _keys(column, 0x7F4A7C15), flags),
@@ -97,7 +99,7 @@ def _pieces(leaf: jax.Array) -> list[tuple[jax.Array, np.ndarray | None]]:
 
 
 _COMPLAINTS = {
-    "block_scale": "a NaN block scale",
+    "block_scale": "a block scale that is NaN or negative",
     "finite": "a value that is NaN or infinite",
     "input_scale": "an input scale that is not finite and positive",
     "global_scale": "a global scale that is not finite, not positive, or the inverse of one (it multiplies: amax / 2688)",
@@ -106,11 +108,11 @@ _COMPLAINTS = {
 
 def _kind(path: str, leaf: jax.Array) -> str | None:
     """What a leaf must be; None for integers, and for floats that are never NaN."""
-    if leaf.dtype == jnp.float8_e4m3fn:
-        return "block_scale"
     if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype == jnp.float4_e2m1fn:
         return None
     name = path.rsplit("/", 1)[-1]
+    if leaf.dtype == jnp.float8_e4m3fn and name.endswith("_scale"):
+        return "block_scale"
     return next((kind for kind in ("global_scale", "input_scale") if name.endswith(kind)), "finite")
 
 

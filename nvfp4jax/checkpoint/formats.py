@@ -10,22 +10,21 @@ tensors. Layouts: NVIDIA ModelOpt `export/quant_utils.py`, compressed-tensors `c
 """
 
 import dataclasses
-import fnmatch
-import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 
 from nvfp4jax.checkpoint.digest import LARGEST_WEIGHT_GLOBAL_SCALE
+from nvfp4jax.checkpoint.quantization_config import BLOCK, Quantization, parse_quantization
 from nvfp4jax.checkpoint.safetensors import CheckpointError, TensorInfo, read_folder, read_json, read_tensor
 from nvfp4jax.checkpoint.survey import require_folder
 from nvfp4jax.models.family import ExpertNames
 
-BLOCK = 16
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 BF16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = (BF16, np.dtype(np.float16), np.dtype(np.float32))
@@ -46,21 +45,6 @@ class PackedWeight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.packed.shape[0], 2 * self.packed.shape[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class Quantization:
-    """A folder's quantization config: method None, "modelopt", "compressed-tensors" or "fp8".
-
-    exclude: module patterns that stay in floating point: globs, `re:` regular expressions, names, prefixes ending in a dot.
-    block: the shape of an FP8 block. weight_only: activations are not quantized (W4A16). kv_cache: the KV cache's scheme, or None.
-    """
-
-    method: str | None = None
-    exclude: tuple[str, ...] = ()
-    block: tuple[int, int] = (128, 128)
-    weight_only: bool = False
-    kv_cache: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +118,9 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     """Config, quantization and tensor table of a folder, checked. CheckpointError names the file and what is wrong with it."""
     directory = Path(directory)
     require_folder(directory)
+    if (directory / "adapter_config.json").exists():  # transformers applies it on loading
+        raise CheckpointError(f"{directory}: adapter_config.json: an adapter lies beside the weights, which would run without it; merge it into them "
+                              "(peft: merge_and_unload), or move it elsewhere")  # fmt: skip
     config = read_json(directory / "config.json")
     # A converter may leave a stale hf_quant_config.json behind: config.json decides where it says anything.
     if config.get("quantization_config") is not None:
@@ -146,145 +133,6 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     tensors = read_folder(directory)
     check_config(config, tensors, str(directory / "config.json"))
     return Checkpoint(directory, config, quantization, tensors)
-
-
-def _get(table: Mapping, key: str, kind: type | tuple[type, ...], where: str, default=None):
-    value = table.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-        raise CheckpointError(f"{where}: {key!r} has the wrong type, {type(value).__name__}")
-    return value
-
-
-def _strings(table: Mapping, key: str, where: str) -> tuple[str, ...]:
-    values = _get(table, key, list, where, [])
-    if not all(isinstance(value, str) for value in values):
-        raise CheckpointError(f"{where}: {key!r} must be a list of strings")
-    return tuple(values)
-
-
-def parse_quantization(table: Any, where: str) -> Quantization:
-    """The quantization config of a folder in any spelling; CheckpointError for a scheme that cannot be read."""
-    if not isinstance(table, Mapping):
-        raise CheckpointError(f"{where}: a JSON object is needed, not {type(table).__name__}")
-    inner = _get(table, "quantization", Mapping, where)
-    method = _get(table, "quant_method", str, where, "modelopt" if inner is not None or "quant_algo" in table else None)
-    if method in ("modelopt", "modelopt_fp4"):
-        return _parse_modelopt(table if inner is None else inner, where)
-    if method == "compressed-tensors":
-        return _parse_compressed_tensors(table, where)
-    if method == "fp8":
-        block = _get(table, "weight_block_size", list, where)
-        if block is None or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
-            raise CheckpointError(f"{where}: FP8 is read with one scale a block only; weight_block_size={block}")
-        return Quantization("fp8", _strings(table, "modules_to_not_convert", where), (block[0], block[1]))
-    raise CheckpointError(f"{where}: quant_method {method!r} is not read; known: modelopt, compressed-tensors, fp8")
-
-
-def _parse_modelopt(table: Mapping, where: str) -> Quantization:
-    known = ("NVFP4", "W4A16_NVFP4")
-    algorithm = _get(table, "quant_algo", str, where)
-    if algorithm == "MIXED_PRECISION":
-        layers = _get(table, "quantized_layers", Mapping, where, {})
-        kinds = {name: _get(layer, "quant_algo", str, where) if isinstance(layer, Mapping) else None for name, layer in layers.items()}
-    else:
-        kinds = {"quant_algo": algorithm}
-    for name, kind in kinds.items():
-        if kind not in known:
-            raise CheckpointError(f"{where}: {name[:200]}: {kind!r} is not read; known: {', '.join(known)}")
-    if _get(table, "group_size", int, where, BLOCK) != BLOCK:
-        raise CheckpointError(f"{where}: group_size={table['group_size']}; NVFP4 has 16")
-    kv = _get(table, "kv_cache_quant_algo", str, where)
-    if kv is None and _get(table, "kv_cache_scheme", Mapping, where) is not None:
-        kv = "FP8" if table["kv_cache_scheme"].get("num_bits") == 8 else "NVFP4"
-    exclude = _strings(table, "exclude_modules", where) + _strings(table, "ignore", where)
-    return Quantization("modelopt", exclude, weight_only=set(kinds.values()) == {"W4A16_NVFP4"}, kv_cache=kv)
-
-
-def _parse_compressed_tensors(table: Mapping, where: str) -> Quantization:
-    groups = _get(table, "config_groups", Mapping, where, {})
-    weight_only = bool(groups)
-    for name, group in groups.items():
-        here = f"{where}: {str(name)[:80]}"
-        if not isinstance(group, Mapping):
-            raise CheckpointError(f"{here}: a JSON object is needed")
-        form = _get(group, "format", str, here) or _get(table, "format", str, where)
-        if form != "nvfp4-pack-quantized":
-            raise CheckpointError(f"{here}: format {form!r} is not read; known: nvfp4-pack-quantized")
-        weights = _get(group, "weights", Mapping, here, {})
-        if (weights.get("num_bits"), weights.get("type"), weights.get("group_size")) != (4, "float", BLOCK):
-            raise CheckpointError(f"{here}: weights are no NVFP4 (num_bits 4, type float, group_size 16)")
-        weight_only &= _get(group, "input_activations", Mapping, here) is None
-    kv = "FP8" if _get(table, "kv_cache_scheme", Mapping, where) is not None else None
-    return Quantization("compressed-tensors", _strings(table, "ignore", where), weight_only=weight_only, kv_cache=kv)
-
-
-@functools.lru_cache(1024)
-def safe_pattern(text: str) -> re.Pattern:
-    """A regular expression from a checkpoint: one that could take exponential time (a repeat of more than one thing) is refused."""
-    try:
-        pattern = re.compile(text)
-        parsed = re._parser.parse(text)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"exclude pattern {text[:80]!r} is no regular expression ({error})") from None
-
-    def walk(items, repeats: int) -> int:
-        for op, argument in items:
-            name = str(op)
-            if name in ("ASSERT", "ASSERT_NOT"):  # a look ahead or behind backtracks as the rest does
-                repeats = walk(argument[1], repeats)
-            elif name == "ATOMIC_GROUP":
-                repeats = walk(argument, repeats)
-            elif "REPEAT" in name:
-                low, high, body = argument
-                single = len(body) == 1 and str(body[0][0]) in ("LITERAL", "NOT_LITERAL", "ANY", "IN", "CATEGORY")
-                if high > 1 and not single:
-                    raise CheckpointError(f"exclude pattern {text[:80]!r} repeats a group; that is not supported")
-                repeats = walk(body, repeats + (high > 100))
-            elif name == "SUBPATTERN":
-                repeats = walk(argument[3], repeats)
-            elif name == "BRANCH":
-                repeats = max(walk(branch, repeats) for branch in argument[1])
-            elif name not in ("LITERAL", "NOT_LITERAL", "ANY", "IN", "AT"):  # references to groups
-                raise CheckpointError(f"exclude pattern {text[:80]!r} has {name.lower()}; that is not supported")
-        return repeats
-
-    if len(text) > 1000 or walk(parsed, 0) > 3:
-        raise CheckpointError(f"exclude pattern {text[:80]!r} is too long, or has more than 3 unbounded repeats")
-    return pattern
-
-
-def is_excluded(module: str, patterns: Sequence[str]) -> bool:
-    """Whether a module name, e.g. 'model.layers.0.mlp.gate', falls under an exclude list.
-
-    `re:` begins a regular expression matched at the name's start; *, ? and [ make a glob over the whole name; a trailing dot makes
-    a prefix; any other entry is the module itself or one above it.
-    """
-    names, searches = _sorted_patterns(tuple(patterns))
-    parts = module.split(".")
-    if any(".".join(parts[:i]) in names for i in range(1, len(parts) + 1)):
-        return True
-    return any(search(module) for search in searches)
-
-
-_MOST_SEARCHES = 256
-
-
-@functools.lru_cache(16)
-def _sorted_patterns(patterns: tuple[str, ...]) -> tuple[frozenset[str], list[Callable[[str], Any]]]:
-    """(modules, searches): the names and dotted prefixes, which a look-up finds; the globs and expressions, each to be tried."""
-    names, searches = set(), []
-    for pattern in patterns:
-        if pattern.startswith("re:"):
-            searches.append(safe_pattern(pattern[3:]).match)
-        elif any(c in pattern for c in "*?["):
-            searches.append(re.compile(fnmatch.translate(pattern)).match)
-        else:
-            names.add(pattern.removesuffix("."))
-    if len(searches) > _MOST_SEARCHES:
-        raise CheckpointError(f"{len(searches)} exclude patterns with wildcards; at most {_MOST_SEARCHES} are read")
-    return frozenset(names), searches
 
 
 def _info(checkpoint: Checkpoint, name: str) -> TensorInfo:
@@ -320,6 +168,22 @@ def _finite(array: np.ndarray, info: TensorInfo) -> np.ndarray:
     if not fine:
         raise CheckpointError(f"{info.file}: tensor {info.name!r} holds NaN or infinity")
     return array
+
+
+def cast(values: np.ndarray, dtype: DTypeLike, name: str) -> np.ndarray:
+    """Finite values in another dtype; CheckpointError where one of them is beyond its range."""
+    with np.errstate(over="ignore"):
+        made = values.astype(np.dtype(dtype))
+    if made.dtype != values.dtype and not np.isfinite(made).all():
+        raise CheckpointError(f"{name}: values up to {float(np.abs(values.astype(np.float64)).max()):.3g} do not fit {made.dtype}; load it in float32")
+    return made
+
+
+def _block_scales(array: np.ndarray, info: TensorInfo) -> np.ndarray:
+    """NVFP4 block scales, unless one is NaN or negative: hardware reads them without a sign."""
+    if (array.view(np.uint8) & np.uint8(0x80)).any():
+        raise CheckpointError(f"{info.file}: tensor {info.name!r} holds a negative scale")
+    return _finite(array, info)
 
 
 def read_float(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -429,8 +293,16 @@ def _fp8(checkpoint: Checkpoint, module: str, shape: tuple[int, int]) -> np.ndar
     _check(scale, (-(-shape[0] // rows), -(-shape[1] // columns)), FLOATS)
     values = _finite(read_tensor(weight), weight).astype(np.float32)
     scales = _finite(read_tensor(scale), scale).astype(np.float32)
+    if (scales < 0).any():
+        raise CheckpointError(f"{scale.file}: tensor {scale.name!r} holds a negative scale")
     for i in range(scales.shape[0]):  # a row of blocks at a time: the scales never exist at the weight's full size
-        values[i * rows : (i + 1) * rows] *= np.repeat(scales[i], columns)[: shape[1]]
+        block, by = values[i * rows : (i + 1) * rows], np.repeat(scales[i], columns)[: shape[1]]
+        if block[:, by == 0].any():
+            raise CheckpointError(f"{scale.file}: tensor {scale.name!r} is 0 where the weight is not")
+        with np.errstate(over="ignore"):
+            block *= by
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"{weight.file}: tensor {weight.name!r} times its scales is beyond float32")
     return values
 
 
@@ -446,7 +318,7 @@ def read_weight(checkpoint: Checkpoint, module: str, shape: tuple[int, int]) -> 
         _check(packed, (n, k // 2), (np.dtype(np.uint8),))
         _check(scale, (n, k // BLOCK), (E4M3,))
         global_scale = _global_scale(checkpoint, names.global_scale, names.inverse, None)
-        return PackedWeight(read_tensor(packed), _finite(read_tensor(scale), scale), global_scale)
+        return PackedWeight(read_tensor(packed), _block_scales(read_tensor(scale), scale), global_scale)
     info = _info(checkpoint, f"{module}.weight")
     if info.dtype == E4M3:
         return _fp8(checkpoint, module, shape)
@@ -509,9 +381,9 @@ def _read_fused(
     scale = _info(checkpoint, names.scale)
     transposed = scale.shape == (total, k // BLOCK, rows) and info.shape == (total, k // 2, rows)
     packed = _fused_expert(info, index, (total, rows, k // 2), transposed)[part]
-    scales = _finite(_fused_expert(scale, index, (total, rows, k // BLOCK), transposed)[part], scale)
+    scales = _block_scales(np.ascontiguousarray(_fused_expert(scale, index, (total, rows, k // BLOCK), transposed)[part]), scale)
     global_scale = _global_scale(checkpoint, names.global_scale, names.inverse, index)
-    return PackedWeight(np.ascontiguousarray(packed), np.ascontiguousarray(scales), global_scale)
+    return PackedWeight(np.ascontiguousarray(packed), scales, global_scale)
 
 
 def reconcile(a: PackedWeight, b: PackedWeight, name: str) -> tuple[PackedWeight, PackedWeight]:
@@ -551,38 +423,3 @@ def packed_tensors(module: str, weight: PackedWeight, method: str) -> dict[str, 
     if input_scale is not None:
         tensors[scale_name] = input_scale
     return {f"{module}.{name}": np.asarray(tensor) for name, tensor in tensors.items()}
-
-
-def quantization_configs(
-    method: str, exclude: Sequence[str], *, weight_only: bool, kv_cache: str | None = None
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """(config.json's quantization_config, the content of hf_quant_config.json or None), as the format's own exporter writes them."""
-    exclude = list(exclude)
-    if method == "modelopt":
-        producer = {"name": "modelopt", "version": "nvfp4jax"}
-        algorithm = "W4A16_NVFP4" if weight_only else "NVFP4"
-        part = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
-        group = {"weights": part, "targets": ["Linear"]}
-        if not weight_only:
-            group = {"input_activations": part} | group
-        config: dict[str, Any] = {"config_groups": {"group_0": group}, "ignore": exclude, "quant_algo": algorithm}
-        if kv_cache is not None:
-            config["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8 if kv_cache == "FP8" else 4, "type": "float"}
-        config |= {"producer": producer, "quant_method": "modelopt"}
-        quantization = {
-            "quant_algo": algorithm, "kv_cache_quant_algo": kv_cache, "group_size": BLOCK, "exclude_modules": exclude,
-        }  # fmt: skip
-        return config, {"producer": producer, "quantization": quantization}
-    weights = {
-        "num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": BLOCK, "symmetric": True, "dynamic": False,
-        "scale_dtype": "torch.float8_e4m3fn",
-    }  # fmt: skip
-    activations = None if weight_only else weights | {"dynamic": "local", "observer": "static_minmax"}
-    group = {
-        "format": "nvfp4-pack-quantized", "targets": ["Linear"], "weights": weights, "input_activations": activations,
-        "output_activations": None,
-    }  # fmt: skip
-    return {
-        "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "quantization_status": "compressed",
-        "config_groups": {"config_group_0": group}, "ignore": exclude, "kv_cache_scheme": None, "global_compression_ratio": None,
-    }, None  # fmt: skip

@@ -6,6 +6,7 @@ mean nothing to the model, or refused by name.
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import re
@@ -17,14 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
-from nvfp4jax import models
-from nvfp4jax.checkpoint import formats
+from nvfp4jax import arguments, models
+from nvfp4jax.checkpoint import formats, quantization_config
 from nvfp4jax.checkpoint.formats import BLOCK, E4M3, Checkpoint, PackedWeight
 from nvfp4jax.checkpoint.safetensors import CheckpointError, TensorInfo, read_tensor
 from nvfp4jax.layers import Experts, InputAmax, InputScale, NVFP4Experts, NVFP4Linear, quantize_weight
 from nvfp4jax.models import Family
-from nvfp4jax.scaling import Name, Scaling, Static
+from nvfp4jax.scaling import Name, Scaling, Static, name_of, parse
 from nvfp4jax.swap import Rule, path_string, quantize_model
 
 _log = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ def open_folder(directory: str | Path) -> tuple[Checkpoint, Family]:
     A head that the folder stores though its config ties it to the embedding, and that differs, is taken, as transformers 5
     does: the config in the result says tie_word_embeddings=false, and that is logged.
     """
-    checkpoint = formats.open_checkpoint(directory)
+    checkpoint = formats.open_checkpoint(arguments.path("directory", directory))
     family = models.family_of(checkpoint.config)
     head, table = (family.tensor_name((name, "kernel")) for name in (family.head, family.embedding))
     if not checkpoint.config.get("tie_word_embeddings"):
@@ -175,7 +177,8 @@ def _float_experts(checkpoint: Checkpoint, family: Family, path: Sequence[Any], 
         param = getattr(layer, param_name)
         leaf = np.empty(param.shape, np.dtype(param.dtype))
         for index in range(e):
-            leaf[index] = formats.read_expert(checkpoint, family.experts, name, role, index, (e, leaf.shape[2], leaf.shape[1])).T
+            weight = formats.read_expert(checkpoint, family.experts, name, role, index, (e, leaf.shape[2], leaf.shape[1]))
+            leaf[index] = formats.cast(weight.T, leaf.dtype, f"{checkpoint.directory}: {family.experts.module(name, index, role)!r}")
         leaves[param_name] = leaf
     return leaves
 
@@ -192,11 +195,12 @@ def module_leaves(
     if isinstance(module, NVFP4Linear):
         leaves = _linear(checkpoint, family, path, module)
     elif isinstance(module, nnx.Linear):
-        weight = formats.read_weight(checkpoint, family.module_name(path), (module.out_features, module.in_features))
-        leaves = {"kernel": np.ascontiguousarray(weight.T).astype(np.dtype(module.kernel.dtype))}
+        module_name = family.module_name(path)
+        weight = formats.read_weight(checkpoint, module_name, (module.out_features, module.in_features))
+        leaves = {"kernel": formats.cast(np.ascontiguousarray(weight.T), module.kernel.dtype, f"{checkpoint.directory}: {module_name!r}")}
     for name, variable in plain_params(module).items():
         tensor = family.tensor_name((*path, name))
-        leaves[name] = formats.read_float(checkpoint, tensor, tuple(variable.shape)).astype(np.dtype(variable.dtype))
+        leaves[name] = formats.cast(formats.read_float(checkpoint, tensor, tuple(variable.shape)), variable.dtype, f"{checkpoint.directory}: {tensor!r}")
     return leaves
 
 
@@ -214,18 +218,25 @@ def owning_modules(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Module]]:
     return iter(sorted(found, key=lambda item: [(isinstance(part, str), part if isinstance(part, int) else str(part)) for part in item[0]]))
 
 
+def packed_rule(family: Family, path: Sequence[Any], scaling: Name | Scaling | None) -> Rule:
+    """For a layer that is stored in NVFP4: `scaling` of its input, or weights only where the family keeps it in floating point."""
+    name = path_string(tuple(path))
+    return Rule(re.escape(name), scaling=None if family.keeps(name) else scaling)
+
+
 def abstract_model(
-    checkpoint: Checkpoint, family: Family, dtype: jnp.dtype, *, scaling: Name | Scaling | None = None, rules: Sequence[Rule] = ()
+    checkpoint: Checkpoint, family: Family, dtype: DTypeLike, *, scaling: Name | Scaling | None = None, rules: Sequence[Rule] = ()
 ) -> nnx.Module:
     """The model that the folder makes, without values: layers it stores in NVFP4 swapped, and those that `rules` name."""
     model = models.build(checkpoint.config, dtype)
     layers = quantizable(model)
     packed = {path for path, module in layers.items() if is_packed(checkpoint, family, path, module)}
     if scaling is not None and not packed:
-        raise CheckpointError(f"{checkpoint.directory}: scaling={scaling!r}: the folder stores no layer in NVFP4, so there is nothing that it could "
+        name = name_of(parse(scaling, "load_model"))
+        raise CheckpointError(f"{checkpoint.directory}: scaling={name!r}: the folder stores no layer in NVFP4, so there is nothing that it could "
                               "scale; quantize on loading with rules=[Rule(..., scaling=...)], or `nvfp4jax quantize` the folder first")
     decided = {path for path in packed if any(re.fullmatch(rule.module_path, path_string(path)) for rule in rules)}
-    rules = [*rules, *(Rule(re.escape(path_string(path)), scaling=scaling) for path in layers if path in packed - decided)]
+    rules = [*rules, *(packed_rule(family, path, scaling) for path in layers if path in packed - decided)]
     if not rules:
         return model
     qmodel = quantize_model(model, rules)
@@ -238,22 +249,31 @@ def with_input_scales(qmodel: nnx.Module) -> nnx.Module:
     """The abstract model itself, with (abstract) input scales in static layers that have none."""
     for _, layer in owning_modules(qmodel):
         if isinstance(layer, NVFP4Linear) and isinstance(layer.scaling, Static) and layer.input_scale is None:
-            layer.input_scale = InputScale(jax.ShapeDtypeStruct((), jnp.float32))
+            layer.input_scale = InputScale(jax.ShapeDtypeStruct(layer.lead, jnp.float32))
         if isinstance(layer, NVFP4Experts) and isinstance(layer.scaling, Static) and layer.gate_up_input_scale is None:
             for name in ("gate_up_input_scale", "down_input_scale"):
-                setattr(layer, name, InputScale(jax.ShapeDtypeStruct((layer.num_experts,), jnp.float32)))
+                setattr(layer, name, InputScale(jax.ShapeDtypeStruct((*layer.lead, layer.num_experts), jnp.float32)))
     return qmodel
 
 
-def warn_about(checkpoint: Checkpoint, packed: Sequence[str], notes: Notes) -> None:
-    """Says once what is odd about a folder: reconciled scales, an exclude list at odds with the tensors."""
+def warn_about(checkpoint: Checkpoint, family: Family, stored: Mapping[tuple, bool], notes: Notes) -> None:
+    """Says once what is odd about a folder: reconciled scales, a config at odds with the tensors.
+
+    stored: whether each module that could be in NVFP4 is.
+    """
+    excludes = functools.partial(quantization_config.is_excluded, patterns=checkpoint.quantization.exclude)
     if notes.reconciled:
         _log.warning("%s: gate and up had different global scales in %d experts (first: %s); block scales were rounded again to the larger one",
                      checkpoint.directory, len(notes.reconciled), notes.reconciled[0])  # fmt: skip
-    excluded = [name for name in packed if formats.is_excluded(name, checkpoint.quantization.exclude)]
+    names = {family.module_name(path): (packed, family.keeps(path_string(path))) for path, packed in stored.items()}
+    excluded = [name for name, (packed, _) in names.items() if packed and excludes(name)]
     if excluded:
         _log.warning("%s: %d modules are NVFP4 though the config excludes them (first: %s); the tensors are followed",
                      checkpoint.directory, len(excluded), excluded[0])  # fmt: skip
+    plain = [name for name, (packed, kept) in names.items() if not packed and not kept and not excludes(name)]
+    if plain and checkpoint.quantization.method in ("modelopt", "compressed-tensors"):
+        _log.warning("%s: %d modules are not NVFP4 though the config says so (first: %s); the tensors are followed",
+                     checkpoint.directory, len(plain), plain[0])  # fmt: skip
 
 
 def check_tensors(checkpoint: Checkpoint, family: Family, model: nnx.Module) -> None:
@@ -296,7 +316,7 @@ def check_tensors(checkpoint: Checkpoint, family: Family, model: nnx.Module) -> 
 
 def load_model(
     directory: str | Path,
-    dtype: jnp.dtype = jnp.bfloat16,
+    dtype: DTypeLike = jnp.bfloat16,
     *,
     scaling: Name | Scaling | None = None,
     scan_layers: bool = False,
@@ -313,20 +333,25 @@ def load_model(
 
     CheckpointError, one line that names the file and tensor, for anything missing, truncated, misshapen, not finite or unknown.
     """
+    dtype = arguments.dtype("load_model: dtype", dtype)
+    arguments.flag("load_model: scan_layers", scan_layers)
+    scaling = parse(scaling, "load_model")
+    arguments.device()
+    rules = [] if rules is None else arguments.items("load_model: rules", rules, Rule, "Rules")
     checkpoint, family = open_folder(directory)
-    model = abstract_model(checkpoint, family, dtype, scaling=scaling, rules=rules or ())
+    model = abstract_model(checkpoint, family, dtype, scaling=scaling, rules=rules)
     check_tensors(checkpoint, family, model)
     notes = Notes()
     values: dict[tuple, Any] = {}
-    packed = []
+    stored = {}
     # Committed to the device, as what Orbax restores is: then reloaded weights run the same compiled program.
     device = jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
     for path, module in owning_modules(model):
         for name, value in module_leaves(checkpoint, family, path, module, notes).items():
             values[(*path, name)] = jax.device_put(value, device)
-        if isinstance(module, NVFP4Linear | NVFP4Experts) and is_packed(checkpoint, family, path, module):
-            packed.append(family.module_name(path))
-    warn_about(checkpoint, packed, notes)
+        if isinstance(module, nnx.Linear | NVFP4Linear | Experts | NVFP4Experts):
+            stored[tuple(path)] = is_packed(checkpoint, family, path, module)
+    warn_about(checkpoint, family, stored, notes)
     model = fill(model, values)
     return models.stack_layers(model) if scan_layers else model
 

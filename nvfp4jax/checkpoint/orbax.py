@@ -1,10 +1,10 @@
-"""Orbax, in one file: save, restore into a given sharding, restore into live weights.
+"""Orbax, in one file: arrays saved, checked, and restored into a given sharding. `saved_model` makes models of them.
 
 A folder holds the tree of a model's parameters under their paths, and metadata with which it restores without any other input:
 
     format_version  of this layout
     recipe          the quantizer's contract and the activation mode, e.g. "te-exact/token"
-    config, rules   the Hugging Face config and the swap rules that rebuild the model
+    config, rules   the Hugging Face config (null for a model of a user's own) and the swap rules that rebuild the model
     digests         one for each leaf, checked after each load (Orbax itself notices no flipped byte)
     leaves          dtype and shape of each leaf: asking Orbax for them opens every array, and leaks memory in TensorStore 0.1.86
 
@@ -12,41 +12,41 @@ Orbax casts dtypes in silence on loading, and its storage raises bare exceptions
 before a byte is read, and every failure is a CheckpointError that names the folder.
 """
 
+import asyncio
+import contextlib
 import dataclasses
-import gc
+import functools
 import json
-import logging
 import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+import tensorstore
+from orbax.checkpoint._src import asyncio_utils
+from orbax.checkpoint._src.serialization import tensorstore_utils
 from orbax.checkpoint.experimental import v1 as ocp
 
-from nvfp4jax import models, scaling
-from nvfp4jax.checkpoint import formats, huggingface
+from nvfp4jax import arguments
 from nvfp4jax.checkpoint.digest import check
 from nvfp4jax.checkpoint.errors import CheckpointError, failure
 from nvfp4jax.checkpoint.locks import held
 from nvfp4jax.checkpoint.safetensors import read_json
 from nvfp4jax.checkpoint.survey import require_folder, require_plain
-from nvfp4jax.layers import WEIGHTS
-from nvfp4jax.scaling import Name, Scaling
-from nvfp4jax.swap import Rule, path_string, quantize_model, quantized_layers
 
 FORMAT_VERSION = 1
 # A leaf beside the model's: scales that it does not hold but an export needs; the metadata's entry of this name has their names.
 EXTRAS = "extras"
-_MOST_RULES = 10_000  # one a layer, in what `save_model` writes
 METADATA_FILE = "_CHECKPOINT_METADATA"
-_DTYPES = ("bfloat16", "float32", "float16")
+_WATCH_SECONDS = 1.0
 # What the JSON beside the arrays may have: a hundred thousand leaves take a third of it.
 MAX_JSON_BYTES = 50_000_000
 
@@ -80,29 +80,129 @@ def _nested(leaves: Mapping[str, Any]) -> dict:
 _one_at_a_time = threading.RLock()
 
 
+_uvloop = getattr(asyncio_utils, "uvloop", None)  # None where Orbax runs without it
+
+
+async def _ended() -> None:
+    """Ends the other tasks of this loop and takes what they raise."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.sleep(0)  # what has failed already is handed over now
+
+
+class _Ending:
+    """Orbax closes its event loop when one read fails, and leaves the tasks of the others as they are: each complains when it is collected,
+    of what it raised, or of a loop that is closed. Here a loop ends its tasks first; what threads tell it afterwards is wanted by nobody."""
+
+    def close(self: Any) -> None:
+        if not self.is_closed():
+            self.run_until_complete(_ended())
+        super().close()
+
+    def call_soon_threadsafe(self: Any, callback: Callable, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().call_soon_threadsafe(callback, *arguments, **options)
+        except RuntimeError:
+            if not self.is_closed():
+                raise
+
+
+class _Loop(_Ending, asyncio.SelectorEventLoop):
+    pass
+
+
+class _UvLoop(_Ending, _uvloop.Loop if _uvloop else asyncio.SelectorEventLoop):
+    pass
+
+
+warnings.filterwarnings("ignore", r"coroutine 'Store\._get_array_metadatas' was never awaited", RuntimeWarning)  # begun by nobody
+
+
+@functools.lru_cache(8)
+def _file_spec(path: str) -> Any:
+    """The spec of a folder of files, which answers what Orbax asks without asking TensorStore again."""
+    made = tensorstore.KvStore.Spec({"driver": "file", "path": path}).to_json()
+    return types.SimpleNamespace(to_json=lambda: dict(made))
+
+
+def _kvstore_spec(spec: Any) -> Any:
+    is_file = isinstance(spec, Mapping) and set(spec) == {"driver", "path"} and spec["driver"] == "file"
+    return _file_spec(spec["path"]) if is_file else tensorstore.KvStore.Spec(spec)
+
+
+_kvstore = types.SimpleNamespace(Spec=_kvstore_spec, open=tensorstore.KvStore.open)
+_tensorstore = types.SimpleNamespace(**vars(tensorstore) | {"KvStore": _kvstore})
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Orbax without some of its habits: tracebacks on stderr after a failed read, and two leaks. Its own functions are back afterwards.
+
+    TensorStore (0.1.86) leaks whatever it makes in JSON. Orbax asks for its metrics in each load and save, how many bytes went, to log a
+    rate; and for the form of the folder's spec, for each array.
+    """
+    changes = {
+        "asyncio": (asyncio_utils, types.SimpleNamespace(**vars(asyncio) | {"new_event_loop": _Loop})),
+        "uvloop": (asyncio_utils, types.SimpleNamespace(new_event_loop=_UvLoop)),
+        "get_tensorstore_raw_bytes": (tensorstore_utils, lambda *a, **k: 0),
+        "ts": (tensorstore_utils, _tensorstore),
+    }
+    usual = {name: getattr(module, name) for name, (module, _) in changes.items() if getattr(module, name, None) is not None}
+    for name in usual:
+        setattr(changes[name][0], name, changes[name][1])
+    try:
+        yield
+    finally:
+        for name, value in usual.items():
+            setattr(changes[name][0], name, value)
+
+
+@contextlib.contextmanager
+def _unblocked(path: Path) -> Iterator[None]:
+    """A pipe that takes a file's place after the folder was looked at would block the load for ever, and every other load and save of
+    the process behind it. Who opens it for writing, and closes it, lets the load go on, to its error."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_WATCH_SECONDS):
+            for file in path.rglob("*"):
+                with contextlib.suppress(OSError):
+                    if file.is_fifo():
+                        os.close(os.open(file, os.O_RDWR | os.O_NONBLOCK))
+
+    watcher = threading.Thread(target=watch, name="nvfp4jax-pipes", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
 def _attempt(message: str, call: Callable, *arguments: Any, **options: Any) -> Any:
     """What the call returns, or one CheckpointError with `message`: storage and parser raise what they like, bare Exception included."""
     try:
-        with _one_at_a_time:
+        with _one_at_a_time, _quietly():
             return call(*arguments, **options)
     except Exception as error:
         told = failure(message, error)
-    # Orbax abandons its other reads when one fails; asyncio would report each at length whenever it is collected.
-    logger = logging.getLogger("asyncio")
-    disabled, logger.disabled = logger.disabled, True
-    gc.collect()
-    logger.disabled = disabled
     raise told
 
 
 def exists(path: str | Path) -> bool:
     """Whether `path` is an Orbax folder (of ours or not)."""
-    path = Path(path)
+    path = arguments.path("directory", path)
     return path.is_dir() and (path / METADATA_FILE).is_file()
 
 
 def refuse_existing(path: Path) -> None:
-    if path.exists() or path.is_symlink():
+    try:
+        there = path.exists() or path.is_symlink()
+    except OSError as error:  # a name that is too long
+        raise failure(f"{path}: cannot be looked at", error) from None
+    if there:
         raise CheckpointError(f"{path}: exists already; give a new save-dir, or remove this one")
 
 
@@ -113,7 +213,12 @@ def save(path: str | Path, state: Any, metadata: Mapping[str, Any]) -> None:
     "format_version" and "digests" are added. CheckpointError where the folder exists, another save into it is at work, a leaf is
     NaN or infinite, or it cannot be written.
     """
-    path = Path(path).absolute()
+    path = arguments.path("save: path", path).absolute()
+    leaves = flatten(state)
+    if not leaves or any(not hasattr(leaf, "dtype") for leaf in leaves.values()):
+        raise CheckpointError(f"{path}: not saved: state: {arguments.shown(state)} is no tree of arrays")
+    if not isinstance(metadata, Mapping):
+        raise CheckpointError(f"{path}: not saved: metadata: a dict of JSON values is needed, not {arguments.shown(metadata)}")
     refuse_existing(path)
     make_parent(path)
     with held(path.with_name(f".{path.name}.lock"), 0, str(path)):
@@ -157,6 +262,11 @@ def remove_unfinished(path: Path) -> None:
 def write(path: Path, state: Any, metadata: Mapping[str, Any], name: str) -> None:
     """`save` without its guard against other writers, for who has one; `name` is what errors call the folder."""
     leaves = flatten(state)
+    try:
+        for place, leaf in leaves.items():
+            arguments.held(place, leaf)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: not saved: {error}") from None
     full = {"format_version": FORMAT_VERSION, **metadata, "digests": _digests(name, leaves), "leaves": _told(leaves)}
     try:
         json.dumps(full)
@@ -231,7 +341,7 @@ def read_folder(path: str | Path | Folder) -> Folder:
     """CheckpointError for a folder that is damaged, not ours, or of a later format."""
     if isinstance(path, Folder):
         return path
-    path = Path(path).absolute()
+    path = arguments.path("path", path).absolute()
     require_folder(path)
     require_plain(path)
     for file in path.rglob("*"):
@@ -314,7 +424,8 @@ def restore_leaves(path: str | Path | Folder, wanted: Mapping[str, Any], *, subs
     if not isinstance(expected, dict) or set(expected) != set(stored):
         raise CheckpointError(f"{path}: the metadata's digests do not cover the leaves")
     abstract = _nested({name: _abstract(leaf) for name, leaf in wanted.items()} | skipped)
-    tree = _attempt(f"{path}: cannot be read", ocp.load, path, abstract)
+    with _unblocked(path):
+        tree = _attempt(f"{path}: cannot be read", ocp.load, path, abstract)
     loaded = flatten(tree)
     leaves = {name: loaded[name] for name in wanted}
     digests, complaints = check(leaves)
@@ -344,222 +455,7 @@ def restore(path: str | Path | Folder, abstract: Any) -> Any:
     With no sharding a leaf goes to the first device. See `restore_leaves` for what is checked.
     """
     wanted = flatten(abstract)
+    if not wanted or any(not hasattr(leaf, "dtype") for leaf in wanted.values()):
+        raise ValueError(f"restore: abstract: {arguments.shown(abstract)} is no tree of arrays or of their shapes")
     leaves = restore_leaves(path, wanted)
     return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in wanted])
-
-
-# Whole models. On disk a model's layers are always single ones, however they run: stacking happens after loading.
-
-
-def rules_of(model: nnx.Module) -> list[Rule]:
-    """Rules that make `model`'s NVFP4 layers out of its float model, one a layer."""
-    names = [field.name for field in dataclasses.fields(Rule) if field.name not in ("module_path", "skip")]
-    return [
-        Rule(re.escape(path_string(path)), **{name: getattr(layer, name, None) for name in names})
-        for path, layer in quantized_layers(model).items()
-    ]
-
-
-def rules_to_json(rules: Sequence[Rule]) -> list[dict]:
-    """What differs from a Rule's defaults, as JSON values."""
-    defaults = Rule("")
-    changed = [
-        {f.name: getattr(rule, f.name) for f in dataclasses.fields(Rule) if getattr(rule, f.name) != getattr(defaults, f.name)}
-        for rule in rules
-    ]
-    return [rule | ({"scaling": scaling.to_json(rule["scaling"])} if "scaling" in rule else {}) for rule in changed]
-
-
-def rules_from_json(values: Any, where: str) -> list[Rule]:
-    """The inverse of `rules_to_json`, for values that need not be trusted."""
-    kinds = {f.name: str | None for f in dataclasses.fields(Rule)} | {"module_path": str, "skip": bool, "scaling": str | dict | None}
-    rules = []
-    if isinstance(values, list) and len(values) > _MOST_RULES:
-        raise CheckpointError(f"{where}: {len(values)} rules; at most {_MOST_RULES} are read")
-    for value in values if isinstance(values, list) else [values]:
-        if isinstance(value, dict) and isinstance(value.get("implementation"), list):
-            value = value | {"implementation": tuple(value["implementation"])}
-            kinds["implementation"] = tuple | str | None
-        if not isinstance(value, dict) or not value.get("module_path") or not value.keys() <= kinds.keys():
-            raise CheckpointError(f"{where}: a rule cannot be read: {str(value)[:80]}")
-        if wrong := [name for name, v in value.items() if not isinstance(v, kinds[name])]:
-            raise CheckpointError(f"{where}: a rule's {wrong[0]!r} has the wrong type: {str(value)[:80]}")
-        formats.safe_pattern(value["module_path"])
-        try:
-            mode = {"scaling": scaling.from_json(value["scaling"])} if "scaling" in value else {}
-            rules.append(Rule(**value | mode))
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{where}: a rule cannot be read: {error}") from error
-    return rules
-
-
-def recipe_id(rules: Sequence[Rule]) -> str:
-    """The arithmetic that rules ask for, e.g. 'te-exact/token+46-mse-256': the weights' contract, the activations' modes."""
-    taken = [rule for rule in rules if not rule.skip]
-    if not taken:
-        return "float"
-    modes = sorted({str(scaling.name_of(rule.scaling)).lower() for rule in taken})
-    sides = [(side, kind) for rule in taken for side, kind in (("w", rule.weight_four_over_six), ("a", getattr(rule.scaling, "four_over_six", None)))]
-    extras = sorted({f"+{side}46-{kind}-256" for side, kind in sides if kind})
-    return f"te-exact/{','.join(modes)}{''.join(extras)}"
-
-
-def has_layers(model: nnx.Module) -> bool:
-    """Whether a model is built as ours are, so that its layers may be stacked."""
-    return hasattr(model, "layers") and all(hasattr(layer, "depth") for layer in model.layers)
-
-
-def _unstacked(model: nnx.Module) -> nnx.Module:
-    stacked = has_layers(model) and any(depth is not None for depth in models.depths(model))
-    return models.unstack_layers(model) if stacked else model
-
-
-def described(
-    model: nnx.Module, config: Mapping[str, Any], rules: Sequence[Rule] | None = None, **metadata: Any
-) -> tuple[nnx.State, dict[str, Any]]:
-    """(the state, the metadata) that `save_model` saves: layers one by one, and what rebuilds the model."""
-    model = _unstacked(model)
-    rules = rules_of(model) if rules is None else rules
-    state = nnx.state(model, WEIGHTS)
-    if (dtype := getattr(getattr(model, "dtypes", None), "dtype", None)) is None:  # a model that is not ours
-        dtypes = [leaf.dtype for leaf in jax.tree.leaves(state) if str(leaf.dtype) in _DTYPES]
-        dtype = max(set(dtypes), key=dtypes.count, default=jnp.bfloat16)
-    return state, {"recipe": recipe_id(rules), "config": dict(config), "rules": rules_to_json(rules), "dtype": str(jnp.dtype(dtype)), **metadata}
-
-
-def save_model(path: str | Path, model: nnx.Module, config: Mapping[str, Any], *, rules: Sequence[Rule] | None = None, **metadata: Any) -> None:
-    """Saves one of our models so that `load_model(path)` needs nothing else.
-
-    config: its Hugging Face config.json. rules: those it was swapped with; taken from the model's layers where None. Any further
-    `metadata` must be JSON. Scanned layers are stored one by one.
-    """
-    save(path, *described(model, config, rules, **metadata))
-
-
-def other_function(model: nnx.Module, config: Any) -> str | None:
-    """How the function that a Hugging Face config describes differs from the one that a live model computes; None where it does not.
-
-    A model of no registered family cannot be compared: None.
-    """
-    families = [models.family_of({"architectures": [name]}) for name in models.architectures()]
-    live = getattr(model, "config", None)
-    if not dataclasses.is_dataclass(live) or not any(family.model is type(model) for family in families):
-        return None
-    if not isinstance(config, Mapping):
-        return "it carries no config"
-    try:
-        formats.check_config(config, None, "config")
-        family = models.family_of(config)
-        told = family.read_config(config)
-    except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
-        return f"its config cannot be read: {error}"
-    if family.model is not type(model):
-        return f"its config describes another model than the live {type(model).__name__}: {', '.join(family.architectures)}"
-    for field in dataclasses.fields(live):
-        ours, theirs = getattr(live, field.name), getattr(told, field.name)
-        if ours != theirs:
-            return f"its config describes another function than the live model's: {field.name} is {theirs!r}, not {ours!r}"
-    return None
-
-
-def abstract_model(path: Path, metadata: Mapping[str, Any], dtype: jnp.dtype | None = None, mode: Name | Scaling | None = None) -> nnx.Module:
-    """The unrolled, abstract model that a folder's metadata describe."""
-    config, stored = metadata.get("config"), metadata.get("dtype")
-    if not isinstance(config, dict) or stored not in _DTYPES:
-        raise CheckpointError(f"{path}: the metadata have no model config and dtype; restore it into a state of your own")
-    formats.check_config(config, None, str(path))
-    rules = rules_from_json(metadata.get("rules", []), str(path))
-    if mode is not None:
-        rules = [dataclasses.replace(rule, scaling=mode) for rule in rules]
-    model = models.build(config, dtype or stored)
-    return huggingface.with_input_scales(quantize_model(model, rules)) if rules else model
-
-
-def load_model(path: str | Path, dtype: jnp.dtype | None = None, *, scaling: Name | Scaling | None = None, scan_layers: bool = False) -> nnx.Module:
-    """The model in a folder of ours, on the default device; no other input is needed.
-
-    dtype: of activations and float weights, as stored where None. scaling: for all NVFP4 layers, as stored where None.
-    """
-    folder = read_folder(path)
-    path = folder.path
-    stored = abstract_model(path, folder.metadata)
-    model = abstract_model(path, folder.metadata, dtype, scaling)
-    leaves = restore_leaves(folder, flatten(nnx.state(stored, WEIGHTS)))
-    wanted = flatten(nnx.state(model, WEIGHTS))
-    if extra := [name for name in wanted if name not in leaves]:
-        raise CheckpointError(f"{path}: {extra[0]} is not in the folder, which scaling={scaling!r} needs; use an online mode")
-    values = {path: leaves[path_string(path)].astype(variable.dtype) for path, variable in nnx.to_flat_state(nnx.state(model, WEIGHTS))}
-    model = huggingface.fill(model, values)
-    return models.stack_layers(model) if scan_layers else model
-
-
-def _single_layer(leaf, stacked: bool) -> jax.ShapeDtypeStruct:
-    """The abstract leaf of one layer of a stack, sharded as the stack is."""
-    sharding = leaf.sharding
-    if not stacked:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
-    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
-
-
-def stack_lengths(model: nnx.Module) -> list[int] | None:
-    """The number of layers in each entry of `model.layers`; None for a model whose layers are single ones, or not ours."""
-    if not has_layers(model) or all(depth is None for depth in models.depths(model)):
-        return None
-    return [depth or 1 for depth in models.depths(model)]
-
-
-def single_layers(model: nnx.Module) -> dict[tuple, nnx.Variable]:
-    """A model's weights by path as a folder holds them, with one entry a layer: abstract, sharded as the model's."""
-    lengths = stack_lengths(model)
-    wanted = {}
-    for leaf_path, variable in nnx.to_flat_state(nnx.state(model, WEIGHTS)):
-        stacked = lengths is not None and leaf_path[0] == "layers" and lengths[leaf_path[1]] > 1
-        if lengths is None or leaf_path[0] != "layers":
-            starts = [leaf_path]
-        else:
-            start = sum(lengths[: leaf_path[1]])
-            starts = [("layers", start + i, *leaf_path[2:]) for i in range(lengths[leaf_path[1]])]
-        for one in starts:
-            wanted[one] = variable.replace(_single_layer(variable.get_value(), stacked))
-    return wanted
-
-
-def like_live(single: dict[tuple, nnx.Variable], model: nnx.Module, kept: Mapping[tuple, nnx.Variable] | None = None) -> nnx.State:
-    """Weights by `single_layers`' paths -> the state of the model, stacked and sharded as its own. `single` is emptied.
-
-    kept: leaves of the model, by its own paths, that are taken as they are. Leaf by leaf, so that no more than one leaf's copy is
-    held beside the result.
-    """
-    lengths = stack_lengths(model)
-    out: dict[tuple, nnx.Variable] = {}
-    for leaf_path, old in nnx.to_flat_state(nnx.state(model, WEIGHTS)):
-        if kept and leaf_path in kept:
-            out[leaf_path] = kept[leaf_path]
-            continue
-        if lengths is None or leaf_path[0] != "layers":
-            new = single.pop(leaf_path).get_value()
-        else:
-            start = sum(lengths[: leaf_path[1]])
-            parts = [single.pop(("layers", start + i, *leaf_path[2:])).get_value() for i in range(lengths[leaf_path[1]])]
-            new = parts[0] if len(parts) == 1 else jnp.stack(parts)
-            del parts
-        target = old.get_value()
-        sharding = getattr(target, "sharding", None)
-        out[leaf_path] = old.replace(new if sharding is None else jax.device_put(new, sharding))
-        if lengths is not None:
-            jax.block_until_ready(out[leaf_path].get_value())  # before the next leaf takes memory
-    return nnx.from_flat_state(out)
-
-
-def restore_state(path: str | Path | Folder, model: nnx.Module) -> nnx.State:
-    """The folder's weights in the tree, shapes, dtypes and shardings of a live model (stacked layers too); the model is not touched.
-
-    Use it as `nnx.update(model, state)`, or pass it to a jitted rollout, which does not retrace.
-    """
-    single = single_layers(model)
-    leaves = restore_leaves(path, {path_string(name): variable.get_value() for name, variable in single.items()})
-    for name, variable in single.items():
-        single[name] = variable.replace(leaves.pop(path_string(name)))
-    return like_live(single, model)

@@ -5,7 +5,6 @@ there is left alone. A step is written under another name and appears by one ren
 """
 
 import logging
-import operator
 import os
 import re
 import secrets
@@ -17,7 +16,8 @@ from typing import Any
 
 from flax import nnx
 
-from nvfp4jax.checkpoint import orbax
+from nvfp4jax import arguments
+from nvfp4jax.checkpoint import orbax, saved_model
 from nvfp4jax.checkpoint.errors import CheckpointError, failure
 from nvfp4jax.checkpoint.locks import held
 from nvfp4jax.checkpoint.safetensors import open_regular, read_json
@@ -42,6 +42,7 @@ def steps(directory: str | Path) -> list[int]:
 
     OSError where the directory cannot be listed.
     """
+    directory = arguments.path("steps: directory", directory)
     try:
         with os.scandir(directory) as entries:
             return sorted(int(entry.name) for entry in entries if _NAME.fullmatch(entry.name) and _is_folder(entry))
@@ -87,16 +88,6 @@ def _write_generation(directory: Path, era: int) -> None:
         raise failure(f"{directory}: not published: {_GENERATION} cannot be written", error) from error
 
 
-def _whole(name: str, value: Any, low: int, high: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or not low <= number <= high:
-        raise ValueError(f"publish: {name}={value!r} must be a whole number from {low} to {high}")
-    return number
-
-
 def _present(directory: Path) -> list[int]:
     try:
         return steps(directory)
@@ -105,11 +96,18 @@ def _present(directory: Path) -> list[int]:
 
 
 def publish(
-    directory: str | Path, step: int, model: nnx.Module, config: Mapping[str, Any], *, keep: int = 5, rewind: bool = False, **metadata: Any
+    directory: str | Path,
+    step: int,
+    model: nnx.Module,
+    config: Mapping[str, Any] | None = None,
+    *,
+    keep: int = 5,
+    rewind: bool = False,
+    **metadata: Any,
 ) -> Path:
     """Saves a model (float or quantized) as the next step of a directory, and removes all but the newest `keep` steps.
 
-    config: the Hugging Face config.json, which must describe this model. Further `metadata` must be JSON. A reader sees the step
+    config: the Hugging Face config.json, which must describe this model; None for a model of your own. Further `metadata` must be JSON. A reader sees the step
     once it is complete. Several writers take turns; each has the time of the others' saves to wait.
     rewind: the trainer goes back, to this step: it may be any, and those that are not before it are removed. Readers take it though
         its number is lower than that of the weights that they serve.
@@ -118,13 +116,17 @@ def publish(
     the config is another model's, a weight is not finite, or the step cannot be written. Old steps that cannot be removed are
     named in the log; the next `publish` tries again.
     """
-    step, keep = _whole("step", step, 0, LARGEST_STEP), _whole("keep", keep, 1, LARGEST_STEP)
-    directory = Path(directory).absolute()
+    step, keep = arguments.whole("publish: step", step, 0, LARGEST_STEP), arguments.whole("publish: keep", keep, 1, LARGEST_STEP)
+    directory = arguments.path("publish: directory", directory).absolute()
+    arguments.module("publish: model", model)
+    if config is not None:
+        arguments.config("publish: config", config)
+    arguments.flag("publish: rewind", rewind)
     if taken := sorted({"step", "generation", "digests", "leaves", "format_version", "recipe", "config", "rules", "dtype"} & metadata.keys()):
         raise ValueError(f"publish: {taken[0]!r} is an entry of the step's own metadata; give yours another name")
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory}: not a folder, so nothing can be published there")
-    if (difference := orbax.other_function(model, config)) is not None:
+    if (difference := saved_model.other_function(model, config)) is not None:
         raise CheckpointError(f"{directory}: step {step} is not published: {difference}")
     _refuse_old(directory, step, _present(directory), rewind)
     path = directory / str(step)
@@ -139,7 +141,7 @@ def publish(
         era = _newest_generation(directory, present)
         if rewind:
             era = max(era + 1, int(time.time()))  # above all before it, even where a user has emptied the directory
-        state, described = orbax.described(model, config, step=step, generation=era, **metadata)
+        state, described = saved_model.described(model, config, step=step, generation=era, **metadata)
         _remove_leftovers(directory, step, present)
         working = directory / _WORKING
         later = [old for old in present if old >= step] if rewind else []
@@ -202,7 +204,8 @@ def _remove_leftovers(directory: Path, step: int, present: Sequence[int]) -> Non
         unfinished = re.fullmatch(r"([0-9]{1,18})\.orbax-checkpoint-tmp.*", name)
         if not (name.startswith((_REMOVED, _WORKING)) or (unfinished and int(unfinished[1]) <= newest)):
             continue
-        path, failures = directory / name, []
+        path = directory / name
+        failures: list[BaseException] = []
         if path.is_symlink() or not path.is_dir():  # a step that was a link: what it points to is not ours
             try:
                 path.unlink(missing_ok=True)

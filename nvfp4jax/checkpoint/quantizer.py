@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nvfp4jax import models
-from nvfp4jax.checkpoint import orbax
+from nvfp4jax import arguments, models
+from nvfp4jax.checkpoint import orbax, saved_model
 from nvfp4jax.checkpoint.digest import unhealthy
 from nvfp4jax.checkpoint.errors import CheckpointError
 from nvfp4jax.layers import WEIGHTS, InputAmax
-from nvfp4jax.requantize import quantize_params
-from nvfp4jax.swap import path_string, quantized_layers
+from nvfp4jax.requantize import check_leaf, is_random, quantize_params
+from nvfp4jax.swap import path_string, quantized_layers, shared_places
 
 PIECE_BYTES = 2**29  # of float weights that are in memory at once on their way from disk
 
@@ -32,11 +32,12 @@ class Quantizer:
     """
 
     def __init__(self, model: nnx.Module):
-        """model: the live, quantized model; only its structure, shardings and static input scales are kept."""
+        """model: the live model, quantized in whole, in part or not at all; only its structure, shardings and static input scales are kept."""
+        arguments.module("Quantizer: model", model)
         graphdef, state, seen = nnx.split(model, WEIGHTS, ...)
         self._abstract = shapes_of(state)
         self._model = nnx.merge(graphdef, self._abstract, shapes_of(seen))
-        self._lengths = orbax.stack_lengths(model)
+        self._lengths = saved_model.stack_lengths(model)
         self._single = models.unstack_layers(self._model) if self._lengths else None
         self._input_scales = {path: leaf for path, leaf in nnx.to_flat_state(state) if str(path[-1]).endswith("input_scale")}
 
@@ -46,8 +47,8 @@ class Quantizer:
         donate: its arrays are given up, each as soon as its layer is done; otherwise the result shares no memory with them.
         CheckpointError that names the leaf where one is missing or misshapen, or the result is not finite.
         """
-        state = nnx.state(state, WEIGHTS) if isinstance(state, nnx.Module) else state
-        given = {path: v for path, v in nnx.to_flat_state(state) if not isinstance(v, nnx.RngState | InputAmax)}
+        arguments.flag("donate", donate)
+        given = {path: v for path, v in _flat(state).items() if not isinstance(v, nnx.RngState | InputAmax)}
         single = self._lengths is not None and len({path[1] for path in given if path[0] == "layers"}) != len(self._lengths)
         where = "weights in memory"
         taken: set[tuple] = set()
@@ -62,12 +63,20 @@ class Quantizer:
             raise CheckpointError(f"{where}: {path_string(surplus[0])} has no place in the live model{others}; merge or drop it")
         return result
 
+    def check_float_model(self, float_model: nnx.Module) -> None:
+        """A ValueError where the live model's layers are made of something that `float_model` has not."""
+        given = saved_model.single_layers(float_model)
+        for path, layer in quantized_layers(self._model if self._single is None else self._single).items():
+            for source in _sources(path, layer, given).values():
+                if source not in given:
+                    raise ValueError(f"float_model: {type(float_model).__name__} has no {path_string(source)}, which the live model is made from")
+
     def load(self, folder: orbax.Folder, float_model: nnx.Module) -> nnx.State:
         """The weights of a float model's Orbax folder, each loaded in the sharding that it has in `float_model`, some layers at a time.
 
         CheckpointError that names the leaf.
         """
-        wanted = orbax.single_layers(float_model)
+        wanted = saved_model.single_layers(float_model)
         shapes = {path_string(path): variable.get_value() for path, variable in wanted.items()}
         lines = orbax.differences({name: leaf for name, leaf in folder.shapes.items() if name != orbax.EXTRAS}, shapes)
         if lines:
@@ -90,7 +99,9 @@ class Quantizer:
         sources = {path: _sources(path, layer, given) for path, layer in layers.items()}
         packed = {(*path, *p) for path, layer in layers.items() for p, _ in nnx.to_flat_state(nnx.state(layer, WEIGHTS))}
         rest = {path: variable for path, variable in nnx.to_flat_state(nnx.state(model, WEIGHTS)) if path not in packed}
-        readers = Counter([*rest, *(p for names in sources.values() for p in names.values())])  # layers may share a Param
+        shared = shared_places(model)
+        homes = {path: path if path in given else shared.get(path, path) for path in rest}
+        readers = Counter([*homes.values(), *(p for names in sources.values() for p in names.values())])  # layers may share a Param
         made: dict[tuple, Any] = {}
         for group in _pieces(layers):
             floats = read([p for path in group for p in sources[path].values()])
@@ -106,16 +117,20 @@ class Quantizer:
                             value.delete()
                 del own
             del floats
-        given_up = read(list(rest))
+        given_up = read([*dict.fromkeys(homes.values())])
         for path, target in rest.items():
-            value = given_up.pop(path).get_value()
+            value = given_up[homes[path]].get_value()
             if value.shape != target.shape:
                 raise CheckpointError(f"{where}: {path_string(path)} has shape {value.shape}, expected {target.shape}")
+            if jnp.issubdtype(target.dtype, jnp.floating):
+                _named(where, check_leaf, path, value)
+            elif value.dtype != target.dtype:
+                raise CheckpointError(f"{where}: {path_string(path)}: {value.dtype} in the state, {target.dtype} in the model")
             value = value.astype(target.dtype)
             made[path] = target.replace(value if donate else jnp.copy(value))
             del value
         if model is self._single:
-            result = orbax.like_live(made, self._model, self._input_scales)
+            result = saved_model.like_live(made, self._model, self._input_scales)
         else:
             made |= self._input_scales
             targets = nnx.to_flat_state(self._abstract)
@@ -124,6 +139,35 @@ class Quantizer:
         if complaints := unhealthy(orbax.flatten(result)):
             raise CheckpointError(f"{where}: {complaints[0]}")
         return result
+
+
+def _flat(state: Any) -> dict[tuple, nnx.Variable]:
+    """A state's Variables by path; arrays in nested dicts are taken for Params."""
+    if isinstance(state, nnx.Module):
+        state = nnx.state(state, WEIGHTS)
+    if not isinstance(state, Mapping | nnx.State):
+        raise CheckpointError(f"weights in memory: state: an nnx.Module, its state or a nested dict is needed, not {arguments.shown(state)}")
+    flat: dict[tuple, nnx.Variable] = {}
+
+    def visit(node: Any, path: tuple) -> None:
+        if isinstance(node, Mapping | nnx.State):
+            for key in node:
+                visit(node[key], (*path, key))
+        else:
+            flat[path] = node if isinstance(node, nnx.Variable) else nnx.Param(arguments.array(f"weights in memory: {path_string(path)}", node, None))
+
+    visit(state, ())
+    flat = {path: v for path, v in flat.items() if not is_random(path, v)}
+    for path, variable in flat.items():
+        _named("weights in memory", arguments.held, path_string(path), variable.get_value())
+    return flat
+
+
+def _named(where: str, check: Callable[[Any, Any], Any], *given: Any) -> None:
+    try:
+        check(*given)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from None
 
 
 def _sources(path: tuple, layer: nnx.Module, given: Collection[tuple]) -> dict[tuple, tuple]:

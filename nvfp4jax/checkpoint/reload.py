@@ -33,7 +33,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from nvfp4jax.checkpoint import orbax
+from nvfp4jax import arguments
+from nvfp4jax.checkpoint import orbax, saved_model
 from nvfp4jax.checkpoint.errors import CheckpointError, may_pass
 from nvfp4jax.checkpoint.publish import generation, publish, steps
 from nvfp4jax.checkpoint.quantizer import Quantizer, shapes_of
@@ -116,8 +117,8 @@ class Reader:
     model: the live model; its state's tree, shapes, dtypes and shardings are what every step must fit, and its function is what the
         step's config must describe. Only its structure is kept.
     float_model: for steps in floating point, the float model (abstract will do) in the shardings that its weights are to be loaded in;
-        built from the step's own config where None, on one device or replicated over the live model's mesh. Such steps are quantized
-        on the device, as weights from memory are.
+        built from the step's own config where None, on one device or replicated over the live model's mesh; needed for a model of
+        your own, which no config builds. Such steps are quantized on the device, as weights from memory are.
     poll_seconds: between two looks. active_step: steps up to this one are not wanted.
 
     As a context manager it runs its thread; the block begins when the first look is over (or after a minute), so that a step that is
@@ -133,14 +134,18 @@ class Reader:
         poll_seconds: float = 1.0,
         active_step: int = -1,
     ):
-        if not 0 < poll_seconds < float("inf"):
+        if arguments.number("Reader: poll_seconds", poll_seconds) <= 0:
             raise ValueError(f"Reader: poll_seconds={poll_seconds!r} must be a positive number of seconds")
+        self.directory = arguments.path("Reader: directory", directory).absolute()
+        self.active_step = arguments.whole("Reader: active_step", active_step)
+        graphdef, state = nnx.split(arguments.module("Reader: model", model))
+        if float_model is not None:
+            arguments.module("Reader: float_model", float_model)
         _return_freed_memory()
-        self.directory = Path(directory).absolute()
-        self.active_step = active_step
-        graphdef, state = nnx.split(model)
         self._model = nnx.merge(graphdef, shapes_of(state))
         self._quantizer = Quantizer(model)
+        if float_model is not None:
+            self._quantizer.check_float_model(float_model)
         self._float_model = float_model
         self._built: tuple[str, nnx.Module] | None = None  # the float model of the last float step's config
         self._global_scales = self._scales_of(state)
@@ -236,6 +241,8 @@ class Reader:
         CheckpointError where the step is not newer (other weights may have overtaken it), or a weight is not finite; the live weights
         stay.
         """
+        step = arguments.whole("from_memory: step", step, 0)
+        arguments.flag("from_memory: rewind", rewind)
         passed_over = self._newest_on_disk() if rewind else None
         with self._lock:
             self._refuse_old(step, rewind)
@@ -360,14 +367,16 @@ class Reader:
         metadata = folder.metadata
         if metadata.get("step", step) != step:
             raise CheckpointError(f"{path}: the metadata say step {metadata['step']}")
-        if (difference := orbax.other_function(self._model, metadata.get("config"))) is not None:
+        if (difference := saved_model.other_function(self._model, metadata.get("config"))) is not None:
             raise CheckpointError(f"{path}: {difference}")
         era = generation(path)
-        is_float = metadata.get("recipe") == "float"
-        float_model = self._float(path, metadata) if is_float else None
+        float_model = self._float(path, metadata) if metadata.get("recipe") == "float" else None
         with self._lock:
             self._staged = None  # room for the new weights: never three copies
-        state = self._quantizer.load(folder, float_model) if is_float else orbax.restore_state(folder, self._model)
+        if float_model is None:
+            state = saved_model.restore_state(folder, self._model)
+        else:
+            state = self._quantizer.load(folder, float_model)
         scales = self._scales_of(state)
         self._check_against_live(path, scales)
         return Weights(step, state), scales, era
@@ -378,7 +387,8 @@ class Reader:
             return self._float_model
         of = json.dumps([metadata.get("config"), metadata.get("dtype")], sort_keys=True)
         if self._built is None or self._built[0] != of:
-            model = orbax.abstract_model(path, metadata)
+            way_out = "a step in floating point of a model of your own needs Reader(..., float_model=the float model)"
+            model = saved_model.abstract_model(path, metadata, way_out=way_out)
             shardings = [leaf.sharding for leaf in jax.tree.leaves(nnx.state(self._model))]
             meshes = [sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)]
             sharding = NamedSharding(meshes[0], PartitionSpec()) if meshes else SingleDeviceSharding(next(iter(shardings[0].device_set)))

@@ -13,13 +13,14 @@ import os
 import secrets
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
+from nvfp4jax import arguments
 from nvfp4jax.checkpoint.errors import CheckpointError, failure
 
 _log = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
 
     Raises CheckpointError naming the file and the tensor.
     """
-    path = Path(path)
+    path = arguments.path("read_header: path", path)
     file, size = open_regular(path)
     with file:
         if size < 8:
@@ -203,13 +204,15 @@ def read_index(path: str | Path) -> dict[str, str]:
 
 
 def read_folder(directory: str | Path) -> dict[str, TensorInfo]:
-    """All tensors of a Hugging Face folder: those of the index where there is one, else of its safetensors files.
+    """All tensors of a Hugging Face folder: of the files that the index names where there is one, else of its safetensors files.
+
+    As transformers does, a file is read whole, also what the index does not list of it; a tensor in two files is refused.
 
     model.safetensors beside an index that does not know it is what transformers reads: it is taken, and that is logged.
     """
-    directory = Path(directory)
+    directory = arguments.path("read_folder: directory", directory)
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such folder")
+        raise CheckpointError(f"{directory}: {'a file; the folder that holds a checkpoint is needed' if directory.exists() else 'no such folder'}")
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
     weight_map = read_index(index) if index.exists() else {}
@@ -221,17 +224,21 @@ def read_folder(directory: str | Path) -> dict[str, TensorInfo]:
         for name, shard in weight_map.items():
             if name not in headers[shard]:
                 raise CheckpointError(f"{index}: tensor {name!r} is not in {shard}")
-        return {name: headers[shard][name] for name, shard in weight_map.items()}
+        return _merged(headers.values())
     files = [directory / "model.safetensors"]
     if not files[0].exists():
         files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{directory}: no .safetensors file (other weight formats are not read)")
+    return _merged(map(read_header, files))
+
+
+def _merged(headers: Iterable[dict[str, TensorInfo]]) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        for name, info in read_header(file).items():
+    for header in headers:
+        for name, info in header.items():
             if name in tensors:
-                raise CheckpointError(f"{file}: tensor {name!r} is also in {tensors[name].file.name}")
+                raise CheckpointError(f"{info.file}: tensor {name!r} is also in {tensors[name].file.name}")
             tensors[name] = info
     return tensors
 

@@ -22,9 +22,11 @@ class Tokenizer:
     """
 
     def __init__(self, file: Path):
+        from nvfp4jax import arguments
         from nvfp4jax.checkpoint.errors import CheckpointError
         from nvfp4jax.checkpoint.safetensors import open_regular
 
+        file = arguments.path("Tokenizer: file", file)
         opened, size = open_regular(file)
         opened.close()
         if size > MAX_FILE_BYTES:

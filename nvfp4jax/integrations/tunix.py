@@ -27,9 +27,10 @@ from tunix.models.llama3 import model as llama3
 from tunix.models.qwen2 import model as qwen2
 from tunix.models.qwen3 import model as qwen3
 
-from nvfp4jax import layers, ops
+from nvfp4jax import arguments, layers, ops
 from nvfp4jax import scaling as modes
 from nvfp4jax.layers import NVFP4Einsum, NVFP4Experts
+from nvfp4jax.layers.state import valid_of
 from nvfp4jax.models.cache import CacheArray
 from nvfp4jax.models.protocol import Output
 
@@ -76,7 +77,7 @@ class TunixMoE(NVFP4Experts):
     def __call__(self, x: Float[Array, "B T H"], use_megablox: bool = True) -> Float[Array, "B T H"]:
         """use_megablox: of tunix's layer; which kernels run is `implementation`'s business here."""
         del use_megablox
-        valid = modes.current_valid(x, self.name) if modes.reads_valid(self.scaling) else None
+        valid = valid_of(self, x, None)
         flat = x.reshape(-1, x.shape[-1])
         logits = self.router(flat).astype(jnp.float32)
         weights, ids = ops.top_k_experts(logits, self.experts_per_tok, normalize=True)
@@ -93,6 +94,14 @@ layers.register(qwen3.MoELayer)(TunixMoE.from_float)
 _EMPTY, _PADDING, _TOKEN = 0, 1, 2
 
 
+def check_model(what: str, model: Any) -> nnx.Module:
+    """The model itself, one of tunix's."""
+    arguments.module(what, model)
+    if not hasattr(model, "embedder") or not hasattr(model, "config"):
+        raise ValueError(f"{what}: {type(model).__name__} is none of tunix's: it has no embedder and config")
+    return model
+
+
 class Decoder(nnx.Module):
     """A tunix model, float or swapped, as a `models.Decoder`.
 
@@ -103,7 +112,7 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, model: nnx.Module):
-        self.model = model
+        self.model = check_model("Decoder: model", model)
         # gemma's local layers compare positions with slots: they are given slots for positions, which rotary embeddings, being
         # relative, cannot tell apart.
         self.positions_are_slots = isinstance(model, gemma.Gemma)

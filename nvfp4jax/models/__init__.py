@@ -5,12 +5,11 @@ from nvfp4jax.models.cache import CacheArray, LayerCache
 from nvfp4jax.models.family import Family, architectures, build, family_of, register
 from nvfp4jax.models.llama import Llama, LlamaConfig
 from nvfp4jax.models.protocol import Decoder, Output
-from nvfp4jax.models.qwen2 import Qwen2, Qwen2Config
 from nvfp4jax.models.qwen3 import Qwen3, Qwen3Config
 from nvfp4jax.models.stacking import depths, stack_layers, stack_state, unstack_layers, unstack_state
 
 __all__ = [
-    "CacheArray", "Decoder", "Family", "LayerCache", "Llama", "LlamaConfig", "Output", "Qwen2", "Qwen2Config", "Qwen3",
-    "Qwen3Config", "architectures", "build", "depths", "family_of", "register", "stack_layers", "stack_state",
+    "CacheArray", "Decoder", "Family", "LayerCache", "Llama", "LlamaConfig", "Output", "Qwen3", "Qwen3Config",
+    "architectures", "build", "depths", "family_of", "register", "stack_layers", "stack_state",
     "unstack_layers", "unstack_state",
 ]  # fmt: skip

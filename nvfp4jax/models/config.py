@@ -22,6 +22,11 @@ INERT = frozenset(
 )
 
 
+def _text(value: Any) -> str:
+    """The beginning of a value, on one printable line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value)[:80])
+
+
 class Keys:
     """A config.json while an architecture reads it. Null counts as absent. Errors are one line that names the key."""
 
@@ -42,19 +47,19 @@ class Keys:
             raise ValueError(f"config.json: key {' or '.join(map(repr, names))} is missing")
         value = default if key is None else self._values[key]
         if type(value) is not int or value < 1:
-            raise ValueError(f"config.json: {key or names[0]}={str(value)[:80]} must be an integer of at least 1")
+            raise ValueError(f"config.json: {key or names[0]}={_text(value)} must be an integer of at least 1")
         return value
 
     def number(self, key: str, default: float) -> float:
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise ValueError(f"config.json: {key}={str(value)[:80]} must be a number of at least 0")
+            raise ValueError(f"config.json: {key}={_text(value)} must be a number of at least 0")
         return float(value)
 
     def switch(self, key: str, default: bool = False) -> bool:
         value = self.get(key, default)
         if not isinstance(value, bool):
-            raise ValueError(f"config.json: {key}={str(value)[:80]} must be true or false")
+            raise ValueError(f"config.json: {key}={_text(value)} must be true or false")
         return value
 
     def only(self, key: str, *values: Any) -> None:
@@ -62,14 +67,14 @@ class Keys:
         value = self.get(key, values[0])
         if value not in values:
             known = " or ".join(repr(v) for v in values)
-            raise ValueError(f"config.json: {key}={str(value)[:80]!r} is not supported, only {known}")
+            raise ValueError(f"config.json: {key}={_text(value)!r} is not supported, only {known}")
 
     def full_attention(self, layers: int) -> None:
         """Refuses sliding windows and other layer types, in the spelling of Qwen's configs; their sizes change nothing then."""
         self.only("use_sliding_window", False)
         types = self.get("layer_types", ["full_attention"] * layers)
         if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
-            raise ValueError(f"config.json: layer_types={str(types)[:80]} is not supported, only 'full_attention'")
+            raise ValueError(f"config.json: layer_types={_text(types)} is not supported, only 'full_attention'")
         if len(types) < layers:
             raise ValueError(f"config.json: layer_types names {len(types)} layers, num_hidden_layers={layers}")
         self._taken.update(("sliding_window", "max_window_layers"))
@@ -104,9 +109,9 @@ class Keys:
         for key in ("rope_parameters", "rope_scaling"):
             table = self.get(key) or {}
             if not isinstance(table, Mapping):
-                raise ValueError(f"config.json: {key}={str(table)[:80]} must be an object")
+                raise ValueError(f"config.json: {key}={_text(table)} must be an object")
             tables[key] = {name: value for name, value in table.items() if value is not None}
-        theta = self.number("rope_theta", 0.0) or None
+        theta = self.number("rope_theta", 0.0) if "rope_theta" in self._values else None
         self.only("partial_rotary_factor", 1.0)
         parameters, scaling = tables["rope_parameters"], tables["rope_scaling"]
         key = "rope_scaling" if scaling else "rope_parameters"
@@ -117,11 +122,30 @@ class Keys:
             )
         return _rope(key, tables[key], theta, kinds, self.get("max_position_embeddings"))
 
+    def decoder(self, head_dim: int | None = None) -> dict[str, Any]:
+        """What the configs of Llama and of what is built like it have in common, by the field's name.
+
+        head_dim: transformers' value where the key is absent; None: hidden size / heads.
+        """
+        hidden, (heads, kv_heads) = self.count("hidden_size"), self.heads()
+        return dict(
+            vocab_size=self.count("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=self.count("intermediate_size"),
+            num_layers=self.count("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=self.head_dim(max(hidden // heads, 1) if head_dim is None else head_dim),
+            rms_norm_eps=self.number("rms_norm_eps", 1e-6),
+            rope=self.rope(),
+            tie_word_embeddings=self.switch("tie_word_embeddings"),
+        )
+
     def done(self, architecture: str) -> None:
         """Refuses keys that nobody has taken."""
         unknown = sorted(set(self._values) - self._taken - INERT)
         if unknown:
-            value = str(self._values[unknown[0]])[:80]
+            value = _text(self._values[unknown[0]])
             more = f" (and {len(unknown) - 1} more: {', '.join(unknown[1:4])})" if len(unknown) > 1 else ""
             raise ValueError(
                 f"config.json: key {unknown[0]!r}={value}{more} is not known for {architecture}: it may change what the "
@@ -145,10 +169,10 @@ def _rope(key: str, table: dict[str, Any], theta: float | None, kinds: Collectio
         raise ValueError(f"config.json: {key}: partial_rotary_factor is not supported, only 1.0")
     known = _ROPE_FIELDS.get(kind) if isinstance(kind, str) and kind in kinds else None
     if known is None:
-        raise ValueError(f"config.json: {key}: rope_type {str(kind)[:40]!r} is not supported; known: {', '.join(kinds)}")
-    theta = table.pop("rope_theta", theta or 10000.0)
+        raise ValueError(f"config.json: {key}: rope_type {_text(kind)!r} is not supported; known: {', '.join(kinds)}")
+    theta = table.pop("rope_theta", 10000.0 if theta is None else theta)
     if unknown := sorted(set(table) - set(known)):
-        raise ValueError(f"config.json: {key}={str(table)[:80]}: {unknown[0]!r} means nothing to rope_type {kind!r}")
+        raise ValueError(f"config.json: {key}={_text(table)}: {unknown[0]!r} means nothing to rope_type {kind!r}")
     fields = {name: table[name] for name in known if name in table}
     needed = {"factor"} if kind in ("linear", "yarn") else set()
     needed = {"factor", "low_freq_factor", "high_freq_factor"} if kind == "llama3" else needed
@@ -162,7 +186,7 @@ def _rope(key: str, table: dict[str, Any], theta: float | None, kinds: Collectio
         if name == "truncate" and isinstance(value, bool):
             continue
         if not numeric or not (value > 0 if positive else value >= 0):
-            raise ValueError(f"config.json: {key}: {name}={str(value)[:40]} must be a {'positive ' * positive}number")
+            raise ValueError(f"config.json: {key}: {name}={_text(value)} must be a {'positive ' * positive}number")
     if kind == "yarn" and not theta > 1:
         raise ValueError(f"config.json: {key}: rope_theta={theta} must be above 1")
     if kind == "llama3" and not fields["low_freq_factor"] < fields["high_freq_factor"]:

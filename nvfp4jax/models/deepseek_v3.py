@@ -14,14 +14,14 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from nvfp4jax import layers, numerics, ops, routing
 from nvfp4jax.backends import xla
-from nvfp4jax.layers import RMSNorm, feed, feed_norm
+from nvfp4jax.fp8 import FP8Array
+from nvfp4jax.layers import RMSNorm, add_to, call_each, feed, feed_norm
 from nvfp4jax.models import blocks, family
-from nvfp4jax.models.cache import LayerCache, Shapes
+from nvfp4jax.models.cache import LayerCache, Shapes, as_read
 from nvfp4jax.models.config import Keys
 from nvfp4jax.models.rope import yarn_mscale
 
@@ -117,6 +117,12 @@ def read_config(config: Mapping[str, Any]) -> DeepseekV3Config:
     return parsed
 
 
+def _one_head(latents: Float[Array, "*L B S R"] | FP8Array) -> Float[Array, "*L B 1 S R"] | FP8Array:
+    if isinstance(latents, FP8Array):
+        return FP8Array(_one_head(latents.qvalue), jnp.expand_dims(latents.scale, -2))
+    return latents.reshape(*latents.shape[:-2], 1, *latents.shape[-2:])
+
+
 class LatentAttention(nnx.Module):
     """Multi-head latent attention, absorbed (see the module's docstring)."""
 
@@ -145,31 +151,33 @@ class LatentAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T H"], LayerCache | None]:
         c = self.config
         first = self.q_proj if c.q_lora_rank is None else self.q_a_proj
-        for_q, for_kv = feed_norm(norm, x, (first, self.kv_a_proj_with_mqa), inputs.valid)
-        q_nope, q_rope = jnp.split(self._queries(first(for_q), inputs), [c.qk_nope_head_dim], axis=-1)
-        latent, k_rope = jnp.split(self.kv_a_proj_with_mqa(for_kv), [c.kv_lora_rank], axis=-1)
+        readers = (first, self.kv_a_proj_with_mqa)
+        q, kv = map(blocks.whole, call_each(readers, feed_norm(norm, x, readers, inputs.valid)))
+        q_nope, q_rope = jnp.split(self._queries(q, inputs), [c.qk_nope_head_dim], axis=-1)
+        latent, k_rope = jnp.split(kv, [c.kv_lora_rank], axis=-1)
         k_rope = self._rotate(k_rope[:, :, None], inputs)[:, :, 0]
         entry = jnp.concatenate([self.kv_a_layernorm(latent), k_rope], -1)
         w_uk, w_uv = self._up_projections(x.dtype)
         q = jnp.concatenate([self._product("bthn,rhn->bthr", q_nope, w_uk), self._rotate(q_rope, inputs)], -1)
         if part is None:
-            latents, layer, starts = entry, None, jnp.zeros_like(inputs.starts)
+            latents, layer, shared, starts = as_read(entry, inputs.cache_dtype), None, None, jnp.zeros_like(inputs.starts)
         else:
-            part = part.write(inputs.starts, latents=entry)
+            part = part.write(inputs.places, latents=entry)
             latents, layer, starts = part["latents"], part.layer, inputs.starts
+            shared = part.shared_rows("latents", "latents", _one_head)
         # One head that all queries share, its keys also its values: a slice of them would be a copy of the cache. What
         # is gathered of the rotated keys is dropped.
-        shared = latents.reshape(*latents.shape[:-2], 1, *latents.shape[-2:])
-        y = ops.attention(q, shared, shared, starts, layer=layer, scale=c.attention_scale)[..., : c.kv_lora_rank]
+        keys = _one_head(latents)
+        y = ops.attention(q, keys, keys, starts, layer=layer, scale=c.attention_scale, shared=shared)[..., : c.kv_lora_rank]
         y = self._product("bthr,rhv->bthv", y, w_uv)
         (y,) = feed(y.reshape(*y.shape[:2], -1), (self.o_proj,), inputs.valid)
-        return self.o_proj(y), part
+        return add_to(x, self.o_proj, y), part
 
     def _queries(self, q: Float[Array, "B T N"], inputs: blocks.StepInputs) -> Float[Array, "B T Hq D"]:
         """From what the first projection gives: the queries, or their latents."""
         if self.config.q_lora_rank is not None:
-            (q,) = feed_norm(self.q_a_layernorm, q, (self.q_b_proj,), inputs.valid)
-            q = self.q_b_proj(q)
+            readers = (self.q_b_proj,)
+            (q,) = map(blocks.whole, call_each(readers, feed_norm(self.q_a_layernorm, q, readers, inputs.valid)))
         return q.reshape(*q.shape[:2], self.config.num_heads, self.config.qk_head_dim)
 
     def _rotate(self, x: Float[Array, "B T Hq D"], inputs: blocks.StepInputs) -> Float[Array, "B T Hq D"]:
@@ -184,7 +192,7 @@ class LatentAttention(nnx.Module):
             kernel = layer.weight().dequantize(dtype).T
         else:
             kernel = layer.kernel[...].astype(dtype)
-        w = kernel.reshape(c.kv_lora_rank, c.num_heads, c.qk_nope_head_dim + c.v_head_dim)
+        w = blocks.whole(kernel).reshape(c.kv_lora_rank, c.num_heads, c.qk_nope_head_dim + c.v_head_dim)
         return w[..., : c.qk_nope_head_dim], w[..., c.qk_nope_head_dim :]
 
     def _product(self, spec: str, x: Array, w: Array) -> Array:
@@ -209,10 +217,8 @@ class Router(nnx.Module):
 
     def __call__(self, x: Float[Array, "T H"]) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
         c = self.config
-        weight = self.weight[...].astype(jnp.float32)
-        logits = jnp.einsum("th,eh->te", x.astype(jnp.float32), weight, precision=lax.Precision.HIGHEST)
         return routing.sigmoid_top_k_experts(
-            logits,
+            ops.float_matmul(x, self.weight[...], transposed=True, name="router"),
             self.e_score_correction_bias[...],
             c.num_experts_per_tok,
             groups=c.n_group,
@@ -223,7 +229,7 @@ class Router(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """Routed experts, and a gated MLP that all tokens share."""
+    """x + routed experts of norm(x) + a gated MLP of it that all tokens share."""
 
     def __init__(self, config: DeepseekV3Config, dtypes: blocks.Dtypes, *, rngs: nnx.Rngs):
         hidden, intermediate = config.hidden_size, config.moe_intermediate_size
@@ -239,8 +245,9 @@ class MoE(nnx.Module):
         flat = norm(x).reshape(-1, x.shape[-1])
         weights, ids = self.gate(flat)
         routed = self.experts(flat, ids, weights, valid=None if valid is None else valid.reshape(-1))
-        shared, _ = self.shared_experts(norm, x, valid)
-        return routed.reshape(x.shape) + shared, ids.reshape(*x.shape[:2], -1)
+        shared = self.shared_experts
+        y = add_to(routed.reshape(x.shape), shared.down_proj, shared.hidden(norm, x, valid))
+        return x + y, ids.reshape(*x.shape[:2], -1)
 
 
 class DeepseekV3(blocks.Transformer):

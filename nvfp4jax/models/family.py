@@ -41,7 +41,8 @@ class Family:
     architectures: what a config.json calls it. model: `model(config, *, dtype, param_dtype, rngs)`, a Decoder whose
         modules are named as the checkpoint's, with '/' for '.'; its cache comes from its own `init_cache`.
     read_config: config.json -> config. ValueError that names the key for what is missing, unknown or not computed.
-    kept: a regular expression (fullmatch) of module paths that stay in floating point unless a rule names them.
+    kept: a regular expression (fullmatch) of module paths that stay in floating point unless a rule names them; where a
+        folder stores one in NVFP4 all the same, its weight is decoded and its input is not quantized.
     shared: names of sibling modules that read one activation and that serving stacks fuse: in the formats of others
         they share one global scale.
     prefix: in front of every tensor but those of the modules in `bare`.

@@ -14,13 +14,26 @@ from nvfp4jax.models.config import Keys
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig(DecoderConfig):
-    """The shape of a Llama."""
+    """The shape of a Llama, and of what is built like it. attention_bias: of q, k and v; attention_out_bias: of o."""
 
     intermediate_size: int
     num_heads: int
     num_kv_heads: int
     attention_bias: bool = False
+    attention_out_bias: bool = False
     mlp_bias: bool = False
+
+    def attention(self, norm_eps: float | None = None) -> AttentionShape:
+        """norm_eps: of the norms of a head's queries and keys, where there are any."""
+        return AttentionShape(
+            hidden=self.hidden_size,
+            heads=self.num_heads,
+            kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            bias=self.attention_bias,
+            out_bias=self.attention_out_bias,
+            norm_eps=norm_eps,
+        )
 
 
 def read_config(config: Mapping[str, Any]) -> LlamaConfig:
@@ -32,7 +45,7 @@ def read_config(config: Mapping[str, Any]) -> LlamaConfig:
     keys.only("hidden_act", "silu")
     keys.only("pretraining_tp", 1)
     keys.only("rope_interleaved", False)
-    hidden, (heads, kv_heads), depth = keys.count("hidden_size"), keys.heads(), keys.count("num_hidden_layers")
+    depth = keys.count("num_hidden_layers")
     if model_type == "mistral":
         if config.get("sliding_window", 4096) is not None:  # transformers takes 4096 where the key is absent
             window = config.get("sliding_window", "4096 (where the key is absent)")
@@ -40,19 +53,12 @@ def read_config(config: Mapping[str, Any]) -> LlamaConfig:
         keys.full_attention(depth)
     else:
         keys.ignore("layer_types")
+    of_llama = model_type == "llama"
     shape = LlamaConfig(
-        vocab_size=keys.count("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=keys.count("intermediate_size"),
-        num_layers=depth,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=keys.head_dim(max(hidden // heads, 1)),
-        rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
-        rope=keys.rope(),
-        tie_word_embeddings=keys.switch("tie_word_embeddings"),
-        attention_bias=model_type == "llama" and keys.switch("attention_bias"),
-        mlp_bias=model_type == "llama" and keys.switch("mlp_bias"),
+        **keys.decoder(),
+        attention_bias=of_llama and keys.switch("attention_bias"),
+        attention_out_bias=of_llama and keys.switch("attention_bias"),
+        mlp_bias=of_llama and keys.switch("mlp_bias"),
     )
     keys.done("Llama" if model_type == "llama" else "Mistral")
     return shape
@@ -62,15 +68,7 @@ class Llama(Transformer):
     """Llama, and what is built like it."""
 
     def make_layer(self, config: LlamaConfig, index: int, dtypes: Dtypes, rngs: nnx.Rngs) -> nnx.Module:
-        shape = AttentionShape(
-            hidden=config.hidden_size,
-            heads=config.num_heads,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            bias=config.attention_bias,
-            out_bias=config.attention_bias,
-        )
-        attention = Attention(shape, dtypes, rngs=rngs)
+        attention = Attention(config.attention(), dtypes, rngs=rngs)
         mlp = MLP(config.hidden_size, config.intermediate_size, dtypes, bias=config.mlp_bias, rngs=rngs)
         return Layer(config.hidden_size, config.rms_norm_eps, attention, mlp, dtypes)
 

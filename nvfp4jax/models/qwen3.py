@@ -8,29 +8,24 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from nvfp4jax import layers, ops
+from nvfp4jax import layers
 from nvfp4jax.layers import RMSNorm, feed_norm
 from nvfp4jax.models import family
 from nvfp4jax.models.blocks import (
     MLP,
     Attention,
-    AttentionShape,
-    DecoderConfig,
     Dtypes,
     Layer,
     Transformer,
 )
 from nvfp4jax.models.config import Keys
+from nvfp4jax.models.llama import LlamaConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Qwen3Config(DecoderConfig):
+class Qwen3Config(LlamaConfig):
     """The shape of a Qwen3 or Qwen3-MoE model; num_experts is 0 for a dense one."""
 
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    attention_bias: bool = False
     num_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
@@ -52,23 +47,10 @@ def read_config(config: Mapping[str, Any]) -> Qwen3Config:
         raise ValueError(f"config.json: model_type={str(model_type)[:80]!r} is not a Qwen3 model ('qwen3' or 'qwen3_moe')")
     moe = model_type == "qwen3_moe"
     keys.only("hidden_act", "silu")
-    hidden, (heads, kv_heads), depth = keys.count("hidden_size"), keys.heads(), keys.count("num_hidden_layers")
-    keys.full_attention(depth)
-    # Where the key is absent, transformers takes 128 for Qwen3 and hidden / heads for Qwen3-MoE.
-    head_dim = keys.head_dim(max(hidden // heads, 1) if moe else 128)
-    fields: dict[str, Any] = dict(
-        vocab_size=keys.count("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=keys.count("intermediate_size"),
-        num_layers=depth,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
-        rope=keys.rope(),
-        tie_word_embeddings=keys.switch("tie_word_embeddings"),
-        attention_bias=keys.switch("attention_bias"),
-    )
+    keys.full_attention(keys.count("num_hidden_layers"))
+    # Where head_dim is absent, transformers takes 128 for Qwen3 and hidden / heads for Qwen3-MoE.
+    bias = keys.switch("attention_bias")
+    fields = keys.decoder(None if moe else 128) | dict(attention_bias=bias, attention_out_bias=bias)
     if moe:
         fields |= dict(
             num_experts=keys.count("num_experts", "num_local_experts"),
@@ -87,7 +69,7 @@ def read_config(config: Mapping[str, Any]) -> Qwen3Config:
 
 
 class MoE(nnx.Module):
-    """Top-k experts, routed by a softmax over all of them, in float32."""
+    """x + top-k experts of norm(x), routed by a softmax over all of them, in float32."""
 
     def __init__(self, config: Qwen3Config, dtypes: Dtypes, *, rngs: nnx.Rngs):
         self.gate = dtypes.linear(config.hidden_size, config.num_experts, dtype=jnp.float32, rngs=rngs)
@@ -106,26 +88,17 @@ class MoE(nnx.Module):
         self, norm: RMSNorm, x: Float[Array, "B T H"], valid: Bool[Array, "B T"] | None
     ) -> tuple[Float[Array, "B T H"], Int[Array, "B T k"]]:
         to_gate, h = feed_norm(norm, x, (self.gate, self.experts), valid)
-        weights, ids = ops.top_k_experts(layers.project(self.gate, to_gate), self.k, normalize=self.normalize)
+        weights, ids = layers.choose_experts(self.gate, to_gate, self.k, normalize=self.normalize)
         flat = lambda y: y.reshape(-1, y.shape[-1])  # noqa: E731
         valid = None if valid is None else valid.reshape(-1)
-        return self.experts(flat(h), flat(ids), flat(weights), valid=valid).reshape(h.shape), ids
+        return self.experts(flat(h), flat(ids), flat(weights), valid=valid, residual=flat(x)).reshape(x.shape), ids
 
 
 class Qwen3(Transformer):
     """Qwen3, dense or mixture of experts."""
 
     def make_layer(self, config: Qwen3Config, index: int, dtypes: Dtypes, rngs: nnx.Rngs) -> nnx.Module:
-        shape = AttentionShape(
-            hidden=config.hidden_size,
-            heads=config.num_heads,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            bias=config.attention_bias,
-            out_bias=config.attention_bias,
-            norm_eps=config.rms_norm_eps,
-        )
-        attention = Attention(shape, dtypes, rngs=rngs)
+        attention = Attention(config.attention(config.rms_norm_eps), dtypes, rngs=rngs)
         if config.is_moe(index):
             mlp = MoE(config, dtypes, rngs=rngs)
         else:

@@ -54,7 +54,8 @@ class Rope:
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
-        ramp = np.clip((np.arange(dim // 2) - low) / (high - low if high > low else 0.001), 0.0, 1.0)
+        # As transformers: of a beta_slow above beta_fast the ramp falls.
+        ramp = np.clip((np.arange(dim // 2) - low) / (high - low if high != low else 0.001), 0.0, 1.0)
         return plain / self.factor * ramp + plain * (1 - ramp)
 
     @property

@@ -26,7 +26,7 @@ def depths(model: nnx.Module) -> tuple[int | None, ...]:
 def stack_of(layer: nnx.Module) -> Callable[..., tuple]:
     """The `layer.depth` layers stacked in `layer` as one: called as a layer is, with a leading axis on its experts.
 
-    A layer is any module with `depth` and the call `(x, part, inputs) -> (x, part, experts or None)`, where part is None
+    A layer is any module with `depth` and the call `(x, part, inputs) -> (x, part, experts or None)` of `models.protocol`: part is None
     or its `LayerCache`, inputs a pytree that all layers share, and x comes out in the shape it went in.
     """
 
@@ -61,6 +61,8 @@ def stack_layers(model: nnx.Module) -> nnx.Module:
     The structure is everything but the values: shapes, dtypes, and how each module is set up, so layers quantized in
     different ways end up in different stacks. A run of one stays a single layer.
     """
+    if not isinstance(getattr(model, "layers", None), nnx.List) or not all(hasattr(layer, "depth") for layer in model.layers):
+        raise ValueError(f"stack_layers: {type(model).__name__} has no nnx.List `layers` of modules with a `depth`; see nvfp4jax.models.protocol")
     if any(d is not None for d in depths(model)):
         raise ValueError("stack_layers: the model's layers are stacked already")
     structures = [_structure(layer) for layer in model.layers]

@@ -4,7 +4,7 @@
     decode(graphdef, params, state, ...)   -> DecodeState   tokens until a limit or until all have stopped
 
 `rollout` is both in one program. `generate(weights=...)` runs them as two and swaps weights between chunks of `decode`:
-params of the same shapes, so nothing is traced again. The graphdef is an ordinary argument: a static pytree, which jit
+params of the same shapes, so nothing is traced again. In a queue (see queue.py) `prefill` fills places of rows in flight between chunks. The graphdef is an ordinary argument: a static pytree, which jit
 compares and never hashes, so a model may hold what cannot be hashed.
 """
 
@@ -25,12 +25,17 @@ from nvfp4jax import scaling
 from nvfp4jax.layers import InputAmax
 from nvfp4jax.models import cache
 from nvfp4jax.models.protocol import Output
-from nvfp4jax.rollout.sampling import Sampling, row_keys, sample
+from nvfp4jax.rollout.sampling import Edits, Sampling, drawn, likeliest, prompt_tokens, row_keys, sample
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is static about a rollout. new_tokens and cache_length are sizes of buffers; the limit itself is traced."""
+    """What is static about a rollout. new_tokens and cache_length are sizes of buffers; the limit itself is traced.
+
+    repeats: how many rows of the caller's, one after the other, each prompt stands for; all have num_samples. For models that take a
+    cache.SharedCache: share_prompts, a prompt's keys and values are held once for all its samples; prefix, slots, a multiple of
+    ops.SHARED_STEP, that all prompts begin with and go beyond: they run once.
+    """
 
     new_tokens: int
     cache_length: int
@@ -39,35 +44,54 @@ class Settings:
     pad_id: int = 0
     return_experts: bool = False
     cache_dtype: DTypeLike | None = None
+    repeats: int = 1
+    share_prompts: bool = False
+    prefix: int = 0
+    top_logprobs: int = 0
+
+    @property
+    def samples(self) -> int:
+        """Of a prompt, those of its repetitions together."""
+        return self.num_samples * self.repeats
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Controls:
-    """What is traced about a rollout: another value compiles nothing."""
+    """What is traced about a rollout: another value compiles nothing; what is None is not in the program."""
 
     temperature: Float[Array, ""]
     top_p: Float[Array, ""]
     stop_tokens: Int[Array, "n"]
+    min_p: Float[Array, ""] | None = None
+    edits: Edits | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """Rows in flight. R = B * num_samples rows, N = new_tokens; the cache has each row's tokens from slot 0 on."""
+    """Rows in flight. R = B * samples rows, N = new_tokens; the cache has each row's tokens from slot 0 on, those of the prompts
+    once for all samples where they are shared."""
 
     cache: Any
     keys: jax.Array  # [R], one PRNG key a row
     token: Int[Array, "R"]  # the last one sampled, not yet read by the model
     position: Int[Array, "R"]  # of `token`, and its slot
-    step: Int[Array, ""]  # tokens sampled so far
+    step: Int[Array, ""]  # calls of the model so far: the tokens of each row that began with it and has not stopped
     done: Bool[Array, "R"]
     tokens: Int[Array, "R N"]
     logprobs: Float[Array, "R N"]
     lengths: Int[Array, "R"]
     experts: Int[Array, "L R N k"] | None
     prompt_experts: Int[Array, "L B T k"] | None
-    seen: Any  # the nnx.State of the layers' InputAmax, brought up to date by each call of the model (mode "delayed")
+    used: Int[Array, "R V"] | None  # where a penalty asks: the tokens of a row's prompt and answer, see `prompt_tokens`
+    top_tokens: Int[Array, "R N n"] | None
+    top_logprobs: Float[Array, "R N n"] | None
+    # The nnx.State of the layers' InputAmax, brought up to date by each call of the model (mode "delayed", telemetry).
+    seen: Any
+    # The most tokens of each row, which then ends by itself and counts its own steps: rows may have begun at different ones. None:
+    # all rows began together and go on to the limit that `decode` is given.
+    limits: Int[Array, "R"] | None = None
 
 
 def _merge(graphdef: Any, params: Mapping, seen: Mapping) -> nnx.Module:
@@ -122,32 +146,38 @@ def prefill(
     controls: Controls,
     settings: Settings,
     seen: Mapping | None = None,
+    limits: Int[Array, "R"] | None = None,
+    first: Output | None = None,
+    real: Bool[Array, "B"] | None = None,
 ) -> DecodeState:
-    """Runs the prompts (padded on the right) and samples each row's first token. keys: [B * num_samples].
+    """Runs the prompts (padded on the right) and samples each row's first token. keys: [B * samples].
 
     seen: the nnx.State of the model's InputAmax, where `params` does not hold them (those of a `reload.Reader` do not).
+    limits: see DecodeState. first: what `run_prefix` gave for settings.prefix, where it has run. real: prompts that count,
+    None: all; the others fill up a batch, are in no amax and in no count, and what is sampled for them is to be dropped.
     """
     model = _merge(graphdef, params, seen or {})
     batch, steps = prompt.shape
     positions = jnp.broadcast_to(jnp.arange(steps, dtype=jnp.int32)[None], (batch, steps))
     valid = positions < lengths[:, None]
-    out = call(
-        model,
-        prompt,
-        positions,
-        model.init_cache(batch, steps, settings.cache_dtype),
-        valid=valid,
-        last=lengths - jnp.int32(1),
-        return_experts=settings.return_experts,
-    )
-    rows = lambda x: jnp.repeat(x, settings.num_samples, axis=0)  # noqa: E731
-    total, new = batch * settings.num_samples, settings.new_tokens
+    valid = valid if real is None else valid & real[:, None]
+    if settings.prefix and first is None:
+        first = _run_first(model, prompt[:1, : settings.prefix], settings)
+    out = _run_prompts(model, prompt, positions, valid, lengths, first, settings)
+    rows = lambda x: jnp.repeat(x, settings.samples, axis=0)  # noqa: E731
+    total, new = batch * settings.samples, settings.new_tokens
     prompt_experts = experts = None
     if settings.return_experts:
         prompt_experts = jnp.where(valid[None, :, :, None], out.experts, jnp.int32(-1))
         experts = jnp.full((out.experts.shape[0], total, new, out.experts.shape[-1]), -1, jnp.int32)
+    used = None
+    if controls.edits is not None and controls.edits.read_tokens:
+        used = rows(prompt_tokens(prompt, lengths, out.logits.shape[-1]))
+    n = settings.top_logprobs
+    if n > out.logits.shape[-1]:
+        raise ValueError(f"top_logprobs={n}: the vocabulary has {out.logits.shape[-1]} tokens")
     state = DecodeState(
-        cache=cache.extend(cache.repeat(out.cache, settings.num_samples), settings.cache_length),
+        cache=_for_samples(out.cache, lengths, settings),
         keys=keys,
         token=jnp.zeros(total, jnp.int32),
         position=rows(lengths) - jnp.int32(1),
@@ -158,9 +188,61 @@ def prefill(
         lengths=jnp.zeros(total, jnp.int32),
         experts=experts,
         prompt_experts=prompt_experts,
+        used=used,
+        top_tokens=jnp.full((total, new, n), settings.pad_id, jnp.int32) if n else None,
+        top_logprobs=jnp.zeros((total, new, n), jnp.float32) if n else None,
         seen=nnx.state(model, InputAmax),
+        limits=limits,
     )
     return _accept(state, rows(out.logits[:, -1]), controls, settings)
+
+
+def run_prefix(graphdef: Any, params: Mapping, prefix: Int[Array, "1 P"], settings: Settings, seen: Mapping) -> tuple[Output, Any]:
+    """What all prompts begin with, run as a row of its own, and the layers' InputAmax then: `prefill` goes on from its cache and its experts."""
+    model = _merge(graphdef, params, seen)
+    return _run_first(model, prefix, settings), nnx.state(model, InputAmax)
+
+
+def _run_first(model: nnx.Module, prefix: Int[Array, "1 P"], settings: Settings) -> Output:
+    held = prefix.shape[1]
+    kv, last = model.init_cache(1, held, settings.cache_dtype), jnp.full((1,), held - 1, jnp.int32)
+    positions = jnp.arange(held, dtype=jnp.int32)[None]
+    return call(model, prefix, positions, kv, valid=jnp.ones((1, held), bool), last=last, return_experts=settings.return_experts)
+
+
+def _run_prompts(
+    model: nnx.Module,
+    prompt: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    lengths: Int[Array, "B"],
+    first: Output | None,
+    settings: Settings,
+) -> Output:
+    """The call for all prompts, behind what they have in common, which has run as a row of its own."""
+    batch, steps = prompt.shape
+    options, dtype, held = dict(return_experts=settings.return_experts), settings.cache_dtype, settings.prefix
+    if first is None:
+        kv = model.init_cache(batch, steps, dtype)
+        return call(model, prompt, positions, kv, valid=valid, last=lengths - jnp.int32(1), **options)
+    room = (steps if settings.samples > 1 else settings.cache_length) - held
+    kv = cache.SharedCache(model.init_cache(batch, room, dtype), first.cache, jnp.full((batch,), held, jnp.int32))
+    rest = (x[:, held:] for x in (prompt, positions))
+    out = call(model, *rest, kv, valid=valid[:, held:], last=lengths - jnp.int32(held + 1), **options)
+    if not settings.return_experts:
+        return out
+    experts = jnp.concatenate([jnp.repeat(first.experts, batch, axis=1), out.experts], axis=2)
+    return dataclasses.replace(out, experts=experts)
+
+
+def _for_samples(prompts: Any, lengths: Int[Array, "B"], settings: Settings) -> Any:
+    """The cache of all samples, with room for their tokens."""
+    if settings.prefix and settings.samples == 1:
+        return dataclasses.replace(prompts, shared=cache.decoded(prompts.shared))
+    prompts = cache.whole(prompts) if settings.prefix else prompts
+    if not settings.share_prompts:
+        return cache.extend(cache.repeat(prompts, settings.samples), settings.cache_length)
+    return cache.share(prompts, lengths, settings.samples, settings.cache_length - cache.length(prompts))
 
 
 def decode(
@@ -170,12 +252,20 @@ def decode(
     limit: Int[Array, ""],
     controls: Controls,
     settings: Settings,
+    wanted: Int[Array, ""] | None = None,
 ) -> DecodeState:
-    """Goes on until every row has `limit` tokens (at most settings.new_tokens) or has stopped."""
-    limit = jnp.minimum(limit, jnp.int32(settings.new_tokens))
+    """Goes on until the state's step is `limit` or every row has stopped; with `wanted`, at most all, until all samples of so many prompts
+    have.
+
+    Rows without `limits` of their own have a token a step: the step is then at most settings.new_tokens.
+    """
+    limit = limit if state.limits is not None else jnp.minimum(limit, jnp.int32(settings.new_tokens))
 
     def unfinished(state: DecodeState) -> jax.Array:
-        return (state.step < limit) & ~state.done.all()
+        if wanted is None:
+            return (state.step < limit) & ~state.done.all()
+        ended = state.done.reshape(-1, settings.samples).all(1).sum(dtype=jnp.int32)
+        return (state.step < limit) & (ended < wanted)
 
     def step(state: DecodeState) -> DecodeState:
         model = _merge(graphdef, params, state.seen)
@@ -188,31 +278,60 @@ def decode(
         state = dataclasses.replace(state, cache=out.cache, seen=nnx.state(model, InputAmax))
         if settings.return_experts:
             ids = jnp.where(alive[None, :, None, None], out.experts, jnp.int32(-1))
-            zero = jnp.int32(0)
-            at = (zero, zero, state.step - jnp.int32(1), zero)
-            state = dataclasses.replace(state, experts=lax.dynamic_update_slice(state.experts, ids, at))
+            column = _column(state) - jnp.int32(1)  # of the token that was read
+            state = dataclasses.replace(state, experts=_put(state.experts, ids, column, 2))
         return _accept(state, out.logits[:, -1], controls, settings)
 
     return lax.while_loop(unfinished, step, state)
 
 
+def _column(state: DecodeState) -> Int[Array, ""] | Int[Array, "R"]:
+    """Where the next token goes: the same for all rows that began together, or one for each."""
+    return state.step if state.limits is None else state.lengths
+
+
+def _put(buffer: jax.Array, new: jax.Array, column: Int[Array, ""] | Int[Array, "R"], axis: int) -> jax.Array:
+    """new, with one column, in that column of the buffer [..., R, N, ...], N at `axis`; columns past the last one are dropped."""
+    if not column.ndim:
+        return lax.dynamic_update_slice_in_dim(buffer, new, column, axis)
+    lead = [jnp.arange(size, dtype=jnp.int32).reshape(-1, *[1] * (axis - 1 - i)) for i, size in enumerate(buffer.shape[:axis])]
+    places = (*lead, column.reshape(*[1] * (axis - 1), -1))  # all axes in front, so that no scatter has to move the buffer's
+    return buffer.at[places].set(new.squeeze(axis), mode="drop", unique_indices=True)
+
+
 def _accept(state: DecodeState, logits: Float[Array, "R V"], controls: Controls, settings: Settings) -> DecodeState:
     """Samples the next token of each row that has not stopped and books it."""
-    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
-    token, logprob = sample(logits, keys, controls.temperature, controls.top_p, settings.sampling)
+    column = _column(state)
+    keys = jax.vmap(jax.random.fold_in, (0, 0 if column.ndim else None))(state.keys, column)
+    edited = None if controls.edits is None else controls.edits(logits, state.used)
+    token, logprob = sample(
+        logits, keys, controls.temperature, controls.top_p, settings.sampling, min_p=controls.min_p, edited=edited
+    )
     alive = ~state.done
-    at = (jnp.int32(0), state.step)
+    if settings.top_logprobs:
+        ids, logprobs = likeliest(logits, controls.temperature, settings.top_logprobs)
+        ids = jnp.where(alive[:, None], ids, jnp.int32(settings.pad_id))
+        logprobs = jnp.where(alive[:, None], logprobs, jnp.float32(0))
+        state = dataclasses.replace(
+            state,
+            top_tokens=_put(state.top_tokens, ids[:, None], column, 1),
+            top_logprobs=_put(state.top_logprobs, logprobs[:, None], column, 1),
+        )
+    if state.used is not None:
+        state = dataclasses.replace(state, used=drawn(state.used, token))
     stored = jnp.where(alive, token, jnp.int32(settings.pad_id))
     logprob = jnp.where(alive, logprob, jnp.float32(0))
+    done = state.done | (token[:, None] == controls.stop_tokens[None]).any(-1)
+    lengths = state.lengths + alive.astype(jnp.int32)
     return dataclasses.replace(
         state,
         token=jnp.where(alive, token, jnp.int32(0)),  # pad_id need not be a token
         position=state.position + alive.astype(jnp.int32),
         step=state.step + jnp.int32(1),
-        done=state.done | (token[:, None] == controls.stop_tokens[None]).any(-1),
-        tokens=lax.dynamic_update_slice(state.tokens, stored[:, None], at),
-        logprobs=lax.dynamic_update_slice(state.logprobs, logprob[:, None], at),
-        lengths=state.lengths + alive.astype(jnp.int32),
+        done=done if state.limits is None else done | (lengths >= state.limits),
+        tokens=_put(state.tokens, stored[:, None], column, 1),
+        logprobs=_put(state.logprobs, logprob[:, None], column, 1),
+        lengths=lengths,
     )
 
 
@@ -227,12 +346,13 @@ def rollout(
     controls: Controls,
     settings: Settings,
     seen: Mapping | None = None,
+    limits: Int[Array, "R"] | None = None,
 ) -> DecodeState:
     """Prefill and decode in one program; all but `settings` is traced. The cache is not returned.
 
-    prompt: padded on the right, lengths: the tokens of each row.
+    prompt: padded on the right, lengths: the tokens of each row; limits: see DecodeState.
     """
-    keys = row_keys(key, prompt.shape[0], settings.num_samples)
-    state = prefill(graphdef, params, prompt, lengths, keys, controls, settings, seen)
+    keys = row_keys(key, prompt.shape[0] * settings.repeats, settings.num_samples)
+    state = prefill(graphdef, params, prompt, lengths, keys, controls, settings, seen, limits)
     state = decode(graphdef, params, state, limit, controls, settings)
     return dataclasses.replace(state, cache=None)

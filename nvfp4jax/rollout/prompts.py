@@ -1,12 +1,15 @@
 """Prompts on the host: checked, and moved to the left end of their rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
+
+from nvfp4jax import arguments
 
 
 class Packed(NamedTuple):
@@ -47,7 +50,13 @@ def check_prompts(
     model: nnx.Module, input_ids: ArrayLike, attention_mask: ArrayLike | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids i32 [B, T], mask bool [B, T]) on the host, or a ValueError."""
-    ids = np.asarray(input_ids)
+    for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if isinstance(value, jax.core.Tracer):
+            raise ValueError(f"{name}: traced by jit or grad; prompts are read on the host, so call it outside")
+    try:
+        ids = np.asarray(input_ids)
+    except ValueError:
+        raise ValueError("input_ids: rows of different lengths; pad them and give an attention_mask") from None
     if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"input_ids {ids.dtype} {list(ids.shape)}: token ids [B, T] are needed, at least one of them")
     mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask)
@@ -79,6 +88,21 @@ def pack(ids: np.ndarray, mask: np.ndarray, length: int | None = None) -> Packed
     return Packed(np.where(valid, np.take_along_axis(ids, order, 1), 0).astype(np.int32), valid, lengths, order)
 
 
+def repeats(packed: Packed) -> int:
+    """The largest k such that each prompt is given k times in a row, or a multiple of it."""
+    rows = np.concatenate([packed.ids, packed.lengths[:, None]], 1)
+    changes = np.flatnonzero((rows[1:] != rows[:-1]).any(1)) + 1
+    return int(np.gcd.reduce(np.diff([0, *changes, len(rows)])))
+
+
+def common(packed: Packed) -> int:
+    """The tokens that all prompts begin with and go beyond; 0 where all are one prompt."""
+    if not (packed.ids != packed.ids[:1]).any() and not (packed.lengths != packed.lengths[0]).any():
+        return 0
+    alike = (packed.ids == packed.ids[:1]).all(0)
+    return min(int(packed.lengths.min()) - 1, len(alike) if alike.all() else int(alike.argmin()))
+
+
 def unpack(values: ArrayLike, packed: Packed, columns: int, fill: int) -> jnp.ndarray:
     """[L, B, T, k] of packed tokens -> [L, B, columns, k] at the places that the caller gave them, `fill` elsewhere."""
     values = np.asarray(values)
@@ -86,3 +110,15 @@ def unpack(values: ArrayLike, packed: Packed, columns: int, fill: int) -> jnp.nd
     rows, places = np.nonzero(packed.valid)
     out[:, rows, packed.columns[rows, places]] = values[:, rows, places]
     return jnp.asarray(out)
+
+
+def pad_left(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(token ids i64 [B, T], padded on the left with 0; their mask, bool [B, T])."""
+    length = max(map(len, rows))
+    ids, mask = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        for token in row:
+            if type(token) is not int or not -(2**63) <= token < 2**63:  # a message is made for those alone that may need one
+                arguments.whole(f"prompt {i}: token", token, -(2**63), 2**63 - 1)
+        ids[i, length - len(row) :], mask[i, length - len(row) :] = row, True
+    return ids, mask

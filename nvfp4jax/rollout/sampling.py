@@ -1,11 +1,13 @@
 """From logits to a token and the log-probability it was drawn with."""
 
 import dataclasses
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,10 +19,64 @@ class Sampling:
     top_p: bool = False
 
 
-def row_keys(key: jax.Array, rows: int, samples: int) -> jax.Array:
-    """Keys [rows * samples], each made of the row's and the sample's index alone, never of the rest of the batch."""
-    row, sample = (jnp.arange(n, dtype=jnp.uint32) for n in (rows, samples))
-    of_row = jax.vmap(jax.random.fold_in, (None, 0))(key, row)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Edits:
+    """What changes the model's logits before a token is drawn; None: not in the program at all.
+
+    In this order, which is vLLM's and transformers': the bias is added; the logits of tokens that the prompt or the answer
+    holds are divided by repetition_penalty where positive, and multiplied by it elsewhere (arXiv 1909.05858); those of
+    tokens that the answer holds lose presence_penalty.
+
+    bias: (tokens i32 [n], what their logits gain f32 [n]).
+    """
+
+    bias: tuple[Int[Array, "n"], Float[Array, "n"]] | None = None
+    repetition_penalty: Float[Array, ""] | None = None
+    presence_penalty: Float[Array, ""] | None = None
+
+    @property
+    def read_tokens(self) -> bool:
+        return self.repetition_penalty is not None or self.presence_penalty is not None
+
+    def __call__(self, logits: Float[Array, "B V"], used: Int[Array, "B V"] | None) -> Float[Array, "B V"]:
+        """used: see `prompt_tokens`; needed where `read_tokens`."""
+        logits = logits.astype(jnp.float32)
+        if self.bias is not None:
+            tokens, gains = self.bias
+            logits = logits.at[:, tokens].add(gains[None])
+        if self.repetition_penalty is not None:
+            scaled = jnp.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+            logits = jnp.where(used != _UNUSED, scaled, logits)
+        if self.presence_penalty is not None:
+            logits = jnp.where(used == _ANSWER, logits - self.presence_penalty, logits)
+        return logits
+
+
+_UNUSED, _PROMPT, _ANSWER = 0, 1, 2
+
+
+def prompt_tokens(prompt: Int[Array, "B T"], lengths: Int[Array, "B"], vocabulary: int) -> Int[Array, "B V"]:
+    """i8 [B, V], for each token of the vocabulary: 0, 1 where the row's prompt holds it, 2 (once drawn) where its answer does."""
+    valid = jnp.arange(prompt.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
+    rows = jnp.arange(prompt.shape[0], dtype=jnp.int32)[:, None]
+    marks = jnp.where(valid, jnp.int8(_PROMPT), jnp.int8(_UNUSED))
+    return jnp.full((prompt.shape[0], vocabulary), _UNUSED, jnp.int8).at[rows, prompt].max(marks)
+
+
+def drawn(used: Int[Array, "B V"], tokens: Int[Array, "B"]) -> Int[Array, "B V"]:
+    """`used` once each row has drawn its token."""
+    return used.at[jnp.arange(tokens.shape[0], dtype=jnp.int32), tokens].set(jnp.int8(_ANSWER))
+
+
+def row_keys(key: jax.Array, rows: int | Int[Array, "n"], samples: int) -> jax.Array:
+    """Keys [rows * samples], each made of the row's and the sample's index alone, never of the rest of the batch.
+
+    key: one PRNG key, or [rows], each row's own, which then decides without the row's index. rows: how many, or which.
+    """
+    row = jnp.arange(rows, dtype=jnp.uint32) if isinstance(rows, int) else rows.astype(jnp.uint32)
+    sample = jnp.arange(samples, dtype=jnp.uint32)
+    of_row = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, row)
     return jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, sample))(of_row).reshape(-1)
 
 
@@ -30,32 +86,107 @@ def sample(
     temperature: Float[Array, ""],
     top_p: Float[Array, ""],
     how: Sampling,
+    *,
+    min_p: Float[Array, ""] | None = None,
+    edited: Float[Array, "B V"] | None = None,
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """(tokens i32 [B], logprobs f32 [B]).
 
-    The logprob is that of the whole softmax of logits / temperature, before top-k and top-p; of the logits where
-    greedy. top-k keeps the k largest logits; top-p then keeps the most probable tokens until their probabilities, taken
-    among what top-k has left, reach p, the one that crosses it included (arXiv 1904.09751). Of equal logits the lower
-    token comes first.
+    The logprob is the model's: of the whole softmax of logits / temperature, before `edited`, top-k, top-p and min-p; of the
+    logits where greedy. The token is drawn from `edited`, what `Edits` made of the logits, where it is given. In transformers'
+    order: top-k keeps the k largest; top-p then keeps the most probable tokens until their probabilities, taken among
+    what top-k has left, reach p, the one that crosses it included (arXiv 1904.09751); min-p drops those less probable
+    than min_p times the most probable (arXiv 2407.01082). Of equal logits the lower token comes first.
     keys: one a row.
     """
     logits = logits.astype(jnp.float32)
+    edited = logits if edited is None else edited
     if how.greedy:
-        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        tokens = jnp.argmax(edited, axis=-1).astype(jnp.int32)
     else:
-        logits = logits / temperature
-        if how.top_k is None and not how.top_p:
-            tokens = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-        else:
-            vocabulary = logits.shape[-1]
-            best, ids = lax.top_k(logits, vocabulary if how.top_k is None else min(how.top_k, vocabulary))
-            if how.top_p:
-                probabilities = jax.nn.softmax(best, axis=-1)
-                before = jnp.pad(jnp.cumsum(probabilities, axis=-1)[:, :-1], ((0, 0), (1, 0)))
-                best = jnp.where(before < top_p, best, -jnp.inf)
-            choice = jax.vmap(jax.random.categorical)(keys, best)
-            tokens = jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
+        logits, edited = logits / temperature, edited / temperature
+        ids = None
+        if how.top_k is not None and how.top_k < logits.shape[-1]:
+            edited, ids = _largest(edited, how.top_k)
+        if how.top_p:
+            kept = _within(edited, top_p) if ids is None else _within_sorted(edited, top_p)
+            edited = jnp.where(kept, edited, -jnp.inf)
+        choice = jax.vmap(jax.random.categorical)(keys, _at_least(edited, min_p))[:, None]
+        tokens = (choice if ids is None else jnp.take_along_axis(ids, choice, axis=-1))[:, 0].astype(jnp.int32)
     return tokens, jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - log_sum_exp(logits)
+
+
+def _at_least(logits: Float[Array, "B V"], min_p: Float[Array, ""] | None) -> Float[Array, "B V"]:
+    if min_p is None:
+        return logits
+    return jnp.where(jnp.exp(logits - logits.max(-1, keepdims=True)) < min_p, -jnp.inf, logits)
+
+
+def likeliest(logits: Float[Array, "B V"], temperature: Float[Array, ""], n: int) -> tuple[Int[Array, "B n"], Float[Array, "B n"]]:
+    """The n likeliest tokens, i32, and their logprobs, f32: those of `sample`. Of equal logits the lower token comes first."""
+    logits = logits.astype(jnp.float32) / temperature
+    best, tokens = _largest(logits, n)
+    return tokens, best - log_sum_exp(logits)[:, None]
+
+
+def _largest(x: Float[Array, "B V"], k: int) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
+    """`lax.top_k`, which sorts all of V on a GPU unless k is small, by two sorts of about sqrt(V * k).
+
+    Of groups of neighbours the k with the largest maxima hold the k largest: any other group's elements come behind k maxima.
+    """
+    group = 1 << (math.isqrt(x.shape[1] // k) + 1).bit_length() - 1
+    groups = -(-x.shape[1] // group)
+    if group < 2 or k >= groups:
+        best, ids = lax.top_k(x, k)
+        return best, ids.astype(jnp.int32)
+    grouped = jnp.pad(x, ((0, 0), (0, groups * group - x.shape[1])), constant_values=-jnp.inf).reshape(-1, groups, group)
+    chosen = jnp.sort(lax.top_k(grouped.max(-1), k)[1], axis=-1).astype(jnp.int32)  # in their order: of equals the lower token comes first
+    candidates = jnp.take_along_axis(grouped, chosen[:, :, None], axis=1)
+    best, places = lax.top_k(candidates.reshape(-1, k * group), k)
+    places = places.astype(jnp.int32)
+    return best, jnp.take_along_axis(chosen, places // group, axis=-1) * group + places % group
+
+
+def _within_sorted(logits: Float[Array, "B k"], p: Float[Array, ""]) -> Bool[Array, "B k"]:
+    """Which tokens top-p keeps of logits that fall: those that less than p of the probability lies before."""
+    reached = jnp.cumsum(jnp.exp(logits - logits[:, :1]), axis=-1)
+    return jnp.pad(reached[:, :-1], ((0, 0), (1, 0))) < p * reached[:, -1:]
+
+
+def _within(logits: Float[Array, "B V"], p: Float[Array, ""]) -> Bool[Array, "B V"]:
+    """The same of logits in any order, without a sort: a bisection for the least logit that is kept.
+
+    Probabilities are summed as integers, so that no order of the sums, and no batch, changes what is kept.
+    """
+    bits = lax.bitcast_convert_type(jnp.where(logits == 0, jnp.float32(0), logits), jnp.uint32)  # one zero
+    rank = jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))  # in the order of the logits
+    terms = jnp.exp(logits - logits.max(-1, keepdims=True))
+
+    def above(bound: UInt[Array, "B 1"]) -> Float[Array, "B 1"]:
+        """The sum of the terms whose rank is higher, cut off at 2**-39 each; V below 2**19."""
+        rest, total = jnp.where(rank > bound, terms, jnp.float32(0)), jnp.zeros(bound.shape, jnp.float32)
+        for part in (1, 2, 3):
+            rest = rest * jnp.float32(1 << 13)
+            whole = jnp.floor(rest)
+            total += whole.astype(jnp.uint32).sum(-1, keepdims=True, dtype=jnp.uint32).astype(jnp.float32) * jnp.float32(2.0 ** (-13 * part))
+            rest = rest - whole
+        return total
+
+    least = rank.min(-1, keepdims=True) - jnp.uint32(1)
+    wanted = p * above(least)
+
+    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) // jnp.uint32(2)
+        enough = above(middle) < wanted
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    _, last = lax.fori_loop(0, 32, halve, (least, rank.max(-1, keepdims=True)))
+    # Of equal logits at the edge the lower tokens are kept, as many as p takes.
+    equal = rank == last
+    earlier = jnp.cumsum(equal, axis=-1, dtype=jnp.int32) - jnp.int32(1)
+    at_edge = above(last) + earlier.astype(jnp.float32) * jnp.where(equal, terms, jnp.float32(0)) < wanted
+    return (rank > last) | (equal & (at_edge | (earlier == 0)))
 
 
 def log_sum_exp(logits: Float[Array, "B V"]) -> Float[Array, "B"]:

@@ -14,7 +14,7 @@ from flax import nnx
 import nvfp4jax
 from checkpoint import folders
 from nvfp4jax import models
-from nvfp4jax.checkpoint import CheckpointError, formats, load_model, orbax
+from nvfp4jax.checkpoint import CheckpointError, formats, load_model, orbax, quantization_config
 from nvfp4jax.layers import NVFP4Experts, NVFP4Linear
 from nvfp4jax.scaling import PerExpert, Tensor, Token
 
@@ -181,6 +181,58 @@ def test_fp8_blocks(tmp_path):
     assert_same(load_model(folder, rules=rules), nvfp4jax.quantize_model(model, rules))
 
 
+@pytest.mark.parametrize("code, scale, message", [
+    (1, -1, "weight_scale_inv' holds a negative scale"), (1, 0, "weight_scale_inv' is 0 where the weight is not"), (0, 0, None), (448, 1e38, "beyond float32"),
+    (448, 1e3, "do not fit float16"),
+])  # fmt: skip
+def test_fp8_scales_that_are_none(tmp_path, code, scale, message):
+    """A block of zeros may have any scale; all others a positive one, and the product fits."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    config = folders.small_config(quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"})
+    stored = folders.small_weights(config)
+    stored[name] = np.full((32, 32), code, ml_dtypes.float8_e4m3fn)
+    stored[f"{name}_scale_inv"] = np.array([[1, scale], [1, 1]], np.float32)
+    folder = folders.write(tmp_path / "fp8", config, stored)
+    if message is None:
+        assert (weight_of(load_model(folder), name.removesuffix(".weight")) == 0).all()
+        return
+    with pytest.raises(CheckpointError, match=message):
+        load_model(folder, jnp.float16)
+
+
+def test_an_index_that_does_not_know_all_of_its_files(tmp_path):
+    """As transformers does, files are read whole; two of a name are refused."""
+    config = folders.small_config()
+    weights, name = folders.small_weights(config), "model.layers.0.self_attn.q_proj.weight"
+    whole = load_model(folders.write(tmp_path / "whole", config, weights))
+
+    def sharded(kind, first, second):
+        folder = folders.write(tmp_path / kind, config, {})
+        (folder / "model.safetensors").unlink()
+        folders.save_file(first, folder / "a.safetensors")
+        folders.save_file(second, folder / "b.safetensors")
+        index = {n: "a.safetensors" for n in first} | {n: "b.safetensors" for n in second if n not in first}
+        index.pop(name, None)
+        index.pop("model.norm.bias", None)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        return folder
+
+    rest = {n: v for n, v in weights.items() if n != name}
+    assert_same(load_model(sharded("unlisted", {name: weights[name], "lm_head.weight": rest.pop("lm_head.weight")}, rest)), whole)
+    rest = {n: v for n, v in weights.items() if n != name}
+    with pytest.raises(CheckpointError, match=f"b.safetensors: tensor '{name}' is also in a.safetensors"):
+        load_model(sharded("twice", rest | {name: weights[name]}, {name: -weights[name], "model.more": weights[name]}))
+    with pytest.raises(CheckpointError, match="'model.norm.bias' is not computed with"):
+        load_model(sharded("bias", weights, {"model.norm.bias": weights["model.norm.weight"], "model.more": weights[name]}))
+
+
+def test_an_adapter_beside_the_weights(tmp_path):
+    folder = folders.copy(DATA / "qwen3-tiny" / "bf16", tmp_path / "adapted")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(CheckpointError, match="adapter_config.json: an adapter lies beside the weights"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_fused_float_experts(tmp_path, transposed):
     """[E, 2I, H] as transformers 5 names them, or transposed, as batched-matmul experts are stored."""
@@ -276,6 +328,8 @@ NAN_SCALE = np.full((128, 8), 0x7F, np.uint8).view(ml_dtypes.float8_e4m3fn)
     bad(None, "num_key_value_heads=0 must be an integer of at least 1", "bf16", {"num_key_value_heads": 0}),
     bad(None, "decoder_sparse_step=0 must be an integer of at least 1", "bf16", {"decoder_sparse_step": 0}),
     bad(None, "head_dim=33 must be even", "bf16", {"head_dim": 33}),
+    bad(None, "rope_theta=0.0 must be a positive number", "bf16", {"rope_theta": 0.0, "rope_parameters": None}),
+    bad(None, r"key 'x'=a\\nb\\ud800 is not known", "bf16", {"x": "a\nb\ud800"}),
     bad(None, "layer_types=.* is not supported", "bf16", {"layer_types": ["x" * 50] * 200}),
     bad(None, "key 'rope_frequency_dtype'=3 is not known", "bf16", {"rope_frequency_dtype": 3}),
     bad({f"{X}.bias": np.zeros(128, np.float32)}, f"'{X}.bias' is not computed with: '{X}'", "bf16"),
@@ -288,6 +342,26 @@ NAN_SCALE = np.full((128, 8), 0x7F, np.uint8).view(ml_dtypes.float8_e4m3fn)
     bad(None, "stores no layer in NVFP4", "bf16", scaling="token"),
     bad(None, "quant_method 'gptq' is not read", "bf16", {"quantization_config": {"quant_method": "gptq"}}),
     bad(None, "'NVFP4_AWQ' is not read", "modelopt-nvfp4", {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}}),
+    bad({f"{X}.weight_scale": np.full((128, 8), 0xB8, np.uint8).view(ml_dtypes.float8_e4m3fn)}, f"{X}.weight_scale' holds a negative scale"),
+    bad({f"{X}.weight": np.full((128, 128), 3.4e38, np.float32)}, f"'{X}': values up to 3.4e.38 do not fit bfloat16", "bf16"),
+    bad({"model.norm.weight": np.full((128,), 1e6, np.float32)}, "'model.norm.weight': values up to 1e.06 do not fit float16", "bf16", dtype=jnp.float16),
+    bad({"model.layers.1.mlp.experts.2.up_proj.weight": np.full((64, 128), 3.4e38, np.float32)}, "experts.2.up_proj': values .* do not fit bfloat16", "bf16"),
+    *(bad(None, f"{key!r}=.* is not known for {method}", form, {"quantization_config": {"quant_method": method, **rest, key: value}}) for form, method, rest, key, value in (
+        ("modelopt-nvfp4", "modelopt", {"quant_algo": "NVFP4"}, "rotate", True),
+        ("modelopt-nvfp4", "modelopt", {"quant_algo": "NVFP4"}, "pre_quant_scale", True),
+        ("compressed-tensors-nvfp4", "compressed-tensors", {}, "transform_config", {"config_groups": {"R1": {"type": "hadamard"}}}),
+        ("compressed-tensors-nvfp4", "compressed-tensors", {}, "sparsity_config", {"format": "sparse-24-bitmask"}),
+        ("bf16", "fp8", {"weight_block_size": [128, 128]}, "rotation", "hadamard"),
+        ("compressed-tensors-nvfp4", "compressed-tensors", {}, "rotation", {"format": "dense"}),
+    )),
+    *(bad(None, message, "compressed-tensors-nvfp4", {"quantization_config": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {
+        "g": {"weights": {"num_bits": 4, "type": "float", "group_size": 16} | weights} | group}}}) for weights, group, message in (
+            ({"symmetric": False}, {}, "g: weights with zero points"), ({"actorder": "group"}, {}, "g: weights with zero points.* an order"),
+            ({"group_size": 32}, {}, "g: weights are no NVFP4"), ({}, {"output_activations": {"num_bits": 8}}, "g: output_activations are not read"),
+    )),
+    bad(None, "group_0: weights are no NVFP4", "modelopt-nvfp4",
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int", "group_size": 16}}}}}),
+    bad(None, "fmt='e5m2' is not read", "bf16", {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"}}),
     bad(None, "group_size=32", "bf16", {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 32}}),
     bad(None, "a JSON object is needed", "bf16", {"quantization_config": [1]}),
     bad(None, "'ignore' must be a list of strings", "bf16", {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": [1]}}),
@@ -306,6 +380,28 @@ def test_k_that_is_no_multiple_of_16_names_the_layer(tmp_path):
     folder = folders.write(tmp_path / "odd", config, folders.small_weights(config))
     with pytest.raises(ValueError, match=r"layers/0/mlp/down_proj.*K=40 is not a multiple of 16"):
         load_model(folder, rules=[nvfp4jax.Rule(".*proj")])
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.parametrize("table, exclude, kv_cache", [
+    # transformers 5's FineGrainedFP8Config.to_dict(), DeepSeek-V3's, and vLLM's name of the list
+    (FP8 | {"expert_dtype": "fp8", "scale_fmt": "float", "modules_to_convert": None, "modules_to_not_convert": ["lm_head"], "dequantize": False}, ("lm_head",), None),
+    (FP8 | {"fmt": "e4m3", "scale_fmt": "ue8m0"}, (), None),
+    (FP8 | {"ignored_layers": ["model.norm"], "modules_to_not_convert": None}, ("model.norm",), None),
+    # ModelOpt's, of several versions
+    ({"quant_library": "modelopt", "quant_algo": "NVFP4", "kv_cache_scheme": "FP8", "ignore": []}, (), "FP8"),
+    ({"quant_method": "modelopt", "quant_algo": "NVFP4", "producer": {"name": "modelopt", "version": "0.33"}, "ignore": ["a*"],
+      "kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}}, ("a*",), "FP8"),
+    ({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["b"]}}, ("b",), "NVFP4"),
+    ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 4,
+      "type": "float", "group_size": 16, "symmetric": True, "actorder": None}}}, "sparsity_config": {"format": "dense"}, "ignore": ["lm_head"],
+      "transform_config": {"config_groups": {}}, "global_compression_ratio": 1.5, "quantization_status": "compressed"}, ("lm_head",), None),
+])  # fmt: skip
+def test_quantization_configs_of_public_folders(table, exclude, kv_cache):
+    found = quantization_config.parse_quantization(table, "config.json")
+    assert found.exclude == exclude and found.kv_cache == kv_cache
 
 
 def test_config_spellings(tmp_path):
@@ -347,13 +443,13 @@ def test_kv_entries_are_read(tmp_path):
     ([], "anything", False),
 ])  # fmt: skip
 def test_exclude_patterns(patterns, name, expected):
-    assert formats.is_excluded(name, patterns) == expected
+    assert quantization_config.is_excluded(name, patterns) == expected
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*b", "(", "(?:(?:a*)*)*", "(.*){9}x", "a" * 2000, ".*.*.*.*.*x", "(\\d+|x)+y"])
 def test_exclude_patterns_that_could_hang_are_refused(pattern):
     with pytest.raises(CheckpointError, match="exclude pattern"):
-        formats.is_excluded("a" * 60, ["re:" + pattern])
+        quantization_config.is_excluded("a" * 60, ["re:" + pattern])
 
 
 def test_tensors_without_a_place_are_told_once(tmp_path, caplog):
@@ -412,3 +508,17 @@ def test_packed_modules_that_the_config_excludes_are_told_once(tmp_path, caplog)
     with caplog.at_level(logging.WARNING):
         load_model(folder)
     assert len(caplog.records) == 1 and "though the config excludes them" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize("form", ["modelopt-nvfp4", "compressed-tensors-nvfp4"])
+def test_float_modules_of_which_the_config_says_nvfp4_are_told_once(tmp_path, caplog, form):
+    """Not those that it excludes, and not the routers, which exporters leave unsaid; the floats are loaded as they are."""
+    config = json.loads((MOE / form / "config.json").read_text())["quantization_config"]
+    config["ignore"] = ["lm_head", "re:model.layers.0.*"]
+    folder = folders.copy(MOE / "bf16", tmp_path / "odd", config={"quantization_config": config})
+    with caplog.at_level(logging.WARNING):
+        model = load_model(folder)
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    told = f"{5 * (layers - 1)} modules are not NVFP4 though the config says so (first: model.layers.1."
+    assert len(caplog.records) == 1 and told in caplog.records[0].getMessage()
+    assert_same(model, load_model(MOE / "bf16"))

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nvfp4jax.checkpoint import orbax
+from checkpoint import folders
+from nvfp4jax import models
+from nvfp4jax.checkpoint import load_model, orbax, save_model
 from nvfp4jax.checkpoint.digest import digests, unhealthy
 from nvfp4jax.checkpoint.safetensors import CheckpointError
 
@@ -261,6 +263,12 @@ def test_health_of_every_value():
                     row = np.ones(width, dtype)
                     row[place] = value
                     assert len(unhealthy({"x": jnp.asarray(row)})) == 1
+    codes = np.arange(256).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)  # as a block scale: no sign either
+    for place in range(4):
+        rows = np.ones((256, 4), codes.dtype)
+        rows[:, place] = codes
+        found = [bool(unhealthy({"kernel_scale": jnp.asarray(row)})) for row in rows]
+        assert found == (np.signbit(codes.astype(np.float32)) | np.isnan(codes.astype(np.float32))).tolist()
     f32 = np.asarray([np.finfo(np.float32).max, -0.0, 1e-45, -np.finfo(np.float32).max], np.float32)
     assert unhealthy({"x": jnp.asarray(f32)}) == []
     for value in (np.inf, -np.inf, np.nan, np.uint32(0xFFFFFFFF).view(np.float32), np.uint32(0x7F800001).view(np.float32)):
@@ -296,3 +304,16 @@ def test_health():
         assert [line.split(":")[0] for line in unhealthy(fine | {name: value})] == [name]
     inverted = {"a/kernel_global_scale": jnp.asarray(2688 / 0.2, jnp.float32)}
     assert "inverse" in unhealthy(inverted)[0]
+
+
+def test_a_dtype_that_is_too_narrow(tmp_path):
+    """A folder in bfloat16, asked for in float16, whose largest is 65504."""
+    config = folders.small_config(num_hidden_layers=1)
+    model = models.build(config, jnp.bfloat16, rngs=nnx.Rngs(0))
+    save_model(tmp_path / "fine", model, config)
+    assert load_model(tmp_path / "fine", jnp.float16).norm.scale.dtype == jnp.float16
+    model.norm.scale.set_value(model.norm.scale[...] * jnp.bfloat16(1e5))
+    save_model(tmp_path / "large", model, config)
+    assert load_model(tmp_path / "large").norm.scale[0] > 65504
+    with pytest.raises(CheckpointError, match="in float16 norm/scale: a value that is NaN or infinite; load it as it is stored"):
+        load_model(tmp_path / "large", jnp.float16)

@@ -20,7 +20,7 @@ from flax import nnx
 import nvfp4jax
 from checkpoint import folders
 from nvfp4jax import models
-from nvfp4jax.checkpoint import CheckpointError, orbax, reload
+from nvfp4jax.checkpoint import CheckpointError, orbax, reload, saved_model
 from nvfp4jax.checkpoint.reload import Reader, publish
 
 # Orbax leaves its other reads unawaited when one of them fails.
@@ -131,6 +131,30 @@ def test_nothing_in_a_step_blocks_or_fills_the_memory(tmp_path, place):
         file.write_bytes(raw)
         # The files are others now: the same reader tries the step again.
         assert reader.poll() in (2, None) and (step == 2 or contents(reader.take().state) == contents(net(2)))
+
+
+@pytest.mark.parametrize("make", [net, floats], ids=["packed", "float"])
+def test_a_pipe_that_comes_while_a_step_is_loaded(tmp_path, monkeypatch, make):
+    """After the look at the folder, and before its files are opened: the load fails, nothing waits for a writer."""
+    publish(tmp_path, 1, net(1), CONFIG)
+    publish(tmp_path, 2, make(2), CONFIG)
+    load = orbax.ocp.load
+
+    def swapped(path, *args, **options):
+        if path.name == "2":
+            for file in [*path.glob("state/d/*"), *path.glob("state/ocdbt.process_0/d/*")]:
+                file.unlink()
+                os.mkfifo(file)
+        return load(path, *args, **options)
+
+    monkeypatch.setattr(orbax.ocp, "load", swapped)
+    reader, got = Reader(tmp_path, net(0), float_model=floats(0)), []
+    thread = threading.Thread(target=lambda: got.append(reader.poll()), daemon=True)
+    thread.start()
+    thread.join(120)
+    assert got == [1] and contents(reader.take().state) == contents(net(1))
+    publish(tmp_path, 3, make(3), CONFIG)
+    assert reader.poll() == 3
 
 
 def test_links_within_a_step_and_to_a_whole_step(tmp_path):
@@ -374,7 +398,7 @@ def test_a_step_of_another_function_is_refused(tmp_path, key, value):
     else:
         with pytest.raises(CheckpointError, match="hidden_act"):
             publish(tmp_path, 1, live, other)
-        orbax.save_model(tmp_path / "1", live, other)
+        saved_model.save_model(tmp_path / "1", live, other)
     with pytest.raises(CheckpointError, match="another function|cannot be read"):
         publish(tmp_path, 2, live, other)
     assert reload.steps(tmp_path) == [1]
@@ -404,7 +428,7 @@ def test_a_bad_float_step_does_not_spoil_the_next(tmp_path):
 
 
 def test_reloads_leave_no_objects_behind(tmp_path):
-    """Objects that the garbage collector sees, after the caches are warm: a handful a reload (TensorStore's own counters)."""
+    """Objects that the garbage collector sees, after the caches are warm: no more of them with each reload."""
     import gc
 
     publish(tmp_path, 1, net(1), CONFIG)
@@ -415,7 +439,7 @@ def test_reloads_leave_no_objects_behind(tmp_path):
         if i in (9, 29):
             gc.collect()
             counts.append(len(gc.get_objects()))
-    assert counts[1] - counts[0] < 20 * 40, counts
+    assert counts[1] - counts[0] < 20, counts
 
 
 def test_the_versions_of_tokens(tmp_path):

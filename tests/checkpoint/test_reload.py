@@ -1,6 +1,7 @@
 """Publishing and reloading: right weights or a named error, never a mixture, never a second compilation."""
 
 import functools
+import gc
 import json
 import logging
 import os
@@ -18,10 +19,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import nvfp4jax
 from checkpoint import folders
-from nvfp4jax import layers, models
-from nvfp4jax.checkpoint import CheckpointError, orbax
+from nvfp4jax import models
+from nvfp4jax.checkpoint import CheckpointError, orbax, saved_model
 from nvfp4jax.checkpoint.digest import digests
 from nvfp4jax.checkpoint.reload import Quantizer, Reader, publish, steps
+from nvfp4jax.layers import state as layer_state
 from nvfp4jax.rollout import decoding
 
 CONFIG = folders.small_config(num_hidden_layers=3)
@@ -121,7 +123,7 @@ def test_old_steps_are_removed(tmp_path):
 def rewrite(path, model, change):
     """Publishes a model and then alters what lies on disk through `change(leaves, metadata)`, digests untouched by default."""
     leaves = orbax.flatten(nnx.state(model))
-    metadata = {"recipe": "te-exact/token", "config": CONFIG, "rules": orbax.rules_to_json(RULES), "dtype": "bfloat16"}
+    metadata = {"recipe": "te-exact/token", "config": CONFIG, "rules": saved_model.rules_to_json(RULES), "dtype": "bfloat16"}
     good = digests(leaves)
     change(leaves, metadata)
     orbax.ocp.save(path, orbax._nested(leaves), custom_metadata={"format_version": 1, "digests": good} | metadata)
@@ -164,7 +166,8 @@ FAULTS = {
     "NaN global scale": (replace(f"{K}_global_scale", lambda x: x * jnp.float32(jnp.nan), True), f"{K}_global_scale: a global scale"),
     "infinite global scale": (replace(f"{K}_global_scale", lambda x: x + jnp.float32(jnp.inf), True), f"{K}_global_scale: a global scale"),
     "zero global scale": (replace(f"{K}_global_scale", lambda x: x * jnp.float32(0), True), f"{K}_global_scale: a global scale"),
-    "NaN block scale": (replace(f"{K}_scale", lambda x: x.at[3, 1].set(jnp.float8_e4m3fn(jnp.nan)), True), f"{K}_scale: a NaN block scale"),
+    "NaN block scale": (replace(f"{K}_scale", lambda x: x.at[3, 1].set(jnp.float8_e4m3fn(jnp.nan)), True), f"{K}_scale: a block scale that is NaN"),
+    "negative block scale": (replace(f"{K}_scale", lambda x: x.at[3, 1].set(jnp.float8_e4m3fn(-1)), True), f"{K}_scale: a block scale that is NaN or negative"),
     "NaN weight": (replace("norm/scale", lambda x: x.at[3].set(jnp.bfloat16(jnp.nan)), True), "norm/scale: a value that is NaN"),
     "infinite weight": (replace("lm_head/kernel", lambda x: x.at[3, 4].set(jnp.bfloat16(jnp.inf)), True), "lm_head/kernel: a value"),
     "format version": (to_metadata(format_version=9), "format version 9"),
@@ -340,7 +343,7 @@ def test_fifty_reloads_retrace_nothing_and_keep_memory_flat(tmp_path):
     reader = Reader(tmp_path, live)
     expected = {seed: np.asarray(forward(nnx.state(packed(seed)), tokens)) for seed in (1, 2)}
     reader.from_memory(0, floats(1))
-    traces, compiled = forward._cache_size(), layers._quantize_weight._cache_size()
+    traces, compiled = forward._cache_size(), layer_state._quantize_weight._cache_size()
     live_arrays = []
     for step in range(1, 51):
         seed = 1 + step % 2
@@ -354,9 +357,10 @@ def test_fifty_reloads_retrace_nothing_and_keep_memory_flat(tmp_path):
         del weights
         np.testing.assert_array_equal(np.asarray(forward(params, tokens)), expected[seed])
         if step in (10, 50):
+            gc.collect()  # another test's arrays may still wait for it
             live_arrays.append(sum(x.nbytes for x in jax.live_arrays() if not x.is_deleted()))
-    assert forward._cache_size() == traces and layers._quantize_weight._cache_size() == compiled
-    assert live_arrays[0] == live_arrays[1]
+    assert forward._cache_size() == traces and layer_state._quantize_weight._cache_size() == compiled
+    assert live_arrays[1] <= live_arrays[0]
 
 
 def test_a_decode_running_during_the_swap(tmp_path):

@@ -39,6 +39,36 @@ def test_against_the_oracle(options, steps, key):
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
+def test_rows_that_share(key):
+    """Two rows begin with the first shared row's slots, two with none of the second's; gradients reach what is shared."""
+    shapes = [(4, 2, 6, 8), (4, 2, 12, 8), (4, 2, 12, 5), (2, 2, 140, 8), (2, 2, 140, 5)]
+    q, keys, values, *shared = (jax.random.normal(jax.random.fold_in(key, i), s) for i, s in enumerate(shapes))
+    slots, starts = np.asarray([128, 128, 0, 0], np.int32), np.asarray([128, 135, 0, 3], np.int32)
+    whole = []
+    for own, common in ((keys, shared[0]), (values, shared[1])):
+        rows = [np.concatenate([common[b // 2, :, :slots[b]], own[b], np.zeros((2, 128 - slots[b], own.shape[-1]))], 1) for b in range(4)]
+        whole.append(np.stack(rows))
+
+    def call(q, *arrays, layer=None):
+        rows = ops.SharedRows(*arrays[2:], jnp.asarray(slots))
+        return ops.attention(q, *arrays[:2], jnp.asarray(starts), layer=layer, shared=rows, soft_cap=3.0)
+
+    expected = oracle(q, *whole, starts, soft_cap=3.0)
+    np.testing.assert_allclose(call(q, keys, values, *shared), expected, atol=2e-6)
+    stacks = [jnp.stack([x + 1, x]) for x in (keys, values, *shared)]
+    np.testing.assert_allclose(call(q, *stacks, layer=jnp.int32(1)), expected, atol=2e-6)
+    grads = jax.grad(lambda *a: (call(*a) ** 2).sum(), argnums=(3, 4))(q, keys, values, *shared)
+    assert all(np.abs(g[0, :, :128]).min() > 0 and not np.asarray(g[0, :, 128:]).any() and not np.asarray(g[1]).any() for g in grads)
+
+
+def test_shared_rows_that_do_not_fit(unchecked):
+    q, keys, starts = jnp.zeros((4, 1, 2, 8)), jnp.zeros((4, 2, 12, 8)), jnp.zeros(4, jnp.int32)
+    for shape, slots in (((3, 2, 128, 8), starts), ((2, 1, 128, 8), starts), ((2, 2, 128, 4), starts), ((2, 2, 128, 8), starts[:2])):
+        shared = ops.SharedRows(jnp.zeros(shape), jnp.zeros(shape), slots)
+        with pytest.raises(ValueError, match=r"attention: shared keys \("):
+            ops.attention(q, keys, keys, starts, shared=shared)
+
+
 def test_blocks_of_queries(monkeypatch, key):
     """The last block not full: what all at once gives."""
     q, keys, values = (jax.random.normal(jax.random.fold_in(key, i), s) for i, s in enumerate([(2, 45, 4, 8), (2, 2, 50, 8), (2, 2, 50, 8)]))
@@ -87,6 +117,10 @@ def test_frequencies():
         np.testing.assert_allclose(found[:4], plain[:4], rtol=1e-6)  # short waves stay
         np.testing.assert_allclose(found[-4:], plain[-4:] / 8, rtol=1e-6)  # long ones are stretched
         assert (found <= plain * 1.000001).all() and (found >= plain / 8.000001).all() and (np.diff(found) < 0).all()
+    # beta_slow above beta_fast: what transformers 5.24 computes of it
+    falling = Rope(kind="yarn", factor=4.0, original_max_position_embeddings=4096, beta_fast=1.0, beta_slow=32.0).frequencies(16)
+    expected = [0.25, 0.07905694097, 0.025, 0.00790569466, 0.00625, 0.00316227786, 0.001, 0.00031622777]
+    np.testing.assert_allclose(falling, expected, rtol=1e-6)
     assert Rope(kind="yarn", factor=40.0).amplitude == pytest.approx(1.36888, abs=1e-5)  # 0.1 ln 40 + 1
     assert Rope(kind="yarn", factor=40.0, mscale=1.0, mscale_all_dim=1.0).amplitude == 1.0
     assert Rope(kind="llama3", factor=8.0).amplitude == 1.0

@@ -49,6 +49,42 @@ def test_writing_repeating_and_growing(depths, key):
             assert not extra.any()
 
 
+def drawn(kv):
+    rng = np.random.default_rng()
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape).astype(np.float32)), kv)
+
+
+@pytest.mark.parametrize("depths", [(None, None), (3, 2)])
+def test_rows_put_and_taken(depths):
+    """New rows of fewer slots in their places, one past the last dropped; the slots behind them, and other rows, as they were."""
+    old, new = (drawn(cache.init_cache(SHAPES, depths, rows, slots, jnp.float32)) for rows, slots in ((5, 7), (3, 4)))
+    places = jnp.asarray([3, 0, 5])
+    found = jax.jit(cache.put, donate_argnums=0)(jax.tree.map(jnp.copy, old), places, new)
+    for a, b, c in zip(cache.arrays(found), cache.arrays(old), cache.arrays(new), strict=True):
+        front = lambda x: np.moveaxis(np.array(x.value), (x.value.ndim + x.batch, x.value.ndim + x.slots), (0, 1))
+        expected = front(b)
+        expected[3, :4], expected[0, :4] = front(c)[0], front(c)[1]
+        np.testing.assert_array_equal(front(a), expected)
+        np.testing.assert_array_equal(cache.take_rows(a.value, a.batch, jnp.asarray([4, 3])), np.take(a.value, [4, 3], a.value.ndim + a.batch))
+
+
+def test_rows_that_share():
+    """Two rows a unit: both kinds of rows go to their places; what all share stays."""
+    def made(units, slots, seed):
+        own, shared = (drawn(cache.init_cache(SHAPES[:1], (2,), rows, slots, jnp.float32)) for rows in (2 * units, units))
+        return cache.SharedCache(own, shared, jnp.full(2 * units, 128 * seed, jnp.int32))
+
+    old, new = made(3, 6, 1), made(1, 6, 2)
+    found = jax.jit(cache.put)(old, jnp.asarray([2, 3]), new, jnp.asarray([1]))
+    assert found.slots.tolist() == [128, 128, 256, 256, 128, 128]
+    for name in ("keys", "values"):
+        for part, places, others in (("shared", [1], [0, 2]), ("own", [2, 3], [0, 1, 4, 5])):
+            a, b, c = (np.asarray(getattr(kv, part)[0][name].value) for kv in (found, old, new))
+            np.testing.assert_array_equal(a[:, places], c)
+            np.testing.assert_array_equal(a[:, others], b[:, others])
+    assert cache.put(made(2, 6, 1), jnp.asarray([2, 3]), made(1, 6, 2)).slots.tolist() == [128, 128, 256, 256]
+
+
 def test_refusals():
     kv = cache.init_cache(SHAPES, (None, None), 1, 4, jnp.float32)
     with pytest.raises(ValueError, match="4 slots already, it cannot be extended to 3"):

@@ -13,7 +13,8 @@ from flax import nnx
 
 import nvfp4jax
 from models import loading
-from nvfp4jax.checkpoint import orbax
+from nvfp4jax import models
+from nvfp4jax.checkpoint import huggingface, outputs, saved_model
 from nvfp4jax.models import deepseek_v3
 
 FOLDERS = {
@@ -242,5 +243,18 @@ def test_fp8_quantized_saved_and_restored(short, tmp_path):
     assert type(qmodel.layers[0].self_attn.kv_b_proj) is nnx.Linear
     assert_same(nnx.state(nvfp4jax.load_model(short, rules=rules)), nnx.state(qmodel))
     assert_same(nvfp4jax.quantize_params(nnx.state(float_model), qmodel), nnx.state(qmodel))
-    orbax.save_model(tmp_path / "packed", qmodel, json.loads((short / "config.json").read_text()))
-    assert_same(nnx.state(orbax.load_model(tmp_path / "packed")), nnx.state(qmodel))
+    saved_model.save_model(tmp_path / "packed", qmodel, json.loads((short / "config.json").read_text()))
+    assert_same(nnx.state(saved_model.load_model(tmp_path / "packed")), nnx.state(qmodel))
+
+
+def test_what_the_converter_keeps():
+    """The router, no linear of ours, is named in an export's ignore list; kv_b_proj, read as a matrix, is weights only where it is packed."""
+    config = json.loads((FOLDERS["plain"] / "config.json").read_text())
+    model, family = models.build(config), models.family_of(config)
+    qmodel = nvfp4jax.quantize_model(model, [nvfp4jax.Rule(family.kept, skip=True), nvfp4jax.Rule(".*")])
+    for method in ("modelopt", "compressed-tensors"):
+        names = outputs.excluded(qmodel, family, method)
+        routers = {f"model.layers.{i}.mlp.gate" for i, layer in enumerate(model.layers) if hasattr(layer.mlp, "gate")}
+        assert routers and routers <= set(names) and "model.layers.0.self_attn.kv_b_proj" in names
+    rule = lambda name: huggingface.packed_rule(family, ("layers", 0, "self_attn", name), "token")  # noqa: E731
+    assert rule("kv_b_proj").scaling is None and rule("o_proj").scaling == nvfp4jax.Token()

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import loading, oracle
+from scripted import Scripted
 
 import nvfp4jax
 from nvfp4jax import models, rollout
 from nvfp4jax.rollout import decoding, generate
-from nvfp4jax.rollout.prompts import bucket, pack
+from nvfp4jax.rollout.prompts import bucket, pack, pad_left
 
 generating = importlib.import_module("nvfp4jax.rollout.generate")  # the package's `generate` is the function
 
@@ -370,6 +371,16 @@ def test_new_weights_never_retrace(monkeypatch):
         (dict(temperature=0.5, key=0), "key=0: a PRNG key is needed"),
         (dict(stop_tokens=5), "stop_tokens=5: a sequence"),
         (dict(stop_tokens=None), "stop_tokens=None"),
+        (dict(stop_tokens=np.array(5)), "stop_tokens=5: a sequence"),
+        (dict(stop_tokens=[2**40]), "stop_tokens=1099511627776: at most"),
+        (dict(stop_tokens=[[5, 6], [7, 8]]), r"stop_tokens=\[5, 6\]: an integer"),
+        (dict(stop_tokens=[[5, 6], [7]]), r"stop_tokens=\[5, 6\]: an integer"),
+        (dict(stop_tokens={5: 1}), "stop_tokens={5: 1}: a sequence"),
+        (dict(max_new_tokens=2**40), "max_new_tokens=1099511627776: at most"),
+        (dict(num_samples=10**9), "num_samples=1000000000: at most"),
+        (dict(cache_length=2**40), "cache_length=1099511627776: at most"),
+        (dict(temperature=1e-38, key=jax.random.key(0)), "temperature=1e-38: 0 .greedy., or at least 1e-6"),
+        (dict(logit_bias=dict.fromkeys(range(512), -np.inf)), "logit_bias: -inf for each of the 512 tokens"),
     ],
 )
 def test_bad_arguments(arguments, words, unchecked):
@@ -378,6 +389,28 @@ def test_bad_arguments(arguments, words, unchecked):
     with pytest.raises(ValueError, match=words) as error:
         generate(model_of("qwen3-tiny"), **(good | arguments))
     assert "\n" not in str(error.value)
+
+
+def test_traced_prompts_are_refused(unchecked):
+    model = model_of("qwen3-tiny")  # loaded outside jit
+    for arguments in ({"input_ids": jnp.ones((1, 2), jnp.int32)}, {"attention_mask": jnp.ones((1, 2), jnp.int32)}):
+        call = lambda traced: generate(model, **({"input_ids": np.ones((1, 2), int)} | traced), max_new_tokens=2).tokens  # noqa: E731
+        with pytest.raises(ValueError, match=f"{next(iter(arguments))}: traced by jit") as error:
+            jax.jit(call)(arguments)
+        assert "\n" not in str(error.value)
+
+
+def test_prompts_to_pad(unchecked):
+    ids, mask = pad_left([[1, 2], [3]])
+    assert ids.tolist() == [[1, 2], [0, 3]] and mask.tolist() == [[True, True], [False, True]]
+    for row in ([1.5], [2**64], ["1"], [True]):
+        with pytest.raises(ValueError, match="prompt 1: token=.*(integer|at most)"):
+            pad_left([[1], row])
+
+
+def test_stop_tokens_may_be_a_set(unchecked):
+    model = Unigram(np.log([0.4, 0.3, 0.2, 0.1]))
+    assert generate(model, [[1, 2]], max_new_tokens=3, stop_tokens={0, 3}).lengths.tolist() == [1]
 
 
 @dataclasses.dataclass
@@ -443,20 +476,6 @@ def test_raw_keys_and_masks_of_pads():
         model, np.where(mask == 1, ids, -100), mask, max_new_tokens=16, temperature=1.0, key=jax.random.key_data(key)
     )
     assert_equal(typed, raw)
-
-
-class Scripted:
-    """Weights that turn up at the n-th look, as a Reader's would: {look: (step, state)}."""
-
-    def __init__(self, arrivals: dict, active_step: int = 3):
-        self.arrivals, self.active_step, self.looks = arrivals, active_step, 0
-
-    def take(self):
-        self.looks += 1
-        if self.looks not in self.arrivals:
-            return None
-        self.active_step, state = self.arrivals[self.looks]
-        return types.SimpleNamespace(step=self.active_step, state=state)
 
 
 def shifted(state: nnx.State, by: float) -> nnx.State:
@@ -584,3 +603,23 @@ def test_weights_of_another_tree_are_refused():
     model = model_of(name)
     with pytest.raises(ValueError, match="weights: the state of step 8 has another tree"):
         generate(model, *prompts(name), max_new_tokens=2, weights=Scripted({1: (8, nnx.State({}))}))
+
+
+@pytest.mark.parametrize("rows_in_flight", [None, 1])
+def test_weights_that_do_not_fit_leave_the_model_as_it_was(rows_in_flight):
+    """Before anything runs: no program is made."""
+    name = "qwen3-tiny"
+    model = model_of(name)
+    state = nnx.state(model)
+    before = jax.tree.map(np.asarray, state)
+    half = jax.tree.map(lambda x: x[: len(x) // 2], state)
+    for source, message in (
+        (Scripted({1: (8, half)}), r"weights: step 8 has .*embed_tokens/embedding.* as \w+ \[.*\], the model as \w+ \["),
+        (Scripted({1: (8, jax.tree.map(lambda x: x.astype(jnp.float16), state))}), "weights: step 8 has .* as float16"),
+        (Scripted({1: ("a", state)}), "weights: step=a: an integer is needed"),
+        (Scripted({}, active_step=None), "weights: active_step=None: an integer is needed"),
+        (types.SimpleNamespace(active_step=0, take=lambda: state), r"weights: take\(\) gave State .*: None, or an object with `state` and `step`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(model, *prompts(name), max_new_tokens=2, weights=source, rows_in_flight=rows_in_flight)
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model))

@@ -10,7 +10,8 @@ import numpy as np
 import ptx_attention
 import pytest
 
-from nvfp4jax.kernels.hopper import attention, attention_decode, attention_plan, attention_prefill, threads
+from nvfp4jax import fp8
+from nvfp4jax.kernels.hopper import attention, attention_decode, attention_plan, attention_prefill, attention_shared, threads
 
 BF16 = ml_dtypes.bfloat16
 needs_aot = pytest.mark.skipif(not aot.available(), reason="needs jax-cuda13-plugin and -pjrt")
@@ -88,19 +89,19 @@ def test_every_piece_is_planned_once(rows, heads, capacity, tokens, window):
 
 # --- from the PTX, on the CPU -----------------------------------------------------------------------------------------
 
-def ptx_decode(monkeypatch, q, keys, values, layer, starts, *, ctas, window=None, soft_cap=None):
+def ptx_decode(monkeypatch, q, keys, values, layer, starts, *, ctas, window=None, soft_cap=None, scales=()):
     monkeypatch.setattr(threads, "thread_kernel", ptx_attention.run_thread_kernel)
     plan = attention_plan.plan(starts, tokens=q.shape[1], heads=keys.shape[2], capacity=keys.shape[3], window=window, ctas=ctas)
     plan = jax.tree.map(np.array, plan)
-    out = attention_decode.decode(q, keys, values, layer, plan, scale=q.shape[3]**-0.5, window=window, soft_cap=soft_cap)
+    out = attention_decode.decode(q, keys, values, layer, plan, scale=q.shape[3]**-0.5, window=window, soft_cap=soft_cap, scales=scales)
     monkeypatch.undo()
     assert not plan.counters.any()
     return out, set(plan.table[:, 1:][plan.table[:, 1:, 3] > 0][:, 4])
 
 
-def ptx_prefill(q, keys, values, layer, starts, counts, *, ctas, window=None, soft_cap=None):
-    f = lambda *a: attention_prefill.prefill(*a, scale=q.shape[3]**-0.5, window=window, soft_cap=soft_cap, ctas=ctas)
-    args = q, keys, values, layer, starts, counts
+def ptx_prefill(q, keys, values, layer, starts, counts, *shared, ctas, window=None, soft_cap=None):
+    f = lambda *a: attention_prefill.prefill(*a[:6], shared=a[6:], scale=q.shape[3]**-0.5, window=window, soft_cap=soft_cap, ctas=ctas)
+    args = q, keys, values, layer, starts, counts, *shared
     kernel, = aot.compile(f, *(jax.ShapeDtypeStruct(np.shape(a), a.dtype) for a in args))
     out = np.full(q.shape, np.nan, BF16)
     ptx_attention.run_prefill(kernel, args, out, grid=ctas)
@@ -151,6 +152,137 @@ def test_prefill_ptx_and_its_bits_in_decode(monkeypatch, shape, starts, counts, 
     assert (bits(alone)[0, 0] == bits(out)[0, t]).all()
 
 
+# --- FP8 caches -------------------------------------------------------------------------------------------------------
+
+def in_fp8(rng, *caches):
+    """Of each cache: codes and scales, of which slots of NaN have NaN and codes of any kind; and decoded, bf16. Scales differ from slot to
+    slot."""
+    out = []
+    for cache in caches:
+        cache = cache.astype(np.float32) * 2.0 ** rng.integers(-3, 4, cache.shape[:-1])[..., None]
+        x = fp8.quantize(jnp.asarray(cache))
+        codes, scale = np.array(x.qvalue), np.array(x.scale)
+        dead = np.isnan(scale)
+        codes.view(np.uint8)[dead] = rng.integers(0, 256, (dead.sum(), cache.shape[-1]))
+        decoded = np.where(dead[..., None], np.nan, codes.astype(np.float32) * scale[..., None]).astype(BF16)
+        out.append((codes, scale, decoded))
+    return zip(*out)
+
+
+@pytest.mark.parametrize("case", [c if c == "whole" else pytest.param(c, marks=pytest.mark.slow) for c in DECODE])
+@pytest.mark.aot
+@needs_aot
+def test_fp8_decode_ptx(monkeypatch, case):
+    """The bits of a bfloat16 cache that has the decoded keys and values; codes of both signs, subnormal ones too."""
+    case, rng = dict(DECODE[case]), np.random.default_rng()
+    shape, kind, starts = case.pop("shape"), case.pop("kind"), case.pop("starts", None)
+    sizes = case.pop("sizes", attention_plan.SIZES)
+    q, keys, values, layer, starts, counts = inputs(rng, *shape, starts)
+    keys[..., ::5] = keys[..., ::5] * BF16(2.0**-10)
+    codes, scales, decoded = in_fp8(rng, keys, values)
+    with monkeypatch.context() as m:
+        m.setattr(attention_plan, "SIZES", sizes)
+        out, kinds = ptx_decode(m, q, *codes, layer, starts, scales=scales, **case)
+        same, _ = ptx_decode(m, q, *decoded, layer, starts, **case)
+    case.pop("ctas")
+    assert kind in kinds and (bits(out) == bits(same)).all()
+    assert error(out, reference(q, decoded[0][1], decoded[1][1], starts, **case), counts) < TOLERANCE
+
+
+# --- rows that begin alike --------------------------------------------------------------------------------------------
+
+def divide(rng, keys, values, slots, rows, room):
+    """Caches [L, N, H, S, D] of which each of `rows` rows has the first slots[n] slots in common -> the rows whole, what they share, and
+    their own behind it, with `room` slots."""
+    each = rows // keys.shape[1]
+    whole, own = [], []
+    for a in (keys, values):
+        wide = np.concatenate([a.repeat(each, 1), np.full((*a.shape[:1], rows, a.shape[2], room, a.shape[4]), np.nan, a.dtype)], 3)
+        for b in range(rows):
+            rest = wide[:, b, :, slots[b // each]:slots[b // each] + room]
+            rest[...] = rng.normal(size=rest.shape)
+        whole.append(wide)
+        own.append(np.stack([wide[:, b, :, slots[b // each]:slots[b // each] + room] for b in range(rows)], 1))
+    return whole, own
+
+
+def ptx_shared_decode(monkeypatch, q, own, shared, slots, layer, starts, *, ctas, soft_cap=None, scales=()):
+    """slots: of each row. scales: of their own keys and values, where these are FP8."""
+    heads, scale = shared[0].shape[2], q.shape[3]**-0.5
+    s = attention_shared.shape_of(q, shared[0], scale, soft_cap)
+    args = q, *shared, layer, slots, np.array(attention_shared.units(slots, s))
+    f = lambda *a: attention_shared.shared_sums(*a, scale=scale, soft_cap=soft_cap, ctas=ctas)[:2]
+    kernel, = aot.compile(f, *(jax.ShapeDtypeStruct(np.shape(a), a.dtype) for a in args))
+    outs = [np.full((s.units, *q.shape[:1], q.shape[2], last), np.nan, np.float32) for last in (q.shape[3], attention_shared.MARKS)]
+    ptx_attention.run_shared(kernel, args, s.padded, s.each, outs, grid=ctas)
+    monkeypatch.setattr(threads, "thread_kernel", ptx_attention.run_thread_kernel)
+    plan = attention_plan.plan(starts, tokens=1, heads=heads, capacity=own[0].shape[3], shared=slots, ctas=ctas)
+    plan = jax.tree.map(np.array, plan)
+    out = attention_decode.decode(q, *own, layer, plan, scale=scale, soft_cap=soft_cap, shared=(*outs, s.unit), scales=scales)
+    monkeypatch.undo()
+    assert not plan.counters.any()
+    return out, set(plan.table[:, 1:][plan.table[:, 1:, 3] > 0][:, 4])
+
+
+SHARED = {
+    "a piece and nothing": dict(shape=(4, 2, 1, 8, 64), slots=[128, 0], own=[0, 100, 20, 130], room=140, ctas=2, kind=0, few=0),
+    "groups, five of 64, a cap": dict(shape=(3, 1, 2, 5, 64), slots=[1280], own=[900, 3, 1200], room=1300, ctas=3, kind=2, sizes=(8,),
+                                      soft_cap=5.0, few=0),
+    "pieces apart": dict(shape=(4, 2, 1, 8, 64), slots=[1408, 256], own=[0, 700, 20, 130], room=800, ctas=3, kind=0),
+    "two consumers, D 128": dict(shape=(6, 1, 1, 16, 128), slots=[256], own=range(6), room=20, ctas=2, kind=0, few=0),
+}
+
+
+@pytest.mark.parametrize("case, in_codes", [(c, f) if (c, f) == ("a piece and nothing", False) else pytest.param(c, f, marks=pytest.mark.slow)
+                                            for c in SHARED for f in (False, True)])
+@pytest.mark.aot
+@needs_aot
+def test_shared_ptx(monkeypatch, case, in_codes):
+    """The bits of rows that share nothing. own: slots of a row before its query, behind those that it shares. in_codes: an FP8 cache of
+    their own beside decoded keys and values that they share."""
+    case = dict(SHARED[case])
+    rows, shared_rows, heads, group, d = case.pop("shape")
+    rng, kind, room, ctas = np.random.default_rng(), case.pop("kind"), case.pop("room"), case.pop("ctas")
+    few = case.pop("few", attention_shared.FEW)
+    of_row = np.repeat(case.pop("slots"), rows // shared_rows).astype(np.int32)
+    starts = (of_row + np.array(case.pop("own"))).astype(np.int32)
+    sizes = case.pop("sizes", attention_plan.SIZES)
+    capacity = max(128, of_row.max())
+    _, keys, values, layer, _, _ = inputs(rng, shared_rows, 1, heads, group, d, capacity, [capacity - 1] * shared_rows)
+    q, counts = rng.normal(size=(rows, 1, heads * group, d)).astype(BF16), np.ones(rows, np.int32)
+    whole, own = divide(rng, keys, values, of_row[::rows // shared_rows], rows, room)
+    scales = ()
+    if in_codes:
+        codes, scales, own = in_fp8(rng, *own)
+        for cache, decoded in zip(whole, own, strict=True):
+            for b, slot in enumerate(of_row):
+                cache[:, b, :, slot:slot + room] = decoded[:, b]
+    alone, _ = ptx_decode(monkeypatch, q, *whole, layer, starts, ctas=ctas, **case)
+    with monkeypatch.context() as m:
+        m.setattr(attention_plan, "SIZES", sizes)
+        m.setattr(attention_shared, "FEW", few)
+        out, kinds = ptx_shared_decode(m, q, codes if in_codes else own, (keys, values), of_row, layer, starts, ctas=ctas, scales=scales, **case)
+    assert kind in kinds and (bits(out) == bits(alone)).all()
+    assert error(out, reference(q, whole[0][1], whole[1][1], starts, **case), counts) < TOLERANCE
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@needs_aot
+def test_shared_prefill_ptx():
+    """Two rows of a prefill behind 128 slots that they share, one that shares none."""
+    rng, layer, of_row = np.random.default_rng(), np.int32(1), np.array([128, 128, 0, 0], np.int32)
+    _, keys, values, _, _, _ = inputs(rng, 2, 1, 1, 2, 64, 140, [139, 139])
+    q = rng.normal(size=(4, 30, 2, 64)).astype(BF16)
+    whole, own = divide(rng, keys, values, of_row[::2], 4, 50)
+    starts, counts = of_row + np.array([0, 20, 5, 11], np.int32), np.array([30, 10, 30, 30], np.int32)
+    out = ptx_prefill(q, *own, layer, starts, counts, keys, values, of_row, ctas=2)
+    alone = ptx_prefill(q, *whole, layer, starts, counts, ctas=2)
+    some = np.arange(30) < counts[:, None]
+    assert (bits(out)[some] == bits(alone)[some]).all()
+    assert error(out, reference(q, whole[0][1], whole[1][1], starts), counts) < TOLERANCE
+
+
 # --- what the compiler says -------------------------------------------------------------------------------------------
 
 def structs(rows, tokens, heads, group, d, capacity, layers=2):
@@ -176,6 +308,42 @@ def test_decode_compiles(shape, options, registers, main_loop):
 
 @pytest.mark.aot
 @needs_aot
+@pytest.mark.parametrize("shape, options, registers, main_loop", [
+    ((64, 1, 4, 8, 128, 1088), {}, 184, 720),
+    pytest.param((3, 4, 4, 8, 128, 8192), {}, 248, 1500, marks=pytest.mark.slow),
+    pytest.param((3, 1, 2, 7, 64, 2000), dict(window=1000, soft_cap=50.0), 184, 680, marks=pytest.mark.slow)])
+def test_fp8_decode_compiles(shape, options, registers, main_loop):
+    """The memory's time has room for 882 instructions of a warp and piece; some 80 of the loop's run only where a unit begins or ends."""
+    def f(q, keys, values, starts, layer, *scales):
+        return attention.attention(q, keys, values, starts, layer=layer, scales=scales, **options)
+
+    q, cache, _, starts, layer = structs(*shape)
+    codes, scale = jax.ShapeDtypeStruct(cache.shape, jnp.float8_e4m3fn), jax.ShapeDtypeStruct(cache.shape[:-1], jnp.float32)
+    kernel, = aot.compile(f, q, codes, codes, starts, layer, scale, scale)
+    assert not kernel.spills and not kernel.warnings and kernel.registers <= registers
+    assert not kernel.sass or sum(kernel.loop("HMMA").values()) <= main_loop
+
+
+@pytest.mark.aot
+@needs_aot
+@pytest.mark.parametrize("shape, shared_rows, capacity, main_loop", [
+    ((1024, 1, 4, 8, 128, 640), 64, 1024, 700), pytest.param((48, 1, 2, 7, 64, 200), 4, 2000, 1250, marks=pytest.mark.slow),
+    pytest.param((8, 300, 4, 8, 128, 640), 1, 1024, None, marks=pytest.mark.slow)])
+def test_shared_compiles(shape, shared_rows, capacity, main_loop):
+    """Decode fetches a unit's first sums in the main loop, those of single pieces in more instructions."""
+    def f(q, keys, values, starts, layer, shared):
+        return attention.attention(q, keys, values, starts, layer=layer, shared=shared)
+
+    q, keys, values, starts, layer = structs(*shape)
+    shared = [jax.ShapeDtypeStruct((*a.shape[:1], shared_rows, *a.shape[2:3], capacity, a.shape[4]), a.dtype) for a in (keys, values)]
+    kernels = aot.compile(lambda *a: f(*a[:5], attention.Shared(*a[5:])), q, keys, values, starts, layer, *shared, starts)
+    assert [k.registers <= limit for k, limit in zip(kernels, (168, 200), strict=shape[1] == 1)] == [True] * len(kernels)
+    assert not any(k.spills or k.warnings for k in kernels)
+    assert not kernels[-1].sass or main_loop is None or sum(kernels[-1].loop("HMMA").values()) <= main_loop
+
+
+@pytest.mark.aot
+@needs_aot
 @pytest.mark.parametrize("shape, options", [
     pytest.param((8, 1024, 4, 8, 128, 1088), {}, marks=pytest.mark.slow), pytest.param((3, 300, 2, 7, 64, 2000), {}, marks=pytest.mark.slow),
     pytest.param((3, 100, 4, 8, 128, 8192), dict(window=1000, soft_cap=50.0), marks=pytest.mark.slow)])
@@ -193,26 +361,28 @@ def test_prefill_compiles(shape, options):
 @needs_aot
 @pytest.mark.parametrize("tokens", [1, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_loop_over_layers_copies_no_cache(tokens):
-    """The compiled program of a scan over layers: nothing in it has the size of a layer's keys but the cache itself."""
+    """The compiled program of a scan over layers: nothing in it has the size of a layer's keys but the cache itself, and what rows share."""
     args = structs(4, tokens, 2, 8, 128, 600, layers=3)
+    shared = [jax.ShapeDtypeStruct((3, 2, 2, 300, 128), jnp.bfloat16)] * 2
 
-    def f(q, keys, values, starts):
-        plan = attention.plan(starts, q, keys)
-        return jax.lax.fori_loop(0, 3, lambda i, q: attention.attention(q, keys, values, starts, layer=i, plan=plan), q)
+    def f(q, keys, values, starts, *shared):
+        shared = attention.Shared(*shared, starts // 256 * 128)
+        plan = attention.plan(starts, q, keys, shared=shared)
+        return jax.lax.fori_loop(0, 3, lambda i, q: attention.attention(q, keys, values, starts, layer=i, plan=plan, shared=shared), q)
 
-    text = ptx_attention.compiled_text(f, *args[:4])
-    assert "custom-call" in text and "bf16[3,4,2,600,128]" in text
-    made = [line for line in text.splitlines() if "=" in line and any(
-        f" = bf16[{shape}]" in line for shape in ("3,4,2,600,128", "4,2,600,128", "1,4,2,600,128", "24,600,128"))]
+    text = ptx_attention.compiled_text(f, *args[:4], *shared)
+    assert "custom-call" in text and "bf16[3,4,2,600,128]" in text and "bf16[3,2,2,300,128]" in text
+    sizes = "3,4,2,600,128", "4,2,600,128", "1,4,2,600,128", "24,600,128", "3,2,2,300,128", "2,2,300,128", "1,2,2,300,128", "12,300,128"
+    made = [line for line in text.splitlines() if "=" in line and any(f" = bf16[{size}]" in line for size in sizes)]
     allowed = "parameter(", "get-tuple-element(", "bitcast("
     assert made and all(any(a in line for a in allowed) for line in made), made
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
 
-def run(q, keys, values, layer, starts, counts=None, **options):
-    f = jax.jit(lambda q, k, v, s, i, c: attention.attention(q, k, v, s, layer=i, counts=c, **options))
-    return np.asarray(f(q, keys, values, starts, layer, counts))
+def run(q, keys, values, layer, starts, counts=None, scales=None, **options):
+    f = jax.jit(lambda q, k, v, s, i, c, scales: attention.attention(q, k, v, s, layer=i, counts=c, scales=scales, **options))
+    return np.asarray(f(q, keys, values, starts, layer, counts, scales))
 
 
 GPU = {
@@ -245,6 +415,19 @@ def test_on_a_gpu(case):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in GPU if not case.startswith("prefill")])
+def test_fp8_on_a_gpu(case):
+    """The bits of a bfloat16 cache that has the decoded keys and values."""
+    case, rng = dict(GPU[case]), np.random.default_rng()
+    q, keys, values, layer, starts, counts = inputs(rng, *case.pop("shape"), case.pop("starts", None))
+    keys[..., ::5] = keys[..., ::5] * BF16(2.0**-10)
+    codes, scales, decoded = in_fp8(rng, keys, values)
+    out = run(q, *codes, layer, starts, scales=scales, **case)
+    assert (bits(out) == bits(run(q, *decoded, layer, starts, **case))).all()
+    assert error(out, reference(q, decoded[0][1], decoded[1][1], starts, **case), counts) < TOLERANCE
+
+
+@pytest.mark.gpu
 def test_bits_of_a_row_in_every_batch():
     """Batches of 1 to 256, permuted, in larger caches, and whatever the counters' last use."""
     rng = np.random.default_rng()
@@ -272,6 +455,35 @@ def test_bits_of_a_query_in_prefill_chunks_and_decode(window):
         assert (bits(run(q[0, at][:, None], *cache, layer, at.astype(np.int32), window=window))[:, 0] == whole[0, at]).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows, shared_rows, heads, group, d, capacity, room, soft_cap", [
+    (128, 8, 4, 8, 128, 1024, 300, None), (48, 3, 2, 7, 64, 3000, 700, None), (5, 1, 4, 16, 128, 2100, 3000, 20.0),
+    (300, 1, 8, 4, 128, 768, 200, None), (6, 6, 4, 1, 128, 500, 100, None)])
+def test_bits_of_rows_that_share(rows, shared_rows, heads, group, d, capacity, room, soft_cap):
+    """Decode, and a prefill of what follows the shared slots, against rows that hold all of theirs."""
+    rng = np.random.default_rng()
+    slots = rng.integers(0, capacity // 128 + 1, shared_rows).astype(np.int32) * 128
+    of_row = slots.repeat(rows // shared_rows)
+    starts = (of_row + rng.integers(0, room, rows)).astype(np.int32)
+    _, keys, values, layer, _, _ = inputs(rng, shared_rows, 1, heads, group, d, capacity, [capacity - 1] * shared_rows)
+    q = rng.normal(size=(rows, 1, heads * group, d)).astype(BF16)
+    whole, own = divide(rng, keys, values, slots, rows, room)
+    options = {} if soft_cap is None else dict(soft_cap=soft_cap)
+    shared = attention.Shared(keys, values, of_row)
+
+    @jax.jit
+    def call(q, keys, values, starts, layer, shared):
+        return attention.attention(q, keys, values, starts, layer=layer, shared=shared, **options)
+
+    assert (bits(call(q, *own, starts, layer, shared)) == bits(run(q, *whole, layer, starts, **options))).all()
+    few, tokens = slice(0, rows // shared_rows * min(2, shared_rows)), 70
+    some = attention.Shared(*(a[:, :min(2, shared_rows)] for a in (keys, values)), of_row[few])
+    q = rng.normal(size=(len(of_row[few]), tokens, heads * group, d)).astype(BF16)
+    first = of_row[few] + np.int32(room - tokens)  # behind slots of the rows' own
+    out = call(q, *(a[:, few] for a in own), first, layer, some)
+    assert (bits(out) == bits(run(q, *(a[:, few] for a in whole), layer, first, **options))).all()
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 def test_refusals():
@@ -280,6 +492,19 @@ def test_refusals():
         attention.attention(q.astype(jnp.float32), keys, values, starts, layer=layer)
     with pytest.raises(NotImplementedError, match="head dimension of 32"):
         attention.attention(q[..., :32], keys[..., :32], values[..., :32], starts, layer=layer)
+    with pytest.raises(NotImplementedError, match="a window over slots that rows share"):
+        attention.attention(q, keys, values, starts, layer=layer, window=5, shared=attention.Shared(keys[:, :1], values[:, :1], starts))
+    scale = jnp.zeros(keys.shape[:-1], jnp.float32)
+    codes = keys.astype(jnp.float8_e4m3fn)
+    with pytest.raises(NotImplementedError, match="only bfloat16, or float8_e4m3fn keys and values with scales"):
+        attention.attention(q, codes, codes, starts, layer=layer)
+    with pytest.raises(ValueError, match="attention: scales"):
+        attention.attention(q, codes, codes, starts, layer=layer, scales=(scale, scale[:, :1]))
+    with pytest.raises(NotImplementedError, match="40 queries a row of an FP8 cache"):
+        attention.attention(q.repeat(40, 1), codes, codes, starts, layer=layer, scales=(scale, scale))
+    for wrong in (dict(keys=keys[:, :, :1]), dict(values=values[:, :1]), dict(slots=starts[:1]), dict(keys=keys[:1], values=values[:1])):
+        with pytest.raises(ValueError, match="attention: shared keys"):
+            attention.attention(q, keys, values, starts, layer=layer, shared=attention.Shared(keys, values, starts)._replace(**wrong))
     for bad in (dict(q=q[:1]), dict(q=q[:, :, :3]), dict(values=values[:, :, :, :5]), dict(layer=None), dict(starts=starts[:1])):
         arguments = dict(q=q, keys=keys, values=values, starts=starts, layer=layer) | bad
         with pytest.raises(ValueError, match="attention: q"):

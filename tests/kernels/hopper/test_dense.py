@@ -127,6 +127,42 @@ def test_interpreted(n, k, m, plan, capfd):
     assert "RACE" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize("plan", [(NARROW, dict(slices=4, tiles=2, tokens=8)), (WIDE, dict(slices=2, wgs=1, tokens=16, paired=False))],
+                         ids=["Narrow", "Wide"])
+def test_several_weights_in_one_launch(plan, monkeypatch, capfd):
+    """Each weight's result is what it gets alone, to the bit."""
+    k, m, widths = 1024, 16, (192, 64, 64)
+    rng = np.random.default_rng(m)
+    plan = (INTERPRETED[plan[0]], plan[1])
+    x, row_scale = tokens(rng, m, k), rng.uniform(0.5, 2, (m, 1)).astype(np.float32)
+    made = [weights(rng, n, k) for n in widths]
+    biases = [rng.normal(size=n).astype(np.float32) if j else None for j, n in enumerate(widths)]
+    monkeypatch.setattr(dense_hopper, "plan_of", lambda *shape: plan)
+    monkeypatch.setattr(dense_hopper, "Wide", type(None))
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        outs = dense_hopper.matmuls(permute_k(jnp.asarray(x)), jnp.asarray(row_scale),
+                                    [(packed, scale, jnp.float32(0.25), bias) for (packed, scale, _), bias in zip(made, biases)],
+                                    out_dtype=jnp.float32)
+        alone = run(plan, x, row_scale, *made[1][:2], 0.25, bias=biases[1], out_dtype=jnp.float32)
+    np.testing.assert_array_equal(np.asarray(outs[1]), alone)
+    for out, (_, _, dequantized), bias in zip(outs, made, biases):
+        check(np.asarray(out), x, dequantized, row_scale.astype(np.float64) * 0.25, 0.0 if bias is None else bias)
+    assert "RACE" not in "".join(capfd.readouterr())
+
+
+def test_many_weights_have_schedules():
+    for widths, k in [((4096, 512, 512), 2048), ((1536, 576), 7168), ((8192, 1024, 1024), 5120), ((576, 192, 192), 576), ((17, 1), 64)]:
+        for m in (1, 9, 32, 64, 100, 256, 4096):
+            make, settings = dense_hopper.plan_of(widths, k, m)
+            count = dense_hopper.slices(sum(widths), k)
+            assert settings["slices"] == count
+            for n in widths:
+                make(dense_hopper.Product(n, k, m), **settings)
+                alone, own = dense_hopper.plan_of(n, k, m, count)
+                alone(dense_hopper.Product(n, k, m), **own)
+                assert own["slices"] == count
+
+
 # --- compiled for an H200 -------------------------------------------------------------------------------------------
 
 aot_only = [pytest.mark.aot, pytest.mark.skipif(not aot.available(), reason="needs jax-cuda13-plugin and -pjrt")]
@@ -164,6 +200,30 @@ def test_compiles_clean(n, k, m, options, _):
     assert kernel.registers * 128 * (warpgroups + 1) <= 65536 and kernel.smem <= SHARED_MEMORY
     if make is SPLIT and kernel.smem <= SHARED_MEMORY // 2:  # two CTAs an SM
         assert kernel.registers * 128 * warpgroups * 2 <= 65536
+
+
+@pytest.mark.parametrize("m, kernels", [(1, 1), (64, 1), (128, 1), (2048, 3)])
+@pytest.mark.parametrize("_", [pytest.param(0, marks=aot_only)], ids=[""])
+def test_queries_keys_and_values_are_one_launch(m, kernels, _):
+    """About those of Qwen3-30B-A3B; a prefill's weights have waves of tiles each. No two are alike: a kernel is reported once a process."""
+    k, widths = 2048, (4096, 512, 576)
+
+    def f(x, row_scale, *arrays):
+        return dense_hopper.matmuls(x, row_scale, [(*arrays[3 * j:3 * j + 3], None) for j in range(3)])
+
+    of_weight = lambda n: [((n, k // 2), jnp.uint8), ((n, k // 16), jnp.float8_e4m3fn), ((), jnp.float32)]
+    found = aot.compile(f, ((m, k), jnp.bfloat16), ((m, 1), jnp.float32), *(a for n in widths for a in of_weight(n)))
+    assert len(found) == kernels
+    assert all(kernel.spills == 0 and kernel.stack == 0 and kernel.warnings == () for kernel in found)
+
+
+@pytest.mark.parametrize("n, k, m", [(2048, 4096, 8), (2048, 4096, 256), (20001, 320, 40)])
+@pytest.mark.parametrize("_", [pytest.param(0, marks=aot_only)], ids=[""])
+def test_a_residual_compiles_clean(n, k, m, _):
+    f = lambda x, row_scale, packed, scale, one, residual: dense_hopper.matmul(x, row_scale, packed, scale, one, residual=residual)
+    kernel, = aot.compile(f, ((m, k), jnp.bfloat16), ((m, 1), jnp.float32), ((n, k // 2), jnp.uint8), ((n, k // 16), jnp.float8_e4m3fn),
+                          ((), jnp.float32), ((m, n), jnp.bfloat16))
+    assert kernel.spills == 0 and kernel.stack == 0 and kernel.warnings == ()
 
 
 @pytest.mark.parametrize("n, k, m, most", [(33792, 8192, 8, 390), (33792, 8192, 64, 395), (33792, 8192, 128, 395),
@@ -306,6 +366,43 @@ def test_bias_layers_and_dtypes(m, n, k, layers, bias, out_dtype, one_bias):
         bias=jnp.asarray(biases), out_dtype=out_dtype, layer=None if layer is None else jnp.int32(layer)))
     at = () if layer is None else (layer,)
     check(out, x, dequantized[at], float(factors[at]) * 0.5, biases[() if one_bias else at].astype(np.float64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("widths, k", [((4096, 512, 512), 2048), ((1536, 576), 7168), ((8192, 1024, 1024), 5120), ((130, 64, 1), 576)])
+def test_weights_together_keep_a_rows_bits(widths, k):
+    """One launch or one a weight, a row alone, among others, in a prefill: the same bits."""
+    rng = np.random.default_rng()
+    made = [weights(rng, n, k) for n in widths]
+    arrays = [(jnp.asarray(packed), jnp.asarray(scale), jnp.float32(0.25), None) for packed, scale, _ in made]
+    x, row_scale = tokens(rng, 2048, k), rng.uniform(0.5, 2, (2048, 1)).astype(np.float32)
+    permuted = permute_k(jnp.asarray(x))
+    f = jax.jit(functools.partial(dense_hopper.matmuls, out_dtype=jnp.float32))
+    full = [np.asarray(y) for y in f(permuted, jnp.asarray(row_scale), arrays)]
+    for y, (_, _, dequantized) in zip(full, made):
+        check(y, x, dequantized, row_scale.astype(np.float64) * 0.25)
+    for m in (1, 9, 32, 33, 64, 130, 300):
+        own = slice(start := int(rng.integers(0, 2048 - m)), start + m)
+        for n in widths:
+            poison(m, n, jnp.float32)
+        for y, whole in zip(f(permuted[own], jnp.asarray(row_scale[own]), arrays), full):
+            np.testing.assert_array_equal(np.asarray(y).view(np.int32), whole[own].view(np.int32), err_msg=f"M={m} from row {start}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("n, k", [(4096, 2048), (2048, 4096), (10240, 5120), (4097, 512), (20003, 320), (20002, 320)])
+def test_residual_is_added_to_the_rounded_result(n, k, out_dtype):
+    rng = np.random.default_rng()
+    packed, scale, _ = weights(rng, n, k)
+    f = jax.jit(functools.partial(dense_hopper.matmul, out_dtype=out_dtype))
+    for m in (1, 24, 50, 200):
+        x, row_scale = tokens(rng, m, k), rng.uniform(0.5, 2, (m, 1)).astype(np.float32)
+        residual = jnp.asarray(rng.normal(size=(m, n)) * 1e5, out_dtype)
+        args = permute_k(jnp.asarray(x)), jnp.asarray(row_scale), jnp.asarray(packed), jnp.asarray(scale), jnp.float32(0.25)
+        expected = np.asarray(residual).astype(np.float32) + np.asarray(f(*args)).astype(np.float32)
+        poison(m, n, out_dtype)
+        np.testing.assert_array_equal(np.asarray(f(*args, residual=residual)), expected.astype(out_dtype), err_msg=f"M={m}")
 
 
 @pytest.mark.gpu

@@ -1,5 +1,7 @@
 """The bfloat16 matmul of fixed order: against float64, and the bits of a row in other batches."""
 
+import functools
+
 import aot
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,11 @@ BF16 = jnp.bfloat16
 
 @pytest.mark.aot
 @pytest.mark.skipif(not aot.available(), reason="needs the extra `aot`")
-@pytest.mark.parametrize("m, n", [(3, 128), (200, 16896)])
-def test_compiles(m, n):
-    (kernel,) = aot.compile(float_dense.matmul, ((m, 2048), BF16), ((2048, n), BF16))
+@pytest.mark.parametrize("m, n, transposed", [(3, 128, False), (70, 192, False), (200, 16896, False), (3, 16896, True), (301, 49152, True), (12, 192, True),
+                                              (1100, 4096, False), (4000, 2048, True), (9, 16960, False), (1024, 4096, False), (100, 49152, True)])
+def test_compiles(m, n, transposed):
+    f = functools.partial(float_dense.matmul, transposed=transposed)
+    (kernel,) = aot.compile(f, ((m, 2048), BF16), ((n, 2048) if transposed else (2048, n), BF16))
     assert kernel.spills == 0 and not any("C7510" in w for w in kernel.warnings)
 
 
@@ -26,12 +30,14 @@ def test_unsupported():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("n", [128, 16896])
-def test_a_rows_bits_are_its_own(key, n):
-    x, kernel = jax.random.normal(key, (300, 2048), BF16), jax.random.normal(jax.random.fold_in(key, 1), (2048, n), BF16)
-    whole = np.asarray(jax.jit(float_dense.matmul)(x, kernel))
-    some = slice(0, 300, 7), slice(n - 128, n)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("m, n", [(300, 128), (300, 16896), (1100, 4096), (2300, 4096)])
+def test_a_rows_bits_are_its_own(key, m, n, transposed):
+    x, kernel = jax.random.normal(key, (m, 2048), BF16), jax.random.normal(jax.random.fold_in(key, 1), (2048, n), BF16)
+    f = jax.jit(lambda x, kernel: float_dense.matmul(x, kernel.T if transposed else kernel, transposed=transposed))
+    whole = np.asarray(f(x, kernel))
+    some = slice(0, m, 7), slice(n - 128, n)
     exact = np.asarray(x, np.float64)[some[0]] @ np.asarray(kernel[:, some[1]], np.float64)
     assert np.linalg.norm(whole[some] - exact) < 1e-5 * np.linalg.norm(exact)
     for rows in (slice(0, 1), slice(7, 71), slice(100, 228), slice(40, 296)):
-        np.testing.assert_array_equal(np.asarray(jax.jit(float_dense.matmul)(x[rows], kernel)).view(np.uint32), whole[rows].view(np.uint32))
+        np.testing.assert_array_equal(np.asarray(f(x[rows], kernel)).view(np.uint32), whole[rows].view(np.uint32))

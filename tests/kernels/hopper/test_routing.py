@@ -103,6 +103,34 @@ def test_top_k_experts(version, normalize):
         assert np.isnan(weights).all() and (ids == np.arange(k)).all()
 
 
+def test_top_k_of_parts(monkeypatch):
+    """Parts are added up from left to right, rows behind the tokens left alone."""
+    monkeypatch.setattr(threads, "thread_kernel", ptx.run_thread_kernel)
+    rng = np.random.default_rng()
+    parts = rng.normal(size=(4, 8, 40)).astype(np.float32)
+    parts[:, 5:] = np.nan
+    got = routing.top_k_of_parts(parts, 5, 3, normalize=True)
+    want = routing.top_k_experts(((parts[0] + parts[1]) + parts[2] + parts[3])[:5], 3, normalize=True)
+    np.testing.assert_array_equal(got[1], want[1])
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)  # exponentials are off by an ulp at random here
+
+
+@pytest.mark.parametrize("version", ["xla", pytest.param("hopper", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_a_router_in_one_call(version, tokens):
+    """The product and the choice, and their gradients, as when called one after the other."""
+    rng = np.random.default_rng()
+    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((tokens, 512), (512, 64)))
+    of = dict(implementation=version)
+    together = lambda x, kernel: ops.choose_experts(x, kernel, 4, normalize=True, **of)
+    apart = lambda x, kernel: ops.top_k_experts(ops.float_matmul(x, kernel, **of), 4, normalize=True, **of)
+    for a, b in zip(jax.jit(together)(x, kernel), jax.jit(apart)(x, kernel)):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    loss = lambda f: jax.jit(jax.grad(lambda x, kernel: (f(x, kernel)[0] * jnp.arange(1, 5, dtype=jnp.float32)[None]).sum(), argnums=(0, 1)))
+    for a, b in zip(loss(together)(x, kernel), loss(apart)(x, kernel)):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2e-2, atol=1e-5)
+
+
 @pytest.mark.parametrize("version", ["xla", pytest.param("hopper", marks=pytest.mark.gpu)])
 def test_top_k_experts_differentiates(version):
     """Through the weights, at the experts that were chosen, as plain jnp does."""
@@ -143,6 +171,15 @@ def test_combine_adds_in_slot_order(version, dtype):
                 np.testing.assert_allclose(got.astype(np.float32), want.astype(np.float32), rtol=2e-2 if out == jnp.bfloat16 else 1e-5, atol=1e-5)
             else:
                 np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
+            residual = (rng.normal(size=want.shape) * 10).astype(want.dtype)
+            added = call(version, lambda rows, row_of_slot, weights, residual: f(
+                rows, routing.Routing(None, row_of_slot, None), weights, out_dtype=out, residual=residual),
+                rows, route.row_of_slot, weights, residual)
+            both = (residual.astype(np.float32) + got.astype(np.float32)).astype(want.dtype)
+            if version == "xla":
+                np.testing.assert_allclose(added.astype(np.float32), both.astype(np.float32), rtol=2e-2 if out == jnp.bfloat16 else 1e-5, atol=1e-4)
+            else:
+                np.testing.assert_array_equal(added.view(np.uint8), both.view(np.uint8))
 
 
 @pytest.mark.aot

@@ -20,6 +20,10 @@ CASES = [
     "quantize-64-2048-tensor-none", "operand-64-8192-token-mae", "norm-64-2048-token-none", "silu-64-768-tensor_pow2-none",
 ]  # fmt: skip
 
+# Stores and loads of what found no register: a row of 8192 with four-over-six' two candidates fills the 128 of each of 512 threads, and
+# 1024 threads of 64 spill more.
+SPILLED = {(100, "operand-64-8192-token-mae"): 2}
+
 
 def compiled(sm, *cases):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | dict(PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu")
@@ -35,7 +39,7 @@ def check(sm, reports):
 
     for r in reports:
         what = r["case"], r["kernel"], r["constants"]
-        assert r["spills"] == 0 and r["local"] == 0, what
+        assert r["spills"] <= SPILLED.get((sm, r["case"]), 0) and r["local"] == 0, what
         assert r["shared"] <= decode.shared_memory(sm), what
         if r["kernel"] in ("dense_kernel", "grouped_kernel"):
             assert r["f16x2"] > 0, what

@@ -1,0 +1,37 @@
+"""Several weights that read the same tokens, in one launch: q, k and v, or the gate and the up projection of a small layer.
+
+    CTA  0 ..            ctas of weight 0       each a CTA of `Narrow`, `Split` or `Wide` with its weight's refs: the branch is the same for all
+         ctas of 0 ..    ctas of weight 1       of its threads, and the kernels differ in N and the bias alone, so that shared memory and
+         ...                                    threads fit all of them
+"""
+import dataclasses
+
+from jax import lax
+from jax.experimental import pallas as pl
+
+from nvfp4jax.kernels.hopper.dense_product import Refs
+
+_COMMON = "x", "row_scale", "layer"  # of `Refs`: what all weights read
+_OWN = tuple(field.name for field in dataclasses.fields(Refs) if field.name not in (*_COMMON, "out"))
+
+
+def build(kernels):
+    """-> a function of the arrays of each kernel's `Refs` but the last, which it returns, for each."""
+    first, count = kernels[0], len(kernels)
+
+    def body(*refs, **scratch):
+        common, own, outs = dict(zip(_COMMON, refs)), refs[len(_COMMON):-count], refs[-count:]
+        tile, start = lax.axis_index("tile"), 0
+        for j, (kernel, out) in enumerate(zip(kernels, outs)):
+            part = Refs(**common, **dict(zip(_OWN, own[j * len(_OWN):])), out=out)
+            inside = (tile >= start) & (tile < start + kernel.ctas)
+            pl.when(inside)(lambda kernel=kernel, part=part, start=start: kernel.run(part, tile - start, **scratch))
+            start += kernel.ctas
+
+    launch = first.launch(body, [kernel.product.out_type for kernel in kernels], sum(kernel.ctas for kernel in kernels))
+
+    def run(arrays):
+        named = [dict(zip((field.name for field in dataclasses.fields(Refs)), a)) for a in arrays]
+        return tuple(launch(*(named[0][name] for name in _COMMON), *(a[name] for a in named for name in _OWN)))
+
+    return run

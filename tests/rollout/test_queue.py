@@ -1,0 +1,409 @@
+"""A queue of prompts against the same prompts one by one: the bits of each row, the order of the results, what is compiled and copied.
+
+Most of it on a model of integers, whose sums are exact in any order: no batch, no place and no number of slots may change a bit.
+"""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import loading
+from models.test_stacking import FREE, outside_fusions
+from scripted import Scripted
+
+import nvfp4jax
+from nvfp4jax import models
+from nvfp4jax.models import cache
+from nvfp4jax.rollout import generate, generate_text, queue
+
+decoding = importlib.import_module("nvfp4jax.rollout.decoding")
+TOKENS, FEATURES = 40, 4
+STOP = (5, 17, 31)
+
+
+class Integers(nnx.Module):
+    """The next token's logits are a table's entry for all that a row has read, its tokens and their positions, through a cache of two
+    layers in a stack and one alone; exact in float32. A cache slot that is another row's, or an older one's, changes them."""
+
+    takes_shared_cache = True
+
+    def __init__(self, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        self.embedding = nnx.Param(jnp.asarray(rng.integers(-8, 8, (TOKENS, FEATURES)), jnp.float32))
+        self.table = nnx.Param(jnp.asarray(rng.integers(-24, 24, (97, TOKENS)) / 8, jnp.float32))
+        self.config = {"vocab_size": TOKENS}
+
+    def init_cache(self, batch, length, dtype=None):
+        return cache.init_cache([{"read": (2, None, FEATURES)}, {"read": (None, FEATURES)}], [2, None], batch, length, jnp.float32)
+
+    def __call__(self, tokens, positions, kv, *, valid=None, last=None, return_experts=False):
+        shared = isinstance(kv, cache.SharedCache)
+        slots = kv.slots if shared else jnp.zeros(len(tokens), jnp.int32)
+        weight = (positions % jnp.int32(7) + jnp.int32(1)).astype(jnp.float32)[..., None]
+        new = self.embedding[...][tokens] * weight
+        parts, sums = cache.parts(kv), []
+        for i, part in enumerate(parts):
+            for layer in (jnp.int32(0), jnp.int32(1)) if i == 0 else (None,):
+                part = part._replace(layer=layer).write(positions[:, 0] - slots, read=new[:, :, None].repeat(2, 2) if i == 0 else new)
+                pick = lambda x: x if layer is None else x[layer, :, layer]
+                own = pick(part["read"])
+                seen = jnp.arange(own.shape[1])[None, None] <= (positions - slots[:, None])[..., None]
+                total = jnp.where(seen[..., None], own[:, None], jnp.float32(0)).sum(2)
+                if shared:
+                    first = pick(part.shared["read"].value)
+                    first = jnp.repeat(first, len(tokens) // len(first), axis=0)
+                    held = jnp.arange(first.shape[1])[None] < slots[:, None]
+                    total = total + jnp.where(held[..., None], first, jnp.float32(0)).sum(1)[:, None]
+                sums.append(total)
+            parts[i] = part._replace(layer=None)
+        written = tuple(part.arrays for part in parts)
+        row = jnp.abs(sum(x.sum(-1) * jnp.float32(n + 1) for n, x in enumerate(sums))).astype(jnp.int32) % jnp.int32(97)
+        experts = jnp.stack([(tokens + positions + jnp.int32(n))[..., None] % jnp.arange(5, 7, dtype=jnp.int32)[None, None] for n in range(3)])
+        if last is not None:
+            row = jnp.take_along_axis(row, last[:, None], axis=1)
+        kv = cache.SharedCache(written, kv.shared, kv.slots) if shared else written
+        return models.Output(self.table[...][row], kv, experts if return_experts else None)
+
+
+@functools.cache
+def integers() -> Integers:
+    return Integers()
+
+
+def prompts(lengths, common=0):
+    """Ragged, padded on the left; the first `common` tokens alike."""
+    rng, width = np.random.default_rng(), max(lengths)
+    ids = rng.integers(0, TOKENS, (len(lengths), width))
+    for row, length in zip(ids, lengths, strict=True):
+        row[width - length :][:common] = np.arange(common) % TOKENS
+    return ids, np.arange(width) >= width - np.asarray(lengths)[:, None]
+
+
+FIELDS = ("tokens", "lengths", "logprobs", "experts", "prompt_experts", "top_tokens", "top_logprobs", "weight_versions")
+
+
+def assert_bits(found, expected):
+    for field in FIELDS:
+        a, b = getattr(found, field), getattr(expected, field)
+        assert (a is None) == (b is None) and type(a) is type(b), field
+        if a is not None:
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b, field)
+
+
+def keys(number, start=11):
+    return jax.vmap(jax.random.key)(jnp.arange(start, start + number))
+
+
+SAMPLED = dict(temperature=1.0, top_k=9, repetition_penalty=1.2, top_logprobs=2, pad_id=-3)
+
+
+@pytest.mark.parametrize("options, in_flight", [
+    (dict(), [1]), (SAMPLED, [4]), pytest.param(SAMPLED, [1, 2, 9, 50], marks=pytest.mark.slow)], ids=["greedy", "sampled", "many"])  # fmt: skip
+def test_the_bits_of_each_prompt_alone(options, in_flight):
+    """One by one, all at once, and through a queue of any number of rows; each row's key its own, so that a row alone has the same."""
+    ids, mask = prompts(np.random.default_rng().integers(1, 16, 11) + np.arange(11) % 2 * 15)  # programs of two widths
+    options = dict(max_new_tokens=12, stop_tokens=STOP, return_experts=True) | options
+    of = lambda rows: dict(key=keys(11)[rows]) | options
+    together = generate(integers(), ids, mask, **of(slice(None)))
+    assert len(set(together.lengths.tolist())) > 1
+    for row in (1, 3):
+        alone = generate(integers(), ids[row : row + 1], mask[row : row + 1], **of(slice(row, row + 1)))
+        for field in ("tokens", "logprobs", "lengths"):
+            np.testing.assert_array_equal(getattr(alone, field)[0], getattr(together, field)[row])
+    for rows in in_flight:
+        assert_bits(generate(integers(), ids, mask, rows_in_flight=rows, **of(slice(None))), together)
+    if len(in_flight) > 1:
+        assert_bits(generate(integers(), ids, mask, rows_in_flight=3, cache_length=50, **of(slice(None))), together)
+    order = np.random.default_rng().permutation(11)
+    turned = generate(integers(), ids[order], mask[order], rows_in_flight=in_flight[0], **of(order))
+    np.testing.assert_array_equal(turned.tokens, np.asarray(together.tokens)[order])
+    np.testing.assert_array_equal(turned.logprobs, np.asarray(together.logprobs)[order])
+
+
+@pytest.mark.parametrize("samples, common, repeated", [
+    (1, 140, 1), (2, 140, 2), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((3, 0, 1), (1, 0, 2), (3, 0, 2), (3, 140, 1), (1, 140, 2)))])  # fmt: skip
+def test_what_is_held_once(samples, common, repeated):
+    """A prefix of 140 tokens, of which 128 are shared; samples, and prompts given twice in a row: a key for all, rows by their index."""
+    ids, mask = prompts(np.random.default_rng().integers(260, 288, 6), common)
+    ids, mask = (np.repeat(x, repeated, 0) for x in (ids, mask))
+    options = dict(max_new_tokens=6, stop_tokens=STOP, temperature=1.0, key=jax.random.key(3), num_samples=samples, return_experts=True)
+    plain = generate(integers(), ids, mask, **options)
+    assert_bits(generate(integers(), ids, mask, rows_in_flight=3 * samples * repeated, **options), plain)
+    if repeated > 1:  # a place is one prompt where no more fits
+        assert_bits(generate(integers(), ids, mask, rows_in_flight=samples, **options), plain)
+
+
+@pytest.mark.parametrize("samples, common", [(1, 0), pytest.param(1, 130, marks=pytest.mark.slow), pytest.param(2, 130, marks=pytest.mark.slow)])
+def test_the_pool_shrinks_in_the_end(samples, common, monkeypatch):
+    """32 places and answers of very different lengths: the later pool is a quarter, the rows are the same."""
+    ids, mask = prompts(common + np.random.default_rng().integers(17, 30, 36), common)
+    limits = np.where(np.arange(36) % 7 == 0, 30, np.random.default_rng().integers(1, 14, 36))
+    options = dict(max_new_tokens=limits, temperature=1.0, key=jax.random.key(1), num_samples=samples, return_experts=True)
+    sizes, chunk = [], queue._chunk
+    monkeypatch.setattr(queue, "_chunk", lambda *args: sizes.append(len(args[2].done)) or chunk(*args))
+    found = generate(integers(), ids, mask, rows_in_flight=32 * samples, **options)
+    assert sizes[0] == 32 * samples and set(sizes) == {32 * samples, 8 * samples} and sizes == sorted(sizes, reverse=True)
+    assert_bits(found, generate(integers(), ids, mask, **options))
+    np.testing.assert_array_equal(found.lengths, np.repeat(limits, samples))
+    # Where both sizes of an array do not fit beside each other, it stays as it is.
+    monkeypatch.setattr(queue.memory, "has_room", lambda params, size: False)
+    sizes.clear()
+    assert_bits(generate(integers(), ids, mask, rows_in_flight=32 * samples, **options), found)
+    assert set(sizes) == {32 * samples}
+
+
+def test_a_number_of_tokens_for_each_prompt():
+    """Each row is that of a rollout to its own number; with chunks as well."""
+    ids, mask = prompts([3, 9, 4])
+    options = dict(temperature=1.0, key=jax.random.key(2), num_samples=2, return_experts=True, top_logprobs=1, pad_id=-1)
+    found = generate(integers(), ids, mask, max_new_tokens=[4, 1, 7], **options)
+    for prompt, limit in enumerate((4, 1, 7)):
+        expected = generate(integers(), ids, mask, max_new_tokens=limit, **options)
+        for row in (2 * prompt, 2 * prompt + 1):
+            for field in ("tokens", "logprobs", "top_tokens", "top_logprobs"):
+                np.testing.assert_array_equal(getattr(found, field)[row, :limit], getattr(expected, field)[row])
+            np.testing.assert_array_equal(found.experts[:, row, :limit], expected.experts[:, row])
+            assert (np.asarray(found.tokens)[row, limit:] == -1).all() and (np.asarray(found.experts)[:, row, max(limit - 1, 0) :] == -1).all()
+    assert found.lengths.tolist() == [4, 4, 1, 1, 7, 7] and found.tokens.shape == (6, 7)
+    calls = []
+    chunked = generate(integers(), ids, mask, max_new_tokens=np.array([4, 1, 7]), swap_every=2, on_tokens=lambda *a: calls.append(a[1].tolist()), **options)
+    assert_bits(chunked, found)
+    assert calls == [[1] * 6, [3, 3, 1, 1, 3, 3], [4, 4, 1, 1, 5, 5], [4, 4, 1, 1, 7, 7]]
+
+
+@functools.cache
+def oracle():
+    graphdef, _ = nnx.split(integers())
+    return jax.jit(lambda state, *args: nnx.merge(graphdef, state)(*args))
+
+
+def answered(states, versions, prompt, key):
+    """Oracle: the tokens of one row, token n by the weights states[versions[n]], the cache that of the weights at the time."""
+    call = oracle()
+    kv, read, start, tokens = integers().init_cache(1, 64), prompt, 0, []
+    for n, version in enumerate(versions):
+        positions = np.arange(start, start + len(read), dtype=np.int32)[None]
+        out = call(states[version], jnp.asarray(read, jnp.int32)[None], jnp.asarray(positions), kv)
+        tokens.append(int(jax.random.categorical(jax.random.fold_in(key, n), out.logits[0, -1])))
+        kv, start, read = out.cache, start + len(read), tokens[-1:]
+    return tokens
+
+
+def test_weights_that_come_between_chunks():
+    """Each token by the weights that its version names, over the keys and values that older ones left; later prompts by newer ones alone."""
+    ids, mask = prompts([20] * 7)
+    model = nnx.clone(integers())
+    states = {3: nnx.state(integers()), 5: nnx.state(Integers(1)), 8: nnx.state(Integers(2))}
+    source = Scripted({2: (5, states[5]), 4: (8, states[8])})
+    found = generate(
+        model, ids, mask, max_new_tokens=[7, 4, 6, 7, 5, 7, 7], temperature=1.0, key=jax.random.key(9), weights=source, swap_every=2, rows_in_flight=3)  # fmt: skip
+    row_keys = nvfp4jax.rollout.row_keys(jax.random.key(9), 7, 1)
+    for row in range(7):
+        length = int(found.lengths[row])
+        versions = found.weight_versions[row]
+        assert (versions[:length] > 0).all() and (versions[length:] == -1).all() and (np.diff(versions[:length]) >= 0).all()
+        assert answered(states, versions[:length].tolist(), ids[row][mask[row]], row_keys[row]) == found.tokens[row, :length].tolist()
+    # A token and a chunk of two; two more or fewer, as a row ends with the fourth; ...
+    assert found.weight_versions[0].tolist() == [3, 3, 3, 5, 5, 5, 8] and found.weight_versions[3].tolist() == [5, 5, 5, 8, 8, 8, 8]
+    np.testing.assert_array_equal(model.table[...], states[8]["table"][...])
+    other = generate(integers(), ids, mask, max_new_tokens=7, weights=Scripted({}, -1), rows_in_flight=3)
+    assert set(np.unique(other.weight_versions)) <= {-2, -1}
+
+
+def test_new_weights_run_the_prefix_again():
+    ids, mask = prompts(np.arange(260, 266), 130)
+    new = nnx.state(Integers(1))
+    options = dict(max_new_tokens=4, temperature=1.0, key=jax.random.key(0))
+    found = generate(nnx.clone(integers()), ids, mask, weights=Scripted({2: (5, new)}), rows_in_flight=2, **options)
+    begun = found.weight_versions[:, 0] == 5
+    assert begun.sum() >= 3
+    expected = generate(nnx.merge(nnx.graphdef(integers()), new), ids, mask, **options)
+    np.testing.assert_array_equal(np.asarray(found.tokens)[begun], np.asarray(expected.tokens)[begun])
+
+
+def test_on_tokens_sees_all_rows_and_ends_them():
+    ids, mask = prompts([17, 22, 19, 24, 18, 21])
+    options = dict(max_new_tokens=9, temperature=1.0, key=jax.random.key(4), swap_every=2, pad_id=-1)
+    free, calls = generate(integers(), ids, mask, **options), []
+
+    def watch(tokens, lengths):
+        calls.append(lengths.copy())
+        for row, length in enumerate(lengths):
+            np.testing.assert_array_equal(tokens[row, :length], free.tokens[row, :length])
+            assert (tokens[row, length:] == -1).all()
+        return (np.arange(6) == 1) & (lengths > 2) | (np.arange(6) == 5)  # row 5 has not begun
+
+    found = generate(integers(), ids, mask, rows_in_flight=2, on_tokens=watch, **options)
+    assert (np.diff(calls, axis=0) >= 0).all() and calls[0].tolist() == [3, 3, 0, 0, 0, 0] and np.diff(calls, axis=0).max() <= 3
+    assert found.lengths.tolist() == [9, 3, 9, 9, 9, 0] == calls[-1].tolist()
+    for row, length in enumerate(found.lengths):
+        np.testing.assert_array_equal(found.tokens[row, :length], free.tokens[row, :length])
+        np.testing.assert_array_equal(found.logprobs[row, :length], free.logprobs[row, :length])
+        assert (np.asarray(found.tokens)[row, length:] == -1).all()
+
+
+def test_one_sample_of_a_prompt_is_ended():
+    """The other goes on, and the place is free once both have ended; one that was ended while it waited ends at the first visit."""
+    ids, mask = prompts([20, 20, 20])
+    options = dict(max_new_tokens=8, temperature=1.0, key=jax.random.key(4), swap_every=3, num_samples=2, pad_id=-1)
+    ends = lambda tokens, lengths: np.asarray([False, True, False, False, False, True]) & (lengths.sum() > 5)
+    found = generate(integers(), ids, mask, rows_in_flight=2, on_tokens=ends, **options)
+    assert found.lengths.tolist() == [8, 4, 8, 8, 8, 4]
+    free = generate(integers(), ids, mask, **options)
+    for row, length in enumerate(found.lengths):
+        np.testing.assert_array_equal(found.tokens[row, :length], free.tokens[row, :length])
+
+
+def test_a_second_call_compiles_nothing():
+    """Other prompts, as many rows in flight, more of them, within the same buckets."""
+    def run(number, seed):
+        ids, mask = prompts(np.resize([17, 30, 20, 32], number))
+        limits = np.resize([3, 20 - seed, 5, 2, 4, 3, 6, 2], number)
+        generate(integers(), ids, mask, max_new_tokens=limits, temperature=0.5 + seed, key=jax.random.key(seed), rows_in_flight=32)
+
+    programs = (queue._empty, queue._refill, queue._chunk, queue._answers, queue._take_but_cache, queue._take_rows)
+    before = [f._cache_size() for f in programs]
+    run(33, 0)
+    sizes = [f._cache_size() for f in programs]
+    assert [b - a for a, b in zip(before[:3], sizes[:3], strict=True)] == [1, 1, 2]  # of 32 rows, and of 8
+    run(40, 1)
+    assert [f._cache_size() for f in programs] == sizes
+
+
+def test_empty_places_write_behind_the_prefix():
+    """A row's slot in its own part of the cache is its position less what it shares, and a kernel does not look whether that is negative."""
+    graphdef, params = nnx.split(integers())
+    settings = decoding.Settings(16, 176, prefix=128)
+    controls = decoding.Controls(jnp.float32(1), jnp.float32(1), jnp.zeros(0, jnp.int32))
+    first, _ = queue._run_prefix(graphdef, params, jnp.zeros((1, 128), jnp.int32), settings, nnx.State({}))
+    pool = queue._empty(graphdef, params, first, nnx.State({}), jax.random.key(0), controls, 5, 160, settings)
+    assert pool.cache.slots.tolist() == pool.position.tolist() == [128] * 5 and pool.done.all()
+    found = queue._chunk(graphdef, params, pool, np.int32(3), np.int32(5), controls, settings)
+    assert found.step == 0  # no step without a row that lives
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["own", "shared"])
+def test_the_pool_is_never_copied(share, unchecked):
+    """A chunk and a refill write into the donated cache: nothing of its shapes is made but what is written in place."""
+    model = loading.load("qwen3-tiny", scan_layers=True)
+    graphdef, params = nnx.split(model)
+    samples, places, few, width = 2, 6, 3, 144
+    settings = decoding.Settings(16, width + 16, samples, share_prompts=share)
+    controls = decoding.Controls(jnp.float32(1), jnp.float32(1), jnp.zeros(0, jnp.int32))
+    ints = lambda *shape: jnp.zeros(shape, jnp.int32)
+    pool = queue._empty(graphdef, params, None, nnx.State({}), jax.random.key(0), controls, places, width, settings)
+    shapes = {x.value.shape for part in ((pool.cache.own, pool.cache.shared) if share else (pool.cache,)) for x in cache.arrays(part)}
+    chunk = queue._chunk.lower(graphdef, params, pool, ints(), ints(), controls, settings)
+    refill = queue._refill.lower(
+        graphdef, params, pool, None, ints(few, width), ints(few), jax.random.key(0), ints(few), ints(few * samples), ints(few), controls, settings)  # fmt: skip
+    for lowered in (chunk, refill):
+        program = outside_fusions(lowered.compile().as_text())
+        made = [op for op, _, shape in program if shape in shapes and op not in FREE]
+        assert made and "copy" not in made and len(made) <= 2 * len(shapes), made
+
+
+def close(a, b):
+    for field in ("tokens", "lengths", "experts", "prompt_experts"):
+        if getattr(b, field) is not None:
+            np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+    np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_a_transformer():
+    """Scanned layers of attention, more prompts than rows."""
+    model = loading.load("qwen3-tiny", scan_layers=True)
+    ids, mask = prompts([17, 30, 24, 32, 19, 20])
+    options = dict(max_new_tokens=[8, 3, 5, 1, 8, 6], temperature=1.0, key=jax.random.key(7))
+    close(generate(model, ids, mask, rows_in_flight=4, **options), generate(model, ids, mask, **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3-moe-tiny", "deepseek-v3-tiny"])
+@pytest.mark.parametrize("scan, samples, common", [(True, 1, 140), (False, 2, 0), (True, 2, 140)])
+def test_transformers(name, scan, samples, common):
+    model = loading.load(name, scan_layers=scan)
+    ids, mask = prompts(np.random.default_rng().integers(common + 130, common + 180, 7), common)
+    options = dict(max_new_tokens=np.arange(2, 9), temperature=1.0, key=jax.random.key(7), num_samples=samples, return_experts="moe" in name)
+    close(generate(model, ids, mask, rows_in_flight=3 * samples, **options), generate(model, ids, mask, **options))
+
+
+@pytest.mark.slow
+def test_layers_with_a_history():
+    """Mode "delayed": an entry for each filling and each step, and the model has them afterwards."""
+    model = nvfp4jax.quantize_model(loading.load("qwen3-tiny", scan_layers=True), nvfp4jax.Rule("layers/.*/up_proj", scaling="delayed"))
+    ids, mask = prompts([9, 12, 11, 10])
+    out = generate(model, ids, mask, max_new_tokens=3, rows_in_flight=2)
+    (history,) = jax.tree.leaves(nnx.state(model, nvfp4jax.layers.InputAmax))
+    calls = 4 + 2 * 2  # a prompt at a time; two and two rows together
+    assert ((np.asarray(history)[..., :calls] > 0).all() and not np.asarray(history)[..., calls:].any()) and out.lengths.tolist() == [3] * 4
+
+
+class Letters:
+    """A letter a token."""
+
+    def encode(self, texts):
+        return [[ord(letter) - 97 for letter in text] for text in texts]
+
+    def decode(self, rows):
+        return ["".join(chr(97 + token) for token in row) for row in rows]
+
+
+def test_texts():
+    options = dict(max_new_tokens=12, stop_strings=["b", "pq"], swap_every=3)
+    texts = ["hello", "abc", "z", "queue", "xyz"]
+    given = {row: "" for row in range(5)}
+    answers, found = generate_text(integers(), Letters(), texts, rows_in_flight=2, on_text=lambda row, new: given.update({row: given[row] + new}), **options)
+    expected, plain = generate_text(integers(), Letters(), texts, **options)
+    assert answers == expected == list(given.values())
+    assert_bits(found, plain)
+
+
+def test_a_progress_bar(capfd):
+    ids, mask = prompts([3, 4, 5])
+    plain = generate(integers(), ids, mask, max_new_tokens=5, progress=False)
+    assert capfd.readouterr() == ("", "")
+    for rows in (None, 2):
+        assert_bits(generate(integers(), ids, mask, max_new_tokens=5, swap_every=2, progress=True, rows_in_flight=rows), plain)
+        out, err = capfd.readouterr()
+        assert out == "" and "3/3" in err and "tokens/s" in err
+    ended = lambda tokens, lengths: np.arange(3) > 0  # the last one while it waits
+    generate(integers(), ids, mask, max_new_tokens=5, progress=True, rows_in_flight=2, on_tokens=ended)
+    assert "3/3" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(rows_in_flight=0), "rows_in_flight=0: at least 1"),
+        (dict(rows_in_flight=2.5), "rows_in_flight=2.5: an integer"),
+        (dict(progress=1), "progress=1: True or False"),
+        (dict(on_tokens=lambda tokens, lengths: [True]), r"on_tokens gave bool \[1\]: None, or bool \[2\], one for each row"),
+        (dict(on_tokens=lambda tokens, lengths: [True], rows_in_flight=1), r"on_tokens gave bool \[1\]"),
+        (dict(max_new_tokens=[3]), "max_new_tokens: one number, or one for each of the 2 prompts, not 1"),
+        (dict(max_new_tokens=[3, 0]), "max_new_tokens=0: at least 1"),
+        (dict(max_new_tokens=np.array([3.0, 1.0])), "max_new_tokens=3.0: an integer"),
+    ],
+)
+def test_bad_arguments(options, message, unchecked):
+    with pytest.raises(ValueError, match=message):
+        generate(integers(), [[1, 2], [3, 4]], **(dict(max_new_tokens=2) | options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("samples", [1, 2])
+def test_an_fp8_cache_and_telemetry(samples):
+    """Behind a prefix that all share, held decoded; the counts are of all calls."""
+    model = loading.load("qwen3-tiny", scan_layers=True)
+    model = nvfp4jax.quantize_model(model, nvfp4jax.Rule("layers/.*_proj", scaling="token"))
+    ids, mask = prompts([150, 133, 140, 131, 170], common=130)
+    options = dict(max_new_tokens=6, num_samples=samples, cache_dtype=jnp.float8_e4m3fn)
+    plain = generate(model, ids, mask, **options)
+    queued = generate(model, ids, mask, rows_in_flight=2 * samples, telemetry=True, **options)
+    np.testing.assert_array_equal(queued.tokens, plain.tokens)
+    np.testing.assert_allclose(queued.logprobs, plain.logprobs, atol=2e-2)
+    assert queued.telemetry.layers and (queued.telemetry.blocks > 0).all() and (queued.telemetry.amax > 0).all()

@@ -1,0 +1,174 @@
+"""Prompts held once for all their samples: the tokens and logprobs of a rollout that repeats them."""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import loading
+
+import nvfp4jax
+from nvfp4jax import models
+from nvfp4jax.models import cache
+from nvfp4jax.rollout import Controls, Sampling, Settings, decode, prefill, row_keys
+from nvfp4jax.rollout.generate import _split
+from nvfp4jax.rollout.prompts import common, pack, repeats
+
+generating = importlib.import_module("nvfp4jax.rollout.generate")  # the package's `generate` is the function
+
+SAMPLES, NEW = 3, 5
+
+
+def prompts(lengths, vocabulary=500):
+    ids = np.random.default_rng().integers(1, vocabulary, (len(lengths), max(lengths)))
+    return jnp.asarray(ids, jnp.int32), jnp.asarray(lengths, jnp.int32)
+
+
+@functools.cache
+def compiled():
+    return jax.jit(prefill, static_argnames="settings"), jax.jit(decode, static_argnames="settings")
+
+
+def run(model, ids, lengths, share, limits=(NEW,)):
+    """Shared, or in a cache as long as what the shared one is together, so that XLA sums alike."""
+    graphdef, params, seen = _split(model)
+    steps = ids.shape[1]
+    settings = Settings(NEW, steps + NEW + (0 if share else 128), SAMPLES, Sampling(greedy=False), share_prompts=share)
+    controls = Controls(jnp.float32(1), jnp.float32(1), jnp.zeros(0, jnp.int32))
+    start, go_on = compiled()
+    state = start(graphdef, params, ids, lengths, row_keys(jax.random.key(3), len(ids), SAMPLES), controls, settings, seen)
+    for limit in limits:
+        state = go_on(graphdef, params, state, jnp.int32(limit), controls, settings)
+    return state
+
+
+def quantized(model):
+    return nvfp4jax.quantize_model(model, nvfp4jax.Rule(r"layers/.*(_proj|experts)", scaling="token"))
+
+
+@pytest.mark.parametrize("name, scan, quantize", [
+    ("qwen3-tiny", True, False), pytest.param("qwen3-tiny", False, False, marks=pytest.mark.slow),
+    pytest.param("qwen3-moe-tiny", True, True, marks=pytest.mark.slow), pytest.param("deepseek-v3-tiny", True, False, marks=pytest.mark.slow)])
+def test_bits_of_a_rollout_that_repeats_them(name, scan, quantize):
+    """Ragged prompts: one of no whole step of 128 slots, one of whole steps alone, decoded in chunks."""
+    model = loading.load(name, jnp.bfloat16 if quantize else jnp.float32, scan_layers=scan)
+    model = quantized(model) if quantize else model
+    ids, lengths = prompts([60, 256, 200, 270])
+    shared, repeated = run(model, ids, lengths, True, (2, NEW)), run(model, ids, lengths, False)
+    np.testing.assert_array_equal(shared.tokens, repeated.tokens)
+    np.testing.assert_array_equal(shared.logprobs, repeated.logprobs)
+    assert isinstance(shared.cache, cache.SharedCache) and (np.asarray(shared.cache.slots) == np.repeat([0, 256, 128, 256], SAMPLES)).all()
+    rows = lambda kv: {x.value.shape[x.batch] for x in cache.arrays(kv)}
+    assert rows(shared.cache.shared) == {4} and rows(shared.cache.own) == {4 * SAMPLES} and cache.length(shared.cache.own) == 128 + NEW
+
+
+class NothingNew:
+    active_step = 3
+
+    def take(self):
+        return None
+
+
+def unshared(model, monkeypatch, *args, **options):
+    with monkeypatch.context() as m:
+        m.setattr(type(model), "takes_shared_cache", False)
+        return nvfp4jax.generate(model, *args, **options)
+
+
+def assert_near(a, b):
+    for name in ("tokens", "lengths", "experts", "prompt_experts"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("samples, weights", [(1, None), pytest.param(2, NothingNew(), marks=pytest.mark.slow)])
+def test_what_all_prompts_begin_with_runs_once(monkeypatch, samples, weights):
+    """150 tokens in common, of which 128 are shared; padding on the left, which the prompts' own lengths do not follow."""
+    model = loading.load("qwen3-moe-tiny", scan_layers=True)
+    rng = np.random.default_rng()
+    ids = rng.integers(1, 500, (3, 190))
+    lengths = np.array([190, 151, 160])
+    mask = np.arange(190) >= 190 - lengths[:, None]
+    first = rng.integers(1, 500, 150)
+    for row, length in zip(ids, lengths, strict=True):
+        row[190 - length:][:150] = first
+    options = dict(max_new_tokens=4, temperature=1.0, key=jax.random.key(1), num_samples=samples, return_experts=True)
+    plain = unshared(model, monkeypatch, ids, mask, **options)
+    calls = []
+    inner = type(model).__call__
+    monkeypatch.setattr(type(model), "__call__", lambda self, tokens, *a, **k: calls.append(tokens.shape) or inner(self, tokens, *a, **k))
+    assert_near(nvfp4jax.generate(model, ids, mask, weights=weights, **options), plain)
+    assert calls[:2] == [(1, 128), (3, 64)] and (np.asarray(plain.prompt_experts)[:, mask] >= 0).all()
+
+
+@pytest.mark.slow
+def test_a_prompt_given_several_times_in_a_row_runs_once(monkeypatch):
+    """Its rows draw with their own keys, as they do beside a prompt that is given once."""
+    model = loading.load("qwen3-moe-tiny", scan_layers=True)
+    ids = np.random.default_rng().integers(1, 500, (3, 140)).repeat([2, 2, 1], 0)
+    options = dict(max_new_tokens=4, temperature=1.0, key=jax.random.key(1), num_samples=2, return_experts=True)
+    plain = unshared(model, monkeypatch, ids, **options)
+    calls = []
+    inner = type(model).__call__
+    monkeypatch.setattr(type(model), "__call__", lambda self, tokens, *a, **k: calls.append(tokens.shape) or inner(self, tokens, *a, **k))
+    out = nvfp4jax.generate(model, ids[:4], **options)
+    assert calls[0] == (2, 144)
+    assert_near(out, dataclasses.replace(
+        plain, tokens=plain.tokens[:8], lengths=plain.lengths[:8], logprobs=plain.logprobs[:8], experts=plain.experts[:, :8],
+        prompt_experts=plain.prompt_experts[:, :4]))  # fmt: skip
+
+
+def test_repeats_and_what_is_common():
+    def of(*rows):
+        ids = np.zeros((len(rows), max(map(len, rows))), int)
+        for i, row in enumerate(rows):
+            ids[i, :len(row)] = row
+        return pack(ids, np.arange(ids.shape[1]) < np.array([len(row) for row in rows])[:, None])
+
+    assert repeats(of([1], [1], [2], [2], [3], [3])) == 2 and repeats(of([1], [1], [1], [1], [2], [2])) == 2
+    assert repeats(of([1], [2], [1], [2])) == repeats(of([1], [1], [1, 0], [1, 0], [3])) == 1 and repeats(of([7, 8], [7, 8], [7, 8])) == 3
+    assert repeats(of([1], [1, 0])) == 1  # padding is no token
+    assert common(of([1, 2, 3, 4], [1, 2, 5, 4])) == 2 and common(of([1, 2, 3], [1, 2, 3, 4])) == 2 and common(of([1, 2, 3])) == 0
+    assert common(of([1, 2], [1, 2])) == 0 and common(of([1, 0], [1])) == 0 and common(of([2, 1], [3, 1])) == 0
+
+
+def test_what_cannot_share_says_why(monkeypatch, caplog):
+    generating._log_unshared.cache_clear()
+    packed = pack(np.arange(300).reshape(1, 300) + 1, np.ones((1, 300), bool))
+    with caplog.at_level("INFO", "nvfp4jax"):
+        for _ in range(2):
+            assert generating._sharing(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), packed, 1, 2) == {}
+    assert [r.getMessage() for r in caplog.records] == [
+        "generate: Linear takes no cache.SharedCache, so that each row holds its whole prompt"]  # fmt: skip
+    two = pack(np.arange(300).reshape(1, 300).repeat(2, 0) + np.eye(2, 300, 299, int), np.ones((2, 300), bool))
+    model = loading.load("qwen3-tiny", scan_layers=True)
+    assert generating._sharing(model, two, 1, 1) == dict(share_prompts=False, prefix=256)
+    with caplog.at_level("INFO", "nvfp4jax"):
+        delayed = nvfp4jax.quantize_model(model, nvfp4jax.Rule("layers/.*_proj", scaling="delayed"))
+        assert generating._sharing(delayed, two, 1, 2) == dict(share_prompts=True, prefix=0)
+    assert "histories of amaxes" in caplog.records[-1].getMessage()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scan", [True, False])
+def test_bits_on_a_gpu(monkeypatch, scan):
+    """Heads of 64, so that Hopper's kernels attend; samples, and a prefix, against rows that hold all of theirs."""
+    config = loading.config("qwen3-moe-tiny") | dict(head_dim=64)
+    model = quantized(models.build(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(int(np.random.default_rng().integers(2**31)))))
+    model = models.stack_layers(model) if scan else model
+    ids, lengths = prompts([60, 256, 200, 270])
+    shared, repeated = run(model, ids, lengths, True, (2, NEW)), run(model, ids, lengths, False)
+    np.testing.assert_array_equal(shared.tokens, repeated.tokens)
+    np.testing.assert_array_equal(shared.logprobs, repeated.logprobs)
+    ids = np.asarray(ids).copy()
+    ids[:, :150] = ids[0, :150]
+    mask = np.arange(270) < np.array([160, 256, 200, 270])[:, None]
+    for samples in (1, 3):
+        options = dict(max_new_tokens=9, temperature=1.0, key=jax.random.key(1), num_samples=samples)
+        out, plain = nvfp4jax.generate(model, ids, mask, **options), unshared(model, monkeypatch, ids, mask, **options)
+        np.testing.assert_array_equal(out.tokens, plain.tokens)
+        np.testing.assert_array_equal(out.logprobs, plain.logprobs)
