@@ -179,9 +179,21 @@ def _read(ptxas: pathlib.Path, resources: pathlib.Path) -> Kernel:
     log = ptxas.read_text()
     number = lambda pattern, text=log: sum(int(n) for n in re.findall(pattern, text))
     sass = list(ptxas.parent.glob(ptxas.stem + ".sass*"))
+    ptx, registers = ptxas.with_suffix(".ptx").read_text(), number(r"Used (\d+) registers")
+    _check_registers(ptxas.stem, ptx, registers)
     return Kernel(
-        name=ptxas.stem, registers=number(r"Used (\d+) registers"),
+        name=ptxas.stem, registers=registers,
         spills=number(r"(\d+) bytes spill"), stack=number(r"(\d+) bytes stack frame"),
         smem=number(r"smem_scratch_bytes=(\d+)", resources.read_text()),
-        warnings=tuple(re.findall(r".*\(C7\d+\).*", log)), ptx=ptxas.with_suffix(".ptx").read_text(),
+        warnings=tuple(re.findall(r".*\(C7\d+\).*", log)), ptx=ptx,
         sass=sass[0].read_text() if sass else "")
+
+
+def _check_registers(name: str, ptx: str, registers: int) -> None:
+    """setmaxnreg waits until the CTA has so many left: where one warpgroup gives and the others take more than it gave, forever."""
+    (gives, *_), (takes, *_) = ([*sorted(map(int, re.findall(rf"setmaxnreg\.{way}\S* (\d+)", ptx))), 0] for way in ("dec", "inc"))
+    (threads,) = re.findall(r"\.(?:maxntid|reqntid) (\d+)", ptx)
+    groups = int(threads) // 128
+    if takes and gives + (groups - 1) * takes > groups * -(-registers // 8) * 8:
+        raise RuntimeError(f"{name}: {groups} warpgroups are launched with {registers} registers a thread; one keeps {gives}, the others "
+                           f"ask for {takes}: they wait forever")

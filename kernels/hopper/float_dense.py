@@ -53,7 +53,8 @@ def _launch(x, kernel, rows, columns, stages, parts, transposed):
     """-> [parts, M, N], M rounded up to whole tiles."""
     k, n = kernel.shape[::-1] if transposed else kernel.shape
     m = -(-x.shape[0] // rows) * rows
-    down = rows // 64  # warpgroups, one below the other
+    height = 128 if rows == 256 else 64  # of a warpgroup: four of them and the producer would ask for more registers than a CTA has, and wait forever
+    down = rows // height  # warpgroups, one below the other
     across = 2 if down == 1 and columns == 128 else 1
     width = columns // across
     itemsize = 2
@@ -68,13 +69,13 @@ def _launch(x, kernel, rows, columns, stages, parts, transposed):
         def accumulate(evaluate):
             def scope(acc):
                 evaluate(acc)
-                place = at_rows.start + (wg // across) * 64, at_columns.start + (wg % across) * width
-                out_gmem[lax.axis_index("part"), pl.ds(place[0], 64), pl.ds(place[1], width)] = acc[...]
+                place = at_rows.start + (wg // across) * height, at_columns.start + (wg % across) * width
+                out_gmem[lax.axis_index("part"), pl.ds(place[0], height), pl.ds(place[1], width)] = acc[...]
 
-            pl.run_scoped(scope, plgpu.ACC((64, width), jnp.float32))
+            pl.run_scoped(scope, plgpu.ACC((height, width), jnp.float32))
 
         def step(_, x_smem, w_smem, acc):
-            own_x = x_smem if down == 1 else x_smem.at[pl.ds((wg // across) * 64, 64)]
+            own_x = x_smem if down == 1 else x_smem.at[pl.ds((wg // across) * height, height)]
             own = slice(None) if across == 1 else pl.ds((wg % across) * width, width)
             plgpu.wgmma(acc, own_x, w_smem.at[own].T if transposed else w_smem.at[:, own])
             plgpu.wgmma_wait(0)
