@@ -1,9 +1,10 @@
-# make demo, make test: each sets up .venv by itself (Python >= 3.12, no GPU needed). make test draws the same examples each time;
-# make test-all adds what takes long and draws new ones.
+# make demo, make test: each sets up .venv by itself (Python >= 3.12, no GPU needed). make test draws the same
+# examples each time; make test-all adds what takes long and draws new ones, by the SEED that pytest prints.
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= test,aot
+SEED := $(or $(SEED),$(shell od -An -N4 -tu4 /dev/urandom | tr -d ' '))
 CHECKPOINT ?= tests/data/qwen3-moe-tiny/bf16
 export JAX_PLATFORMS ?= cpu
 
@@ -26,7 +27,7 @@ test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(TESTS)
 
 test-slow: $(VENV)/.ready
-	NVFP4JAX_FRESH=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m slow $(TESTS)
+	NVFP4JAX_SEED=$(SEED) $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m slow $(TESTS)
 
 test-all: $(VENV)/.ready
-	NVFP4JAX_FRESH=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
+	NVFP4JAX_SEED=$(SEED) $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
