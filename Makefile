@@ -1,10 +1,12 @@
 # make demo, make test: each sets up .venv by itself (Python >= 3.12, no GPU needed). make test draws the same
-# examples each time; make test-all adds what takes long and draws new ones, by the SEED that pytest prints.
+# examples each time; make test-all adds what takes long and draws new ones, by the SEED that pytest prints. make test-slow SHARE=3
+# runs a third of those that take long.
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= test,aot
 SEED := $(or $(SEED),$(shell od -An -N4 -tu4 /dev/urandom | tr -d ' '))
+SHARE ?= 1
 CHECKPOINT ?= tests/data/qwen3-moe-tiny/bf16
 export JAX_PLATFORMS ?= cpu
 
@@ -27,7 +29,7 @@ test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(TESTS)
 
 test-slow: $(VENV)/.ready
-	NVFP4JAX_SEED=$(SEED) $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m slow $(TESTS)
+	NVFP4JAX_SEED=$(SEED) NVFP4JAX_SHARE=$(SHARE) $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m slow $(TESTS)
 
 test-all: $(VENV)/.ready
 	NVFP4JAX_SEED=$(SEED) $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TESTS)

@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 # The same examples in each run; NVFP4JAX_SEED=NUMBER (make test-all draws one, CI takes the commit's) draws others, the same again for it.
 SEED = os.environ.get("NVFP4JAX_SEED", "")
+# NVFP4JAX_SHARE=3 (CI) runs a third of the slow tests, which third says the seed.
+SHARE = int(os.environ.get("NVFP4JAX_SHARE", "1"))
 
 if os.environ.get("NVFP4JAX_TEST_GPU") != "1":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -46,7 +48,7 @@ SLOW = Path(__file__).parent / "slow.txt"
 
 
 def pytest_report_header():
-    return f"NVFP4JAX_SEED={SEED}"
+    return f"NVFP4JAX_SEED={SEED} NVFP4JAX_SHARE={SHARE}"
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
@@ -60,6 +62,11 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.nodeid in slow:
             item.add_marker(pytest.mark.slow)
+    others = [item for item in items if "slow" in item.keywords and zlib.crc32(f"{SEED}{item.nodeid}".encode()) % SHARE]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
+    for item in items:
         if "gpu" in item.keywords and not wanted:
             item.add_marker(pytest.mark.skip(reason="needs a GPU: NVFP4JAX_TEST_GPU=1 pytest -m gpu"))
 
