@@ -14,10 +14,10 @@ runs whole rollouts of several samples a prompt, the prompts held once and held 
     python benchmarks/bench_rollout.py --batches --prefix-prompts 1209 [--prefix 850] [--own 100] [--mean 121] [--new 512]
                                        [--rows-in-flight 256 512 1024]
 
-one `generate` of prompts that begin alike, with the prefix held once and without: every token stops its row with a chance of 1 in `mean`,
-by that many stop tokens, at temperature 1. Prefill is counted in both; "ms" is the time for a step of all rows. With --rows-in-flight the same
-prompts, each with a key of its own, in batches of so many and through a queue with so many in flight, the prefix held once. XLA_PYTHON_CLIENT_MEM_FRACTION=.95
-gives them the memory.
+one `generate` of prompts that begin alike, with the prefix held once and without, at temperature 1. Answers are as uneven as GSM8K's reference
+answers (openai/grade-school-math, test.jsonl: 123 words, digits and marks on average, the logarithm's deviation .43): lognormal, `mean` on
+average. Prefill is counted in both; "ms" is the time for a step of all rows. With --rows-in-flight the same each with a key of its own, in batches of so many and through a queue with so many in flight, the prefix held once.
+XLA_PYTHON_CLIENT_MEM_FRACTION=.95 gives them the memory.
 "memory" is arguments and temporaries of the compiled step. --profile splits a step by kernel, by jax's profiler.
 """
 
@@ -45,6 +45,7 @@ from nvfp4jax.scaling import Static
 
 MEMORY, PEAK = 4.3e12, 790e12  # bytes/s, bf16 FLOP/s: measured ceilings of an H200
 NEW = 48  # tokens that a timed run may make
+SPREAD = 0.43  # of the logarithm of an answer's length
 cache_dtype: str | None = None  # --cache-dtype
 _QWEN3 = dict(vocab_size=151936, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False)
 _QWEN3_MOE = _QWEN3 | dict(
@@ -300,23 +301,23 @@ def samples(config: dict, model: nnx.Module, prompts: int, number: int, length: 
 def beginning_alike(
     config: dict, model: nnx.Module, prompts: int, prefix: int, own: int, mean: int, new: int, share: bool, rows: int | None = None, queue: bool = False
 ) -> dict:
-    """Prompts that have `prefix` tokens in common and about `own` more; rows of `mean` tokens on average. rows: None, all at once; or in
-    batches of so many, or through a queue with so many in flight."""
+    """Prompts that have `prefix` tokens in common and about `own` more; answers of `mean` tokens on average, `new` at most. rows: None, all at
+    once; or in batches of so many, or through a queue with so many in flight."""
     rng = np.random.default_rng(0)
     counts = prefix + rng.integers(own * 3 // 5, own * 7 // 5 + 1, prompts)
     ids = rng.integers(0, config["vocab_size"], (prompts, counts.max()))
     ids[:, :prefix] = ids[0, :prefix]
     mask = np.arange(ids.shape[1]) < counts[:, None]
-    stops = tuple(range(config["vocab_size"] // mean))
+    answers = np.clip(rng.lognormal(np.log(mean) - SPREAD**2 / 2, SPREAD, prompts), 1, new).astype(np.int32)
     taken, type(model).takes_shared_cache = type(model).takes_shared_cache, share
-    times, options = [], dict(max_new_tokens=new, temperature=1.0, stop_tokens=stops, cache_dtype=cache_dtype)
+    times, options = [], dict(temperature=1.0, cache_dtype=cache_dtype)
     turns = [slice(None)] if rows is None or queue else [slice(start, start + rows) for start in range(0, prompts, rows)]
     try:
         for seed in (1, 2):  # the first one compiles
             keys = jax.vmap(jax.random.key)(np.arange(prompts, dtype=np.uint32) + np.uint32(seed * prompts))
             start = time.time()
             more = dict(rows_in_flight=rows) if queue else {}
-            out = [nvfp4jax.generate(model, ids[turn], mask[turn], key=keys[turn], **options, **more) for turn in turns]
+            out = [nvfp4jax.generate(model, ids[turn], mask[turn], max_new_tokens=answers[turn], key=keys[turn], **options, **more) for turn in turns]
             lengths = np.concatenate([np.asarray(o.lengths) for o in out])
             times.append(time.time() - start)
     finally:
