@@ -16,7 +16,8 @@ runs whole rollouts of several samples a prompt, the prompts held once and held 
 
 one `generate` of prompts that begin alike, with the prefix held once and without, at temperature 1. Answers are as uneven as GSM8K's reference
 answers (openai/grade-school-math, test.jsonl: 123 words, digits and marks on average, the logarithm's deviation .43): lognormal, `mean` on
-average. Prefill is counted in both; "ms" is the time for a step of all rows. With --rows-in-flight the same each with a key of its own, in batches of so many and through a queue with so many in flight, the prefix held once.
+average. Prefill is counted in both; "ms" is the time for a step of all rows. With --rows-in-flight the same
+prompts, each with a key of its own, in batches of so many and through a queue with so many in flight, the prefix held once.
 XLA_PYTHON_CLIENT_MEM_FRACTION=.95 gives them the memory.
 "memory" is arguments and temporaries of the compiled step. --profile splits a step by kernel, by jax's profiler.
 """
