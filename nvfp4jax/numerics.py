@@ -24,6 +24,9 @@ E4M3_MAX = 448.0
 E4M3_MAX_FOUR_OVER_SIX = 256.0  # leaves room for the scale that maps a block's amax to 4 instead of 6
 FLT_MAX = float(np.finfo(np.float32).max)
 E4M3_NAN = 0x7F
+# A weight global scale above this stands for a weight beyond 2**18: it is the inverse of one (an encode multiplier, as
+# compressed-tensors stores it), because weights of ordinary size have 2688 / amax up there.
+LARGEST_WEIGHT_GLOBAL_SCALE = 2.0**18 / 2688
 # Below this amax the global scale would be a float32 denormal, which backends flush: such a tensor counts as zero.
 AMAX_MIN = 2688.0 * 2.0**-126
 # silu(g) = g / (1 + exp(-g)) of a bfloat16 g lies so near to a tie of two bfloat16 at -2**-8, 2**-7, 5.9375 and -3.046875 that the last

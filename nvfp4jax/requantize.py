@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from nvfp4jax import arguments, layers
+from nvfp4jax.numerics import LARGEST_WEIGHT_GLOBAL_SCALE
 from nvfp4jax.scaling import is_tracing
 from nvfp4jax.swap import Path, path_string, quantized_layers, shared_places
 
@@ -70,23 +71,38 @@ def quantize_params(state: nnx.State | nnx.Module | Mapping, qmodel: nnx.Module,
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _fit(x: jax.Array, signed: bool) -> jax.Array:
+def _fit(x: jax.Array, kind: str) -> jax.Array:
     x = x.astype(jnp.float32)
-    return (jnp.isfinite(x) if signed else jnp.isfinite(x) & ~jnp.signbit(x)).all()
+    if kind == "global_scale":
+        return ((x > 0) & (x < LARGEST_WEIGHT_GLOBAL_SCALE)).all()
+    return (jnp.isfinite(x) & ~jnp.signbit(x) if kind == "scale" else jnp.isfinite(x)).all()
+
+
+_COMPLAINTS = {
+    "float": "NaN or infinity in {dtype}",
+    "scale": "NaN or infinity or a negative scale",
+    "global_scale": "a global scale that is not finite, not positive, or the inverse of one (it multiplies: amax / 2688)",
+}
+
+
+def _kind(path: Path, variable: nnx.Variable) -> str:
+    if not isinstance(variable, layers.NVFP4Param):
+        return "float"
+    return "global_scale" if str(path[-1]).endswith("global_scale") else "scale"
 
 
 def _check_values(taken: Mapping[Path, nnx.Variable]) -> None:
-    """Leaves that are taken as they are hold no NaN and no infinity, and scales are not negative; traced ones are not looked at, and inside
+    """Leaves that are taken as they are hold no NaN and no infinity, scales are not negative, and global scales multiply; traced ones are not looked at, and inside
     jit none: a look at one that is not would be traced, too."""
     if is_tracing():
         return
     leaves = {p: v for p, v in taken.items() if isinstance(v.get_value(), jax.Array | np.ndarray) and not isinstance(v.get_value(), jax.core.Tracer)}
     floats = {p: v for p, v in leaves.items() if jnp.issubdtype(v.dtype, jnp.floating)}
-    fit = {p: _fit(v.get_value(), not isinstance(v, layers.NVFP4Param)) for p, v in floats.items()}  # all are started before the first is waited for
+    fit = {p: _fit(v.get_value(), _kind(p, v)) for p, v in floats.items()}  # all are started before the first is waited for
     for path, good in zip(fit, jax.device_get([*fit.values()]), strict=True):
         if not good:
-            what = "or a negative scale" if isinstance(floats[path], layers.NVFP4Param) else f"in {floats[path].dtype}"
-            raise ValueError(f"{path_string(path)}: NaN or infinity {what}")
+            complaint = _COMPLAINTS[_kind(path, floats[path])].format(dtype=floats[path].dtype)
+            raise ValueError(f"{path_string(path)}: {complaint}")
 
 
 def straight_through[M: nnx.Module](qmodel: M, state: nnx.State | nnx.Module | Mapping, *, merge_lora: bool | float = False) -> M:

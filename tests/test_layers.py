@@ -318,6 +318,17 @@ def test_weights_that_are_not_finite_are_refused(key):
             nvfp4jax.quantize_model(net, RULES)
 
 
+def test_a_packed_state_is_taken_as_a_reader_takes_it(key):
+    """The inverse of a global scale, as compressed-tensors stores it, would be weights 10**8 times too large."""
+    q = nvfp4jax.quantize_model(Net(nnx.Rngs(key)), RULES)
+    state = nnx.to_pure_dict(nnx.state(q))
+    nvfp4jax.quantize_params(state, q)
+    for bad in (1 / state["split"]["kernel_global_scale"], jnp.float32(0), jnp.float32(jnp.nan)):
+        state["split"]["kernel_global_scale"] = bad
+        with pytest.raises(ValueError, match="split/kernel_global_scale: a global scale that is not finite, not positive, or the inverse"):
+            nvfp4jax.quantize_params(state, q)
+
+
 @pytest.mark.slow
 def test_tree_mode(key):
     """The swap, a call and quantize_params under NNX tree mode, in a process of its own: the mode is set at import."""

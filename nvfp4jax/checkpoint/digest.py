@@ -13,9 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# A weight global scale above this stands for a weight beyond 2**18: it is the inverse of one (an encode multiplier, as
-# compressed-tensors stores it), because weights of ordinary size have 2688 / amax up there.
-LARGEST_WEIGHT_GLOBAL_SCALE = 2.0**18 / 2688
+from nvfp4jax.numerics import LARGEST_WEIGHT_GLOBAL_SCALE
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 

@@ -19,11 +19,11 @@ import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
-from nvfp4jax.checkpoint.digest import LARGEST_WEIGHT_GLOBAL_SCALE
 from nvfp4jax.checkpoint.quantization_config import BLOCK, Quantization, parse_quantization
 from nvfp4jax.checkpoint.safetensors import CheckpointError, TensorInfo, read_folder, read_json, read_tensor
 from nvfp4jax.checkpoint.survey import require_folder
 from nvfp4jax.models.family import ExpertNames
+from nvfp4jax.numerics import LARGEST_WEIGHT_GLOBAL_SCALE
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 BF16 = np.dtype(ml_dtypes.bfloat16)

@@ -124,8 +124,9 @@ def publish(
     arguments.flag("publish: rewind", rewind)
     if taken := sorted({"step", "generation", "digests", "leaves", "format_version", "recipe", "config", "rules", "dtype"} & metadata.keys()):
         raise ValueError(f"publish: {taken[0]!r} is an entry of the step's own metadata; give yours another name")
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory}: not a folder, so nothing can be published there")
+    if not directory.is_dir() and (directory.exists() or directory.is_symlink()):
+        what = "not a folder" if directory.exists() else "a link to what is not there"
+        raise CheckpointError(f"{directory}: {what}, so nothing can be published there")
     if (difference := saved_model.other_function(model, config)) is not None:
         raise CheckpointError(f"{directory}: step {step} is not published: {difference}")
     _refuse_old(directory, step, _present(directory), rewind)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -59,9 +60,21 @@ def _caches(model: nnx.Module, prompts: int, steps: int, settings: Settings) -> 
     return held(rows, room), behind + (0 if in_place else held(prompts, steps))
 
 
+def _host() -> tuple[int, int] | None:
+    """Bytes (available and swap that is free, in all) of this machine; None where it does not tell (it is no Linux)."""
+    try:
+        found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        available, swap, total = (1024 * int(found[name].split()[0]) for name in ("MemAvailable", "SwapFree", "MemTotal"))
+    except (OSError, KeyError):
+        return None
+    return available + swap, total
+
+
 def _free(params: Any) -> tuple[int, int] | None:
-    """Bytes (free, in all) of the one device that holds the weights; None where that is not known: on a CPU, over a mesh."""
+    """Bytes (free, in all) of the one device that holds the weights; None where that is not known: over a mesh."""
     devices = {d for x in jax.tree.leaves(params) if isinstance(x, jax.Array) for d in x.devices()}
+    if {d.platform for d in devices} == {"cpu"}:
+        return _host()
     stats = next(iter(devices)).memory_stats() if len(devices) == 1 else None
     if not stats or "bytes_limit" not in stats:
         return None
@@ -77,7 +90,7 @@ def has_room(params: Any, size: int) -> bool:
 def check(
     model: nnx.Module, params: Any, prompts: int, steps: int, settings: Settings, vocabulary: int | None, refill: Settings | None = None, few: int = 0
 ) -> None:
-    """ValueError where the rollout cannot fit on the one device that holds the weights. Not known, not checked: on a CPU, over a mesh."""
+    """ValueError where the rollout cannot fit on the one device that holds the weights. Not known, not checked: over a mesh."""
     found = _free(params)
     if found is None:
         return
@@ -85,12 +98,16 @@ def check(
     need = predict(model, prompts, steps, settings, vocabulary, refill, few)
     if need.total > free:
         gb = lambda size: f"{size / 1e9:.1f} GB"  # noqa: E731
-        fit = prompts * free // need.total
-        queue = refill is not None
+        fit, queue = prompts * free // need.total, refill is not None
+        if not fit:
+            ways = "Not even one prompt fits"
+        elif queue:
+            ways = f"About rows_in_flight={fit * settings.samples} fit"
+        else:
+            ways = f"About {fit} prompts at a time fit (rows_in_flight)"
         raise ValueError(
             f"{'rows_in_flight' if queue else 'input_ids'}: {prompts} prompts with {settings.samples} samples each "
             f"{'at a time ' if queue else ''}and {settings.cache_length} slots need {gb(need.cache)} for the "
-            f"cache and {gb(need.logits)} for the logits; {gb(free)} of {gb(limit)} are free. "
-            + (f"About rows_in_flight={fit * settings.samples} fit" if queue else f"About {fit} prompts at a time fit (rows_in_flight)")
-            + ", or more with fewer samples, a smaller max_new_tokens or cache_dtype"
+            f"cache and {gb(need.logits)} for the logits; {gb(free)} of {gb(limit)} are free. {ways}; more with fewer samples, "
+            "a smaller max_new_tokens or cache_dtype"
         )

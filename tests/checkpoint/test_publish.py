@@ -194,6 +194,7 @@ def test_a_directory_that_is_none(tmp_path):
         with pytest.raises(CheckpointError) as error:
             publish(place, 1, net(1), CONFIG)
         assert str(place) in str(error.value) or str(place.parent) in str(error.value)
+    assert "dangling: a link to what is not there" in str(error.value)
     os.mkfifo(tmp_path / ".publish.lock")
     with pytest.raises(CheckpointError, match="not a regular file"):
         publish(tmp_path, 1, net(1), CONFIG)

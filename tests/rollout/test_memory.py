@@ -78,6 +78,8 @@ def test_the_cache_of_a_pool_and_of_a_refill(model, samples, prefix):
 def full(monkeypatch):
     @dataclasses.dataclass(frozen=True)
     class Full:
+        platform: str = "cuda"
+
         def memory_stats(self):
             return dict(bytes_limit=10_000_000, bytes_in_use=9_000_000)
 
@@ -104,3 +106,9 @@ def test_too_many_rows_in_flight_are_refused(model, full):
 def test_too_large_a_batch_is_refused(model, full):
     with pytest.raises(ValueError, match=r"input_ids: 64 prompts .* need .* GB.*About (\d+) prompts at a time fit"):
         rollout.generate(model, np.arange(64)[:, None].repeat(16, 1), max_new_tokens=16)
+
+
+def test_more_tokens_than_any_machine_holds(model):
+    """On a CPU, whose memory is this machine's: XLA's own error would name no argument."""
+    with pytest.raises(ValueError, match="input_ids: 2 prompts .* GB are free. Not even one prompt fits; more with .* a smaller max_new_tokens"):
+        rollout.generate(model, np.arange(2)[:, None].repeat(16, 1), max_new_tokens=10**9)
