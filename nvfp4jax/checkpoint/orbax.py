@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore
 from orbax.checkpoint._src import asyncio_utils
+from orbax.checkpoint._src.futures.future import AwaitableSignalsContract
 from orbax.checkpoint._src.serialization import tensorstore_utils
 from orbax.checkpoint.experimental import v1 as ocp
 
@@ -272,8 +273,7 @@ def write(path: Path, state: Any, metadata: Mapping[str, Any], name: str) -> Non
         json.dumps(full)
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{name}: not saved: the metadata are no JSON ({error})") from None
-    with _writing():
-        _attempt(f"{name}: not saved", ocp.save, path, _nested(leaves), custom_metadata=full)
+    _save(f"{name}: not saved", ocp.save, path, _nested(leaves), custom_metadata=full)
 
 
 def _digests(path: Path | str, leaves: Mapping[str, Any]) -> dict[str, str]:
@@ -293,6 +293,20 @@ def _writing() -> ocp.Context:
     context.array.saving.use_compression = False
     context.asynchronous.create_directories_asynchronously = False  # else a save fails when a load begins beside it
     return context
+
+
+def _save(message: str, call: Callable, *arguments: Any, **options: Any) -> None:
+    """`_attempt` of a save. Orbax notes in each one that its folders are made, for whoever waits for them, and keeps
+    the notes of all saves for ever where it does not make folders asynchronously."""
+
+    def saved() -> None:
+        try:
+            call(*arguments, **options)
+        finally:
+            AwaitableSignalsContract.remove_all_awaitable_signals()  # of this save; the next one has another number
+
+    with _writing():
+        _attempt(message, saved)
 
 
 class PartialSave:
@@ -315,17 +329,15 @@ class PartialSave:
     def add(self, leaves: Mapping[str, Any]) -> None:
         self._digests |= _digests(self.path, leaves)
         self._leaves |= _told(leaves)
-        with _writing():
-            _attempt(f"{self.path}: not saved", ocp.partial.save, self.path, _nested(leaves))
+        _save(f"{self.path}: not saved", ocp.partial.save, self.path, _nested(leaves))
 
     def finish(self, leaves: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
         """Adds the last leaves (at least one) and the metadata; the folder appears."""
         self._digests |= _digests(self.path, leaves)
         self._leaves |= _told(leaves)
         full = {"format_version": FORMAT_VERSION, **metadata, "digests": self._digests, "leaves": self._leaves}
-        with _writing():
-            _attempt(f"{self.path}: not saved", ocp.partial.save, self.path, _nested(leaves), custom_metadata=full)
-            _attempt(f"{self.path}: not saved", ocp.partial.finalize, self.path)
+        _save(f"{self.path}: not saved", ocp.partial.save, self.path, _nested(leaves), custom_metadata=full)
+        _save(f"{self.path}: not saved", ocp.partial.finalize, self.path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from orbax.checkpoint._src.futures import signaling_client, synchronization
 
 from checkpoint import folders
 from nvfp4jax import models
@@ -105,6 +106,13 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="the metadata are no JSON"):
         orbax.save(tmp_path / "step", example(), METADATA | {"config": object()})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_leaves_no_signals_behind(tmp_path):
+    """Orbax's own notes of a save would grow with each one of a long training."""
+    orbax.save(tmp_path / "1", {"x": jnp.ones(8)}, {"recipe": "float"})
+    operation = synchronization.OperationIdGenerator.get_current_operation_id()
+    assert signaling_client.get_signaling_client().key_value_dir_get(f"awaitable_signals_contract_{operation}/") == []
 
 
 @pytest.mark.parametrize("change, message", [
