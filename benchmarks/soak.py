@@ -46,11 +46,31 @@ NEW_TOKENS, SWAP_EVERY = 16, 3
 OBJECTS_A_RELOAD = 2  # measured: 47 objects more after 118 loads and saves
 OBJECTS_ONCE = 6_000  # what is in flight at a mark, one of it a model that is loaded or refused (measured: up to 5,000 more at one mark, gone at the next)
 GROWTH_BYTES = 48e6
+IN_USE_GROWTH_BYTES = 8e6  # measured: 1e6 up and down, with what is in flight at a mark
 
 
 MARKS = 24
 # Python's list of all objects holds tuples that another thread still fills, which then fails: nothing is published meanwhile.
 publishing = threading.Lock()
+
+
+class _MallInfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+
+def in_use() -> int:
+    """Bytes that malloc has given out: a leak grows here. Resident memory also has the gaps between them, in an arena a thread; 0 without glibc 2.33.
+
+    Small Python objects come from Python's own allocator, which `sys.getallocatedblocks` counts.
+    """
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        return 0
+    mallinfo.restype = _MallInfo
+    found = mallinfo()
+    return found.uordblks + found.hblkhd
 
 
 def resident() -> tuple[int, Counter]:
@@ -266,7 +286,7 @@ def soak(seconds: float, seed: int) -> dict:
             outcome.reloads += len({*versions.tolist()} - {seen})
             seen = int(versions[-1])
             if time.monotonic() - begin > seconds * len(marks) / MARKS:
-                marks.append((time.monotonic() - begin, outcome.reloads + outcome.published, *resident()))
+                marks.append((time.monotonic() - begin, outcome.reloads + outcome.published, *resident(), in_use(), sys.getallocatedblocks()))
         stop.set()
         thread.join()
         faults.unlistable = False
@@ -283,11 +303,15 @@ def soak(seconds: float, seed: int) -> dict:
     if len(settled) > 1:
         first, last_mark = settled[0], settled[-1]
         files, more, grown = last_mark[1] - first[1], last_mark[3] - first[3], last_mark[2] - first[2]
-        objects = last_mark[3].total() - first[3].total()
+        objects, leaked = last_mark[3].total() - first[3].total(), last_mark[4] - first[4]
         figures |= {"resident_mb": [round(m[2] / 1e6) for m in (marks[0], first, last_mark)], "loads_and_saves_between": files, "objects_between": objects,
-                    "objects": [m[3].total() for m in marks], "grown": dict(more.most_common(6))}  # fmt: skip
+                    "objects": [m[3].total() for m in marks], "grown": dict(more.most_common(6)),
+                    "resident_mb_all": [round(m[2] / 1e6, 1) for m in marks], "in_use_mb": [round(m[4] / 1e6, 1) for m in marks],
+                    "python_blocks": [m[5] for m in marks]}  # fmt: skip
         if grown > GROWTH_BYTES:
             outcome.problems.append(f"memory grew by {grown / 1e6:.0f} MB in the second half")
+        if leaked > IN_USE_GROWTH_BYTES:
+            outcome.problems.append(f"memory that is in use grew by {leaked / 1e6:.1f} MB in the second half")
         if objects > OBJECTS_A_RELOAD * files + OBJECTS_ONCE:
             outcome.problems.append(f"{objects} objects stay of {files} loads and saves")
     return figures | {"problems": outcome.problems}
