@@ -77,7 +77,7 @@ def test_accuracy_at_every_magnitude(key):
         y = (x * F32(magnitude)).astype(F32)
         for scaling in ("tensor", "tensor_pow2", "token"):
             assert abs(relative_error(y, dequantize(quantize(jnp.asarray(y), scaling))) - 0.0951) < 0.0015
-        assert relative_error(y, dequantize(quantize(jnp.asarray(y), Tensor(four_over_six="mae")))) < 0.0885
+        assert relative_error(y, dequantize(quantize(jnp.asarray(y), Tensor(four_over_six="mae")))) < 0.0892
     assert relative_error(x * F32(1e-4), one_level(x * F32(1e-4))) == 1.0
     assert relative_error(x * F32(1e4), one_level(x * F32(1e4))) > 0.5
     assert relative_error(x, one_level(x)) < 0.097
