@@ -93,7 +93,8 @@ class NVFP4Rollout(base_rollout.BaseRollout):
             raise ValueError(f"mesh: a jax.sharding.Mesh is needed, or None, not {arguments.shown(mesh)}")
         _check_config(rollout_config)
         lora_scale = None if lora_scale is None else arguments.number("lora_scale", lora_scale)
-        self._actor, self._tokenizer, self._lora_scale = rollout_actor, tokenizer, lora_scale
+        self._actor, self._tokenizer = rollout_actor, tokenizer
+        self._lora_scale = jnp.float32(lora_scale or 0.0)  # on the device: a cluster forbids transfers while it hands over weights
         self._on = None if mesh is None or mesh.empty else mesh  # tunix takes an attribute `mesh` for its own
         self._calls, self._ran = 0, False
         self._offloads = False  # whether the cluster has ever asked for it
@@ -184,7 +185,7 @@ class NVFP4Rollout(base_rollout.BaseRollout):
             floats = {p: v for p, v in nnx.to_flat_state(nnx.state(self._actor, nnx.Param)) if not _is_adapter(p)}
         floats = nnx.from_flat_state(floats)
         if adapters:
-            floats = self._merge(self._moved(floats), self._moved(nnx.from_flat_state(adapters)), jnp.float32(self._lora_scale))
+            floats = self._merge(self._moved(floats), self._moved(nnx.from_flat_state(adapters)), self._lora_scale)
         made = self._requantize(self._moved(floats))
         nnx.update(self.qmodel, _in_memory(made, "pinned_host") if self._offloads else made)
 

@@ -223,12 +223,21 @@ def kinds_of_memory(model: nnx.Module) -> set[str]:
 QWEN3 = functools.partial(tunix_models.make, "qwen3")
 
 
-@pytest.mark.parametrize("actor, offload", [(QWEN3, False), (ours, False), (QWEN3, True)], ids=["tunix-qwen3", "ours", "offloaded"])
+def adapted() -> nnx.Module:
+    base = QWEN3()
+    provider = qwix.LoraProvider(module_path=".*(q_proj|kv_proj|o_proj|gate_proj|down_proj|up_proj)", rank=4, alpha=6.0)
+    return qwix.apply_lora_to_model(base, provider, **base.get_model_input(), rngs=nnx.Rngs(3))
+
+
+@pytest.mark.parametrize("actor, offload", [(QWEN3, False), (ours, False), (QWEN3, True), (adapted, True)],
+                         ids=["tunix-qwen3", "ours", "offloaded", "adapters-offloaded"])
 def test_grpo_learns(actor, offload):
     """GRPO on answers full of small letters, sampled in NVFP4: the reward rises, and the rollout follows the trainer.
 
-    Offloaded: both models wait for their turn in the host's memory, and nothing compiles again for it.
+    Offloaded: both models wait for their turn in the host's memory, and nothing compiles again for it. Adapters: they alone are trained
+    and handed over.
     """
+    rate, adapters = (2e-2, True) if actor is adapted else (4e-3, False)
     rewards, programs = [], []
 
     def reward(prompts, completions, **rest):
@@ -245,8 +254,8 @@ def test_grpo_learns(actor, offload):
         actor=actor, reference=None, tokenizer=Letters(),
         cluster_config=rl_cluster.ClusterConfig(
             role_to_mesh={role: mesh for role in (rl_cluster.Role.ACTOR, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLOUT)},
-            rollout_engine=functools.partial(NVFP4Rollout, rules=rule), offload_to_cpu=offload,
-            training_config=rl_cluster.RLTrainingConfig(actor_optimizer=optax.adam(4e-3), eval_every_n_steps=1000, max_steps=STEPS),
+            rollout_engine=functools.partial(NVFP4Rollout, rules=rule, lora_scale=1.5), offload_to_cpu=offload,
+            training_config=rl_cluster.RLTrainingConfig(actor_optimizer=optax.adam(rate), eval_every_n_steps=1000, max_steps=STEPS),
             rollout_config=config(max_tokens_to_generate=8, temperature=1.0, kv_cache_size=32),
         ),
     )  # fmt: skip
@@ -262,4 +271,9 @@ def test_grpo_learns(actor, offload):
     assert kinds_of_memory(cluster.actor_trainer.model) == {"pinned_host" if offload else "device"}
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.25
     trained = jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")), cluster.actor_trainer.model)
+    if adapters:
+        flat = nnx.to_flat_state(nnx.state(trained, nnx.Param))
+        parts = [nnx.from_flat_state([(p, v) for p, v in flat if ("_lora_" in p[-1]) == lora]) for lora in (False, True)]
+        trained = QWEN3()
+        nnx.update(trained, cluster.rollout._merge(*parts, jnp.float32(1.5)))
     assert_weights(cluster.rollout.qmodel, nvfp4jax.quantize_model(trained, rule))
