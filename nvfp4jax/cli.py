@@ -1,8 +1,11 @@
 """The command line: quantize, rollout, inspect, demo. Bad input ends with exit code 2 and one line on stderr."""
 
+import contextlib
 import dataclasses
+import errno
 import json
 import logging
+import os
 import re
 import sys
 import tempfile
@@ -124,7 +127,9 @@ def _prompt_rows(
     if file is not None:
         try:
             content = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
-            texts += [line for line in content.splitlines() if line.strip()]
+            # Nothing but a line break ends a prompt: splitlines() would also cut at U+2028, U+0085 and form feeds.
+            lines = (line.removesuffix("\r") for line in content.removeprefix("\ufeff").split("\n"))
+            texts += [line for line in lines if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{file_option} {file}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from error
     rows = []
@@ -173,16 +178,41 @@ def _stop_tokens(checkpoint: Path) -> list[int]:
     return found
 
 
-def _part_of(output: Path) -> Path:
-    """The file that is written first; ValueError for an --output that could not be."""
+def _place_of(output: Path) -> tuple[Path, Path]:
+    """(where an --output goes, the file that is written first). ValueError for one that cannot be written.
+
+    A link is followed. A device or a pipe is written itself: nothing may take its place.
+    """
     try:
-        if output.is_dir() or not output.absolute().parent.is_dir():
-            raise ValueError(f"--output {output}: a folder" if output.is_dir() else f"--output {output}: {output.absolute().parent} is no folder")
-        part = output.with_name(output.name + ".part")
-        part.exists()
+        if output.is_dir():
+            raise ValueError(f"--output {output}: a folder")
+        if output.exists() and not output.is_file():
+            if not os.access(output, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return output, output
+        place = Path(os.path.realpath(output))
+        if not place.parent.is_dir():
+            raise ValueError(f"--output {output}: {place.parent} is no folder")
+        part = place.with_name(place.name + ".part")
+        part.open("w").close()
+        part.unlink()
     except OSError as error:
-        raise ValueError(f"--output {str(output)[:80]}...: {error.strerror}") from None
-    return part
+        raise ValueError(f"--output {str(output)[:80]}: {error.strerror}") from None
+    return place, part
+
+
+def _write(output: Path, place: Path, part: Path, text: str) -> None:
+    """The text, in its place as a whole or not at all."""
+    try:
+        part.write_text(text, encoding="utf-8")
+        if part != place:
+            part.replace(place)
+    except OSError as error:
+        raise ValueError(f"--output {str(output)[:80]}: not written: {error.strerror}") from None
+    finally:
+        if part != place:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 @app.command()
@@ -233,7 +263,7 @@ def rollout(
         raise ValueError("--stream: one prompt as text and one sample, without --json")
     if stream is None:
         stream = tokenizer is not None and not as_json and len(rows) * num_samples == 1 and sys.stdout.isatty()
-    part = None if output is None else _part_of(output)
+    places = None if output is None else _place_of(output)  # before anything is loaded or sampled
     arguments.whole("--seed", seed, -(2**63), 2**63 - 1)
     if scaling is not None:
         _scaling(scaling)  # its name is known
@@ -276,9 +306,8 @@ def rollout(
             print(f"[{i // num_samples}.{i % num_samples}] " + (",".join(map(str, new)) if text is None else text))
     if telemetry:
         print(result.telemetry, file=sys.stderr)
-    if output is not None and part is not None:
-        part.write_text("".join(record + "\n" for record in records), encoding="utf-8")
-        part.replace(output)
+    if output is not None and places is not None:
+        _write(output, *places, "".join(record + "\n" for record in records))
 
 
 @app.command()

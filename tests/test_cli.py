@@ -216,6 +216,52 @@ def test_the_folders_stop_tokens(tmp_path, quantized):
     assert cli._stop_tokens(tmp_path / "packed") == [7]
 
 
+def test_where_the_output_goes(tmp_path):
+    """Through a link, and into a pipe: neither is replaced by a file, as a device would be."""
+    real, link, dangling, pipe = (tmp_path / name for name in ("real.jsonl", "link", "dangling", "pipe"))
+    real.write_text("old")
+    link.symlink_to(real)
+    dangling.symlink_to(tmp_path / "new.jsonl")
+    os.mkfifo(pipe)
+    before = sorted(os.listdir(tmp_path))
+    for output, target in ((link, real), (dangling, tmp_path / "new.jsonl"), (real, real)):
+        places = cli._place_of(output)
+        assert sorted(os.listdir(tmp_path)) == before  # nothing is left where it ends before it writes
+        cli._write(output, *places, f"to {output.name}\n")
+        assert target.read_text() == f"to {output.name}\n" and not target.is_symlink()
+        before = sorted({*before, target.name})
+    assert link.is_symlink() and dangling.is_symlink()
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    cli._write(pipe, *cli._place_of(pipe), "to the pipe\n")
+    assert os.read(reader, 100) == b"to the pipe\n" and pipe.is_fifo()
+    os.close(reader)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_an_output_that_cannot_be_kept(tmp_path):
+    """One line, and nothing half-written beside it."""
+    output = tmp_path / "out.jsonl"
+    places = cli._place_of(output)
+    output.mkdir()
+    with pytest.raises(ValueError, match="--output .*out.jsonl: not written: Is a directory"):
+        cli._write(output, *places, "text")
+    assert os.listdir(tmp_path) == ["out.jsonl"]
+
+
+def test_a_line_of_a_file_of_prompts(tmp_path, monkeypatch):
+    """A line break ends a prompt, nothing else does; a byte order mark is no part of the first."""
+    save_tokenizer(tmp_path)
+    read = []
+    monkeypatch.setattr("nvfp4jax.checkpoint.tokenizer.Tokenizer.encode", lambda self, texts: read.extend(texts) or [[1]] * len(texts))
+    text = "a\u2028b\x0cc\u0085d\r\n\r\ne\n"
+    (tmp_path / "prompts.txt").write_bytes(("\ufeff" + text).encode())
+    options = ("--prompt", "--prompt-file", "--token-ids")
+    cli._prompt_rows(tmp_path, (), tmp_path / "prompts.txt", (), options)
+    monkeypatch.setattr("sys.stdin", io.StringIO(text, newline=""))
+    cli._prompt_rows(tmp_path, (), Path("-"), (), options)
+    assert read == ["a\u2028b\x0cc\u0085d", "e"] * 2
+
+
 QUANTIZE = ["quantize", "--model-dir", str(MOE / "bf16"), "--save-dir", "{tmp}/x"]
 BAD = {
     "no folder": (["inspect", "{tmp}/absent"], "no such folder"),
@@ -247,6 +293,10 @@ BAD = {
     "a huge id": (["rollout", "--checkpoint", str(MOE / "bf16"), "--token-ids", "1,99999999999999999999"], "prompt 0: token=99999999999999999999: at most"),
     "a huge seed": (["rollout", "--checkpoint", str(MOE / "bf16"), "--token-ids", "1", "--seed", "99999999999999999999"], "--seed=99999999999999999999: at most"),
     "output": (["rollout", "--checkpoint", str(MOE / "bf16"), "--token-ids", "1", "--output", "{tmp}"], "--output .*: a folder"),
+    "an output whose part cannot be written": (["rollout", "--checkpoint", "{tmp}/cut", "--token-ids", "1", "--output", "{tmp}/out.jsonl"],
+                                               "--output .*out.jsonl: Is a directory"),
+    "an output where nothing can be written": (["rollout", "--checkpoint", "{tmp}/cut", "--token-ids", "1", "--output", "/proc/self/x.jsonl"],
+                                               "--output /proc/self/x.jsonl: No such file or directory"),
     "a long name": (["quantize", "--model-dir", str(MOE / "bf16"), "--save-dir", "{tmp}/" + "x" * 300], "cannot be looked at .File name too long"),
     "cache": (["rollout", "--checkpoint", str(MOE / "bf16"), "--token-ids", "1,2,3", "--cache-length", "16"],
               r"the prompts \[1, 3\] and --max-new-tokens=32 need 35 slots; the cache has --cache-length=16"),
@@ -265,6 +315,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_code_2(run, tmp_path, case):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "out.jsonl.part").mkdir()
     (tmp_path / "none.txt").write_text("\n\n")
     (tmp_path / "one.txt").write_text("a prompt\n")
     shutil.copytree(MOE / "bf16", tmp_path / "cut")
