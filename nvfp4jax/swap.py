@@ -23,7 +23,7 @@ class Rule:
     """What to do with the layers whose path matches.
 
     module_path: a regular expression for `re.fullmatch` on the path joined by '/', e.g. r"layers/\\d+/mlp/.*"; the first
-        rule that matches a layer decides.
+        rule that matches a layer decides. One that skips also matches what lies in a module that it names.
     scaling: None (weights only), "static", "delayed", "tensor", "tensor_pow2", "token", for experts also "expert"; or a value of
         `nvfp4jax.scaling`, e.g. Token(four_over_six="mse").
     weight_four_over_six: None, "mae" or "mse".
@@ -101,9 +101,11 @@ def quantize_model[M: nnx.Module](model: M, rules: Rule | Sequence[Rule]) -> M:
     if not isinstance(model, nnx.Module):
         raise ValueError(f"quantize_model: model: {arguments.shown(model)} is no nnx.Module; a Linen module or a tree of arrays cannot be swapped")
     patterns = [re.compile(rule.module_path) for rule in rules]
-    used = [False] * len(rules)
+    used = [False] * len(rules)  # the rule has decided
+    late = [False] * len(rules)  # or it has matched a layer that an earlier one decides
     done: dict[int, nnx.Module] = {}
     seen_layers: list[str] = []
+    seen_containers: set[int] = set()  # skip rules that have matched a container
     copy = nnx.clone(model)
     homes = {id(node): tuple(path) for path, node in nnx.iter_graph(copy) if isinstance(node, nnx.Variable)}
     places: dict[int, list[Path]] = {}
@@ -112,12 +114,18 @@ def quantize_model[M: nnx.Module](model: M, rules: Rule | Sequence[Rule]) -> M:
             if isinstance(child, nnx.Variable):
                 places.setdefault(id(child), []).append((*path, key))
 
-    def decide(path: str, wanted: Callable[[Rule], bool]) -> Rule | None:
-        for i, (rule, pattern) in enumerate(zip(rules, patterns, strict=True)):
-            if pattern.fullmatch(path) and (rule.skip or wanted(rule)):
-                used[i] = True
-                return rule
-        return None
+    def matching(path: str, wanted: Callable[[Rule], bool]) -> list[int]:
+        return [i for i, (rule, p) in enumerate(zip(rules, patterns, strict=True)) if (rule.skip or wanted(rule)) and p.fullmatch(path)]
+
+    def decide(path: str, wanted: Callable[[Rule], bool], around: tuple[int, ...] = ()) -> Rule | None:
+        """The first rule that matches a layer, or, among those that skip, a container that it lies in (`around`)."""
+        found = sorted({*matching(path, wanted), *around})
+        for i in found[1:]:
+            late[i] = True
+        if not found:
+            return None
+        used[found[0]] = True
+        return rules[found[0]]
 
     def converted(node: nnx.Module, path: Path, rule: Rule) -> nnx.Module:
         name = path_string(path)
@@ -130,21 +138,21 @@ def quantize_model[M: nnx.Module](model: M, rules: Rule | Sequence[Rule]) -> M:
             new.float_places = tuple((names, place) for names, v in own.items() for place in places.get(id(v), ()) if place != (*path, *names))
         return new
 
-    def visit(node: Any, path: Path) -> Any:
+    def visit(node: Any, path: Path, around: tuple[int, ...] = ()) -> Any:
         name = path_string(path)
         if id(node) in done:
             return done[id(node)]
         new = node
         if isinstance(node, nnx.Variable):
             if len(node.shape) == 3 and isinstance(node, nnx.Param):
-                rule = decide(name, lambda rule: rule.scaling is None)
+                rule = decide(name, lambda rule: rule.scaling is None, around)
                 if rule is not None and not rule.skip:
                     new = layers.NVFP4Weight(node, name=name, weight_four_over_six=rule.weight_four_over_six)
             done[id(node)] = new
             return new
         if type(node) in layers.CONVERTERS:
             seen_layers.append(name)
-            rule = decide(name, lambda rule: True)
+            rule = decide(name, lambda rule: True, around)
             if rule is not None and not rule.skip:
                 new = converted(node, path, rule)
                 # What it keeps as it was, a router say, is skipped: a rule that says so has matched.
@@ -153,19 +161,20 @@ def quantize_model[M: nnx.Module](model: M, rules: Rule | Sequence[Rule]) -> M:
                     decide(path_string((*path, *inside)), lambda rule: False)
             done[id(node)] = new
             return new
-        if isinstance(node, nnx.Module) and decide(name, lambda rule: False) is not None:
-            # A skip rule that names a container keeps all below it.
-            done[id(node)] = node
-            return node
+        if isinstance(node, nnx.Module):
+            # A skip rule that names a container keeps all below it that no earlier rule takes.
+            around = (*around, *matching(name, lambda rule: False))
+            seen_containers.update(around)
         done[id(node)] = node
         for key, child in list(children(node)):
-            replaced = visit(child, (*path, key))
+            replaced = visit(child, (*path, key), around)
             if replaced is not child:
                 set_child(node, key, replaced)
         return node
 
     result = visit(copy, ())
-    unused = [rule.module_path for rule, u in zip(rules, used, strict=True) if not u]
+    # To skip a container without layers, a norm say, is no mistake; to skip layers behind a rule that takes them all is one.
+    unused = [rule.module_path for i, rule in enumerate(rules) if not used[i] and (late[i] or i not in seen_containers)]
     if unused:
         raise ValueError(f"rule {unused[0]!r} matches no layer that an earlier rule has not taken; {_what_there_is(model, seen_layers)}")
     report.log(report.describe(result), rules)

@@ -1,6 +1,7 @@
 """Layers against float64 products of what they hold; the swap; and quantize_params, bit-equal to the swap."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from test_array import decode
 from test_ops import check
 
 import nvfp4jax
-from nvfp4jax import Rule, quantize
+from nvfp4jax import Rule, quantize, swap
 from nvfp4jax.array import NVFP4Array, quantize_weight
 from nvfp4jax.checkpoint.reload import Quantizer
 from nvfp4jax.layers import NVFP4Weight
@@ -255,6 +256,27 @@ def test_rules(key, unchecked):
             Rule(**wrong)
     with pytest.raises(ValueError, match=r"layers/0 of shape \(8, 24\): the contraction axis K=24"):
         nvfp4jax.quantize_model(nnx.Sequential(nnx.Linear(24, 8, rngs=nnx.Rngs(0))), [Rule(".*")])
+
+
+def test_rules_that_skip_a_container(key):
+    """Of all rules that match a layer, or, among those that skip, a module around it, the first decides."""
+
+    class Outer(nnx.Module):
+        def __init__(self):
+            self.head = nnx.Linear(32, 32, rngs=nnx.Rngs(0))
+            self.inner = nnx.List([nnx.Dict(up=nnx.Linear(32, 32, rngs=nnx.Rngs(0)), norm=nnx.RMSNorm(32, rngs=nnx.Rngs(0))) for _ in range(2)])
+            self.last = nnx.Dict(norm=nnx.RMSNorm(32, rngs=nnx.Rngs(0)))
+
+    for rules, packed in (
+        ([Rule(".*(1/up|head)"), Rule("inner/.*", skip=True)], {"inner/1/up", "head"}),
+        ([Rule("inner/0", skip=True), Rule(".*")], {"inner/1/up", "head"}),
+        ([Rule("inner/0/.*"), Rule("inner", skip=True), Rule(".*")], {"inner/0/up", "head"}),
+        ([Rule(".*"), Rule("last", skip=True)], {"inner/0/up", "inner/1/up", "head"}),  # there is no layer in it
+    ):
+        assert {"/".join(map(str, path)) for path in swap.quantized_layers(nvfp4jax.quantize_model(Outer(), rules))} == packed
+    for name in ("inner/0", "inner/0/.*"):  # with a norm, which no rule takes
+        with pytest.raises(ValueError, match=re.escape(f"rule {name!r} matches no layer that an earlier rule has not taken")):
+            nvfp4jax.quantize_model(Outer(), [Rule(".*"), Rule(name, skip=True)])
 
 
 def test_shared_layers_stay_shared():
