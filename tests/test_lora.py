@@ -126,6 +126,7 @@ def test_adapters_that_cannot_be_merged(unchecked):
         ({"lora_a": eighths(32, RANK)}, "up/lora_a: the state has it"),
         ({"lora_a": eighths(32, RANK), "lora_b": eighths(RANK + 1, 16)}, r"up: adapters of shapes \(32, 4\) and \(5, 16\) do not fit"),
         ({"lora_a": eighths(RANK, 32), "lora_b": eighths(RANK, 16)}, r"up: adapters of shapes \(4, 32\)"),
+        ({"lora_a": eighths(32, RANK), "lora_b": eighths(16, RANK)}, r"up: adapters of shapes \(32, 4\) and \(16, 4\) do not fit"),
         ({"lora_a": jnp.ones((32, RANK), jnp.int32), "lora_b": eighths(RANK, 16)}, "up/lora_a: int32 in the state"),
         ({"lora_a": eighths(32, RANK), "lora_b": jnp.ones((RANK, 16), jnp.float8_e4m3fn)}, "up/lora_b: float8_e4m3fn in the state"),
     ):

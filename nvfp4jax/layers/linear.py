@@ -157,7 +157,9 @@ class NVFP4Linear(nnx.Module):
         lead = kernel.ndim - len(self.kernel_shape)
         stack, rank = kernel.shape[:lead], lora_a.shape[-1]
         n, k = self.matrix_shape
-        if lora_a.size != math.prod(stack) * k * rank or lora_b.size != math.prod(stack) * rank * n:
+        # The axes as well as the sizes: a transposed lora_b is as large.
+        fits = lora_a.shape[:lead] == stack and lora_b.shape[: lead + 1] == (*stack, rank)
+        if not fits or lora_a.size != math.prod(stack) * k * rank or lora_b.size != math.prod(stack) * rank * n:
             raise ValueError(f"{self.name}: adapters of shapes {lora_a.shape} and {lora_b.shape} do not fit a kernel of shape {kernel.shape}")
         a = lora_a.astype(jnp.float32).reshape(*stack, k, rank)
         b = lora_b.astype(jnp.float32).reshape(*stack, rank, n)
