@@ -30,7 +30,7 @@ from nvfp4jax.checkpoint import convert, huggingface, orbax, reload, safetensors
 from nvfp4jax.checkpoint.tokenizer import Tokenizer
 from nvfp4jax.integrations import linen
 from nvfp4jax.models import Output
-from nvfp4jax.scaling import Static
+from nvfp4jax.scaling import Delayed, Static
 
 pytestmark = [
     pytest.mark.usefixtures("unchecked"),
@@ -633,7 +633,7 @@ TABLE: dict[str, Row] = {
     "Selection": Row(
         convert.Selection, lambda: dict(keep_first_n=1, keep_last_n=1, exclude=("a",), experts_only=False, four_over_six="mse", scaling="token"),
         dict(keep_first_n=["text", None, -1, 2.5, True], keep_last_n=["text", None, -1, 2.5, True], exclude=["a", 3, None, (3,), ("(",)], experts_only=FLAG,
-             four_over_six=FOUR_OVER_SIX, scaling=SCALING),
+             four_over_six=FOUR_OVER_SIX, scaling=[*SCALING, Static(jnp.float32(1)), Delayed(jnp.zeros(16))]),
     ),  # fmt: skip
     "Calibration": Row(
         convert.Calibration, lambda: dict(batches=[IDS()], headroom=1.0),

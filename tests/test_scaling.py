@@ -134,6 +134,32 @@ def test_what_a_mode_lacks_is_named(key):
         nvfp4jax.matmul(x, w, scaling=PerExpert())
 
 
+def test_a_scale_or_history_that_is_given_is_taken(key, unchecked):
+    """Also where the layer is in that mode already, and for each layer of a stack."""
+    half, full = Static(jnp.float32(0.5)), jnp.full(scaling.HISTORY, 3.0, jnp.float32)
+    model = nnx.Sequential(nnx.Linear(32, 32, rngs=nnx.Rngs(key)))
+    static = nvfp4jax.quantize_model(model, nvfp4jax.Rule(".*", scaling=Static(jnp.float32(0.001))))
+    delayed = nvfp4jax.quantize_model(model, nvfp4jax.Rule(".*", scaling="delayed"))
+    for mode in (half, Static(jnp.float32(0.5), four_over_six="mse")):
+        assert nnx.view(static, scaling=mode).layers[0].input_scale[...] == 0.5
+    for mode in ("static", Static(four_over_six="mse")):  # none is given
+        assert nnx.view(static, scaling=mode).layers[0].input_scale[...] == jnp.float32(0.001)
+    np.testing.assert_array_equal(nnx.view(delayed, scaling=Delayed(full)).layers[0].input_amax[...], full)
+    experts = nvfp4jax.Experts(4, 32, 32, rngs=nnx.Rngs(key))
+    stack = nvfp4jax.NVFP4Experts.from_float(nnx.merge(nnx.graphdef(experts), jax.tree.map(lambda v: jnp.stack([v] * 3), nnx.state(experts))))
+    for scale, found in ((half.scale, (3,)), (jnp.full(4, 0.5), (3, 4)), (jnp.full((3, 4), 0.5), (3, 4)), (jnp.full(3, 0.5), (3,))):
+        layer = nnx.view(stack, scaling=Static(scale))
+        assert layer.gate_up_input_scale.shape == layer.down_input_scale.shape == found
+    assert nnx.view(stack, scaling=Delayed(full)).down_input_amax.shape == (3, scaling.HISTORY)
+    for layer, mode, message in (
+        (stack, Static(jnp.ones(5)), r"experts: Static: scale of shape \(5,\); \[4\] or \[\] is needed, or that behind \[3\]"),
+        (static, Static(jnp.ones(5)), r"layers/0: Static: scale of shape \(5,\); \[\] is needed"),
+        *((static, Static(jnp.float32(value)), "layers/0: Static: scale .* not finite and positive") for value in (0.0, -1.0, np.nan, np.inf)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            nnx.view(layer, scaling=mode)
+
+
 def test_importing_brings_no_gpu_kernels_and_no_orbax():
     program = """
 import sys, numpy as np, jax

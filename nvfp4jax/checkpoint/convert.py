@@ -30,7 +30,7 @@ from nvfp4jax.checkpoint.pieces import Progress, run_units, units_of
 from nvfp4jax.checkpoint.safetensors import CheckpointError, Writer
 from nvfp4jax.layers import WEIGHTS, Experts, NVFP4Experts, NVFP4Linear, set_scaling
 from nvfp4jax.models import Family
-from nvfp4jax.scaling import FourOverSix, Name, Scaling, Static, Token, check_four_over_six, parse
+from nvfp4jax.scaling import CARRIED, FourOverSix, Name, Scaling, Static, Token, check_four_over_six, parse
 from nvfp4jax.swap import Rule, path_string, quantize_model, scaled_layers
 
 _log = logging.getLogger(__name__)
@@ -69,6 +69,9 @@ class Selection:
         arguments.flag("Selection: experts_only", self.experts_only)
         check_four_over_six(self.four_over_six, "Selection: four_over_six")
         object.__setattr__(self, "scaling", parse(self.scaling, "Selection"))
+        if (field := CARRIED.get(type(self.scaling))) and getattr(self.scaling, field) is not None:
+            raise ValueError(f"Selection: scaling: {type(self.scaling).__name__} with a {field} of its own is in no folder; leave it None, with a "
+                             "Calibration where input scales are to be made")
 
     @property
     def selects(self) -> bool:

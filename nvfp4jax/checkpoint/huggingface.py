@@ -24,7 +24,7 @@ from nvfp4jax import arguments, models
 from nvfp4jax.checkpoint import formats, quantization_config
 from nvfp4jax.checkpoint.formats import BLOCK, E4M3, Checkpoint, PackedWeight
 from nvfp4jax.checkpoint.safetensors import CheckpointError, TensorInfo, read_tensor
-from nvfp4jax.layers import Experts, InputAmax, InputScale, NVFP4Experts, NVFP4Linear, quantize_weight
+from nvfp4jax.layers import Experts, InputAmax, InputScale, NVFP4Experts, NVFP4Linear, is_abstract, quantize_weight
 from nvfp4jax.models import Family
 from nvfp4jax.scaling import Name, Scaling, Static, name_of, parse
 from nvfp4jax.swap import Rule, path_string, quantize_model
@@ -114,8 +114,10 @@ def _linear(checkpoint: Checkpoint, family: Family, path: Sequence[Any], layer: 
     w = formats.read_weight(checkpoint, name, layer.matrix_shape)
     leaves = {}
     if isinstance(layer.scaling, Static):
-        scale = formats.input_scale_of(checkpoint, name)
-        leaves["input_scale"] = _input_scale([PackedWeight(w, w, w, scale)], checkpoint, name)
+        scale = layer.input_scale.get_value()
+        if is_abstract(scale):  # else the mode brought its own
+            scale = _input_scale([PackedWeight(w, w, w, formats.input_scale_of(checkpoint, name))], checkpoint, name)
+        leaves["input_scale"] = np.asarray(scale)
     if not isinstance(w, PackedWeight):
         w = _quantize(w, layer, name)
     return leaves | {"kernel_packed": w.packed, "kernel_scale": w.scale, "kernel_global_scale": w.global_scale}
@@ -136,7 +138,8 @@ def gate_up(
 
 def _experts(checkpoint: Checkpoint, family: Family, path: Sequence[Any], layer: NVFP4Experts, notes: Notes) -> dict[str, np.ndarray]:
     name, e, h, i = family.module_name(path), layer.num_experts, layer.hidden, layer.intermediate
-    static = isinstance(layer.scaling, Static)
+    given = layer.gate_up_input_scale  # of a static layer alone; with values where the mode brought them
+    static = given is not None and is_abstract(given.get_value())
     _check_size(checkpoint, name, (e, h, i))
     leaves = {
         "gate_up_packed": np.empty((e, 2, i, h // 2), np.uint8),
@@ -146,6 +149,8 @@ def _experts(checkpoint: Checkpoint, family: Family, path: Sequence[Any], layer:
         "down_scale": np.empty((e, h, i // BLOCK), E4M3),
         "down_global_scale": np.empty((e,), np.float32),
     }
+    if given is not None and not static:
+        leaves |= {f"{which}_scale": np.asarray(getattr(layer, f"{which}_scale").get_value()) for which in layer.inputs}
     if static:
         leaves |= {"gate_up_input_scale": np.empty((e,), np.float32), "down_input_scale": np.empty((e,), np.float32)}
     for index in range(e):
@@ -326,7 +331,7 @@ def load_model(
 
     dtype: of the activations and of the weights that stay in floating point; float32 computes exact products.
     scaling: how layers that the folder stores in NVFP4 treat their input: None (weights only: the exact decode), "static" (the
-        folder's input scales), "delayed", "tensor", "tensor_pow2", "token", and "expert" for experts. An error for a folder without any.
+        folder's input scales; a `Static(scale)` brings its own), "delayed", "tensor", "tensor_pow2", "token", and "expert" for experts. An error for a folder without any.
     scan_layers: stack layers of equal structure, so that compile time does not grow with depth.
     rules: quantize while loading, expert by expert: as `quantize_model` and `quantize_params` afterwards, to the bit. For layers
         stored in NVFP4 already a rule gives the activation.
@@ -357,9 +362,9 @@ def load_model(
 
 
 def fill(model: nnx.Module, values: Mapping[tuple, Any]) -> nnx.Module:
-    """An abstract model with values in place of its weights' shapes; histories of amaxes begin empty."""
+    """An abstract model with values in place of its weights' shapes; histories of amaxes begin empty, or as their mode brought them."""
     graphdef, histories, state = nnx.split(model, InputAmax, ...)
-    histories = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), histories)
+    histories = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if is_abstract(leaf) else leaf, histories)
     flat = dict(nnx.to_flat_state(state))
     if missing := [path for path in flat if path not in values]:
         raise CheckpointError(f"no value for {path_string(missing[0])}")

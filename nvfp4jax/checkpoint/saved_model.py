@@ -20,7 +20,7 @@ from nvfp4jax.checkpoint.digest import unhealthy
 from nvfp4jax.checkpoint.errors import CheckpointError
 from nvfp4jax.checkpoint.orbax import Folder, flatten, read_folder, restore_leaves, save
 from nvfp4jax.checkpoint.quantization_config import safe_pattern
-from nvfp4jax.layers import WEIGHTS, InputAmax
+from nvfp4jax.layers import WEIGHTS, InputAmax, is_abstract
 from nvfp4jax.scaling import Name, Scaling, parse
 from nvfp4jax.swap import Rule, path_string, quantize_model, quantized_layers
 
@@ -188,13 +188,15 @@ def load_model(
     model = abstract_model(path, folder.metadata, dtype, scaling)
     leaves = restore_leaves(folder, flatten(nnx.state(stored, WEIGHTS)))
     wanted = flatten(nnx.state(model, WEIGHTS))
-    if extra := [name for name in wanted if name not in leaves]:
+    flat = nnx.to_flat_state(nnx.state(model, WEIGHTS))
+    given = {path: variable.get_value() for path, variable in flat if not is_abstract(variable.get_value())}  # a Static(scale)'s own
+    if extra := [name for name in wanted if name not in leaves and name not in map(path_string, given)]:
         raise CheckpointError(f"{path}: {extra[0]} is not in the folder, which scaling={scaling!r} needs; use an online mode")
-    values = {path: leaves[path_string(path)].astype(variable.dtype) for path, variable in nnx.to_flat_state(nnx.state(model, WEIGHTS))}
+    values = {path: leaves[path_string(path)].astype(variable.dtype) for path, variable in flat if path not in given}
     cast = {path_string(p): value for p, value in values.items() if value.dtype != leaves[path_string(p)].dtype}
     if complaints := unhealthy(cast):
         raise CheckpointError(f"{path}: in {dtype} {complaints[0]}; load it as it is stored")
-    model = huggingface.fill(model, values)
+    model = huggingface.fill(model, values | given)
     return models.stack_layers(model) if scan_layers else model
 
 

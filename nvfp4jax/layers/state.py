@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -61,18 +61,35 @@ def set_scaling(layer: nnx.Module, scaling: Name | Scaling | None, scales: Mappi
         checkpoint's, `nvfp4jax.calibrate`).
     """
     scaling = modes.parse(scaling, layer.name, experts=hasattr(layer, "num_experts"))
-    given = (scaling.scale if isinstance(scaling, Static) else None, scaling.history if isinstance(scaling, Delayed) else None)
+    scale_given = history_given = None
+    if isinstance(scaling, Static) and scaling.scale is not None:
+        of_experts = [(layer.num_experts,)] if hasattr(layer, "num_experts") else []
+        scale_given = _given(layer, "Static: scale", scaling.scale, [*of_experts, ()])
+        if not isinstance(scale_given, jax.core.Tracer) and not bool(((scale_given > 0) & jnp.isfinite(scale_given)).all()):
+            raise ValueError(f"{layer.name}: Static: scale of shape {scale_given.shape} holds a value that is not finite and positive; take "
+                             "what nvfp4jax.calibrate finds, or an online mode")
+    if isinstance(scaling, Delayed) and scaling.history is not None:
+        history_given = _given(layer, "Delayed: history", scaling.history, [(modes.HISTORY,)])
     for name in layer.inputs:
-        scale = (scales or {}).get(name, given[0]) if isinstance(scaling, Static) else None
+        scale = (scales or {}).get(name, scale_given) if isinstance(scaling, Static) else None
         setattr(layer, f"{name}_scale", nnx.data(None) if scale is None else InputScale(jnp.asarray(scale, jnp.float32)))
         seen = nnx.data(None)
         if isinstance(scaling, Delayed):
-            seen = AmaxHistory(jnp.zeros((*layer.lead, modes.HISTORY), jnp.float32) if given[1] is None else given[1])
+            seen = AmaxHistory(jnp.zeros((*layer.lead, modes.HISTORY), jnp.float32) if history_given is None else history_given)
         if isinstance(scaling, Calibrate):
             seen = LargestAmax(jnp.zeros(layer.lead, jnp.float32))
         setattr(layer, f"{name}_amax", seen)
     field = modes.CARRIED.get(type(scaling))
     layer.scaling = scaling if field is None else dataclasses.replace(scaling, **{field: None})
+
+
+def _given(layer: nnx.Module, what: str, value: Array, shapes: Sequence[tuple[int, ...]]) -> Array:
+    """An array that a mode brings, f32, for each layer of a stack: of one of `shapes`, or with the stack's axes in front."""
+    for shape in shapes:
+        if value.shape in (shape, (*layer.lead, *shape)):
+            return jnp.broadcast_to(jnp.asarray(value, jnp.float32), (*layer.lead, *shape))
+    needed = " or ".join(str([*shape]) for shape in shapes)
+    raise ValueError(f"{layer.name}: {what} of shape {tuple(value.shape)}; {needed} is needed" + (f", or that behind {[*layer.lead]}" if layer.lead else ""))
 
 
 def scaling_of(layer: nnx.Module, name: str, scale: Array | None = None) -> Scaling | None:
@@ -205,17 +222,19 @@ class DecodedKernel(Decoded):
 
 
 def set_view(layer: nnx.Module, scaling: Any) -> None:
-    """`nnx.view` of an NVFP4 layer: arrays of the mode that the layer has already stay."""
+    """`nnx.view` of an NVFP4 layer: arrays of the mode that the layer has already stay, unless the mode brings its own."""
     if scaling is UNCHANGED:
         return
     scaling = modes.parse(scaling, layer.name, experts=hasattr(layer, "num_experts"))
-    if scaling == layer.scaling:
+    field = modes.CARRIED.get(type(scaling))
+    given = field is not None and getattr(scaling, field) is not None  # which `==` does not look at
+    if scaling == layer.scaling and not given:
         return
-    same = type(scaling) is type(layer.scaling)
+    same = type(scaling) is type(layer.scaling) and not given
     kept = {f"{name}_{kind}": getattr(layer, f"{name}_{kind}") for name in layer.inputs for kind in ("scale", "amax")}
     set_scaling(layer, scaling)
     for name, variable in kept.items():
-        if same and variable is not None and modes.CARRIED.get(type(scaling)) is not None:
+        if same and variable is not None and field is not None:
             setattr(layer, name, variable)
 
 

@@ -14,9 +14,9 @@ from flax import nnx
 import nvfp4jax
 from checkpoint import folders
 from nvfp4jax import models
-from nvfp4jax.checkpoint import CheckpointError, formats, load_model, orbax, quantization_config
+from nvfp4jax.checkpoint import CheckpointError, formats, load_model, orbax, quantization_config, saved_model
 from nvfp4jax.layers import NVFP4Experts, NVFP4Linear
-from nvfp4jax.scaling import PerExpert, Tensor, Token
+from nvfp4jax.scaling import Delayed, PerExpert, Static, Tensor, Token
 
 NAMES = ("qwen3-tiny", "qwen3-moe-tiny")
 MOE = DATA / "qwen3-moe-tiny"
@@ -120,6 +120,21 @@ def test_static_mode_takes_the_folders_input_scales(form, name, inverse):
         assert np.asarray(experts.gate_up_input_scale[...])[e] == max(both)
         assert np.asarray(experts.down_input_scale[...])[e] == scale(f"model.layers.3.mlp.experts.{e}.down_proj")
     assert np.isfinite(logits(model)).all()
+
+
+def test_a_scale_that_is_given_goes_before_the_folders(tmp_path):
+    """In every kind of folder, with input scales and without."""
+    given = Static(jnp.float32(7))
+    packed = load_model(MOE / "modelopt-nvfp4", scaling=given)
+    floats = load_model(MOE / "bf16", rules=[nvfp4jax.Rule("layers/.*proj|.*experts", scaling=given)])
+    saved_model.save_model(tmp_path / "saved", load_model(MOE / "modelopt-nvfp4", scaling="token"), json.loads((MOE / "bf16" / "config.json").read_text()))
+    saved = saved_model.load_model(tmp_path / "saved", scaling=given)
+    for model in (packed, floats, saved):
+        assert model.layers[0].self_attn.k_proj.input_scale[...] == 7
+        assert (model.layers[0].mlp.experts.gate_up_input_scale[...] == 7).all() and (model.layers[0].mlp.experts.down_input_scale[...] == 7).all()
+    history = jnp.full(16, 3.0, jnp.float32)
+    delayed = load_model(MOE / "modelopt-nvfp4", scaling=Delayed(history))
+    np.testing.assert_array_equal(delayed.layers[0].self_attn.k_proj.input_amax[...], history)
 
 
 def test_static_mode_without_input_scales_names_the_layer(tmp_path):
