@@ -99,6 +99,7 @@ class NVFP4Rollout(base_rollout.BaseRollout):
         self._calls, self._ran = 0, False
         self._offloads = False  # whether the cluster has ever asked for it
         self._temperature = rollout_config.temperature or 1.0
+        self._ends = [int(token) for token in rollout_config.eos_tokens or [tokenizer.eos_id()]]
         if rollout_config.data_type is not None:
             _log.warning("rollout_config.data_type=%s is not read: weights are NVFP4, the rest keeps the actor's dtype", rollout_config.data_type)
         if self._adapters() and lora_scale is None:
@@ -153,7 +154,8 @@ class NVFP4Rollout(base_rollout.BaseRollout):
         arguments.array("completion_tokens", completion_tokens, "int", (prompt_tokens.shape[0], "T"))
         text = np.concatenate([np.asarray(prompt_tokens), np.asarray(completion_tokens)], axis=1)
         self._load()
-        logps = logprobs(self._decoder, text, text != self.pad_id(), temperature=self._temperature)
+        mask = _tokens_in(np.asarray(prompt_tokens), np.asarray(completion_tokens), self.pad_id(), self._ends)
+        logps = logprobs(self._decoder, text, mask, temperature=self._temperature)
         return logps[:, prompt_tokens.shape[1] :]
 
     def update_params(self, params: nnx.State, filter_types: tuple[Any, ...] | None = None) -> None:
@@ -242,6 +244,22 @@ def _check_config(config: Any) -> base_rollout.RolloutConfig:
     for token in config.eos_tokens or ():
         arguments.whole("rollout_config: eos_tokens", token)
     return config
+
+
+def _tokens_in(prompts: np.ndarray, answers: np.ndarray, pad: int, ends: Sequence[int]) -> np.ndarray:
+    """bool [B, prompt and answer]: which ids are tokens, of prompts padded on the left and answers padded on the right.
+
+    A pad may be a token, too: tunix' adapter pads with the stop token where a tokenizer has no pad. Then the first behind an answer's
+    other tokens is its end, unless it has ended with another stop token.
+    """
+    of_prompts = np.logical_or.accumulate(prompts != pad, axis=1)
+    of_answers = np.logical_or.accumulate((answers != pad)[:, ::-1], axis=1)[:, ::-1]
+    if pad in ends and answers.shape[1]:
+        lengths = of_answers.sum(1)
+        last = np.take_along_axis(answers, np.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
+        open_ended = (lengths == 0) | ~np.isin(last, ends)
+        of_answers |= open_ended[:, None] & (np.arange(answers.shape[1]) == lengths[:, None])
+    return np.concatenate([of_prompts, of_answers], axis=1)
 
 
 def _in_memory(state: nnx.State, kind: str) -> nnx.State:
