@@ -122,7 +122,7 @@ def publish(
     if config is not None:
         arguments.config("publish: config", config)
     arguments.flag("publish: rewind", rewind)
-    if taken := sorted({"step", "generation", "digests", "leaves", "format_version", "recipe", "config", "rules", "dtype"} & metadata.keys()):
+    if taken := sorted({"step", "generation", *saved_model.OWN_ENTRIES} & metadata.keys()):
         raise ValueError(f"publish: {taken[0]!r} is an entry of the step's own metadata; give yours another name")
     if not directory.is_dir() and (directory.exists() or directory.is_symlink()):
         what = "not a folder" if directory.exists() else "a link to what is not there"

@@ -18,13 +18,15 @@ from nvfp4jax import arguments, models, scaling
 from nvfp4jax.checkpoint import formats, huggingface
 from nvfp4jax.checkpoint.digest import unhealthy
 from nvfp4jax.checkpoint.errors import CheckpointError
-from nvfp4jax.checkpoint.orbax import Folder, flatten, read_folder, restore_leaves, save
+from nvfp4jax.checkpoint.orbax import EXTRAS, Folder, flatten, read_folder, restore_leaves, save
 from nvfp4jax.checkpoint.quantization_config import safe_pattern
 from nvfp4jax.layers import WEIGHTS, InputAmax, is_abstract
 from nvfp4jax.scaling import Name, Scaling, parse
 from nvfp4jax.swap import Rule, path_string, quantize_model, quantized_layers
 
 _MOST_RULES = 10_000  # one a layer, in what `save_model` writes
+# What a folder's metadata say of it: a caller's own of that name would make it another folder, or one that cannot be read.
+OWN_ENTRIES = frozenset({"format_version", "digests", "leaves", "recipe", "config", "rules", "dtype", "kv_cache", EXTRAS})
 _DTYPES = ("bfloat16", "float32", "float16")
 
 
@@ -111,7 +113,7 @@ def save_model(
 
     config: its Hugging Face config.json; then `load_model(path)` needs nothing else. None for a model of your own, which no family
         builds: `load_model(path, like=model)` takes its weights up again.
-    rules: those it was swapped with; taken from the model's layers where None. Any further `metadata` must be JSON. Scanned
+    rules: those it was swapped with; taken from the model's layers where None. Any further `metadata` must be JSON, under names of their own. Scanned
     layers are stored one by one. CheckpointError where the folder exists or cannot be written, or a leaf is NaN or infinite.
     """
     if rules is not None:
@@ -119,6 +121,8 @@ def save_model(
     arguments.module("save_model: model", model)
     if config is not None:
         arguments.config("save_model: config", config)
+    if taken := sorted(OWN_ENTRIES & metadata.keys()):
+        raise ValueError(f"save_model: {taken[0]!r} is an entry of the folder's own metadata; give yours another name")
     save(path, *described(model, config, rules, **metadata))
 
 

@@ -325,3 +325,14 @@ def test_a_dtype_that_is_too_narrow(tmp_path):
     assert load_model(tmp_path / "large").norm.scale[0] > 65504
     with pytest.raises(CheckpointError, match="in float16 norm/scale: a value that is NaN or infinite; load it as it is stored"):
         load_model(tmp_path / "large", jnp.float16)
+
+
+def test_metadata_of_the_callers_own(tmp_path):
+    """Kept; under a name that the folder itself uses it would spoil it, so it is refused and nothing is written."""
+    model = nnx.Sequential(nnx.Linear(32, 16, rngs=nnx.Rngs(0)))
+    for name in ("format_version", "digests", "leaves", "recipe", "dtype", "kv_cache", "extras"):
+        with pytest.raises(ValueError, match=f"save_model: '{name}' is an entry of the folder's own metadata"):
+            save_model(tmp_path / "out", model, **{name: "mine"})
+    assert not list(tmp_path.iterdir())
+    save_model(tmp_path / "out", model, loss=1.5)
+    assert orbax.read_folder(tmp_path / "out").metadata["loss"] == 1.5

@@ -217,8 +217,9 @@ def test_what_is_refused_before_anything_is_touched(tmp_path):
     for keep in (0, -1, 2.0):
         with pytest.raises(ValueError, match="publish: keep="):
             publish(directory, 1, net(1), CONFIG, keep=keep)
-    with pytest.raises(ValueError, match="'digests' is an entry of the step's own metadata"):
-        publish(directory, 1, net(1), CONFIG, digests={})
+    for name in ("digests", "extras"):
+        with pytest.raises(ValueError, match=f"publish: '{name}' is an entry of the step's own metadata"):
+            publish(directory, 1, net(1), CONFIG, **{name: {}})
     assert not directory.exists()
     with pytest.raises(CheckpointError, match="the metadata are no JSON"):
         publish(directory, 1, net(1), CONFIG, loss=jnp.float32(1))
