@@ -153,7 +153,7 @@ def prefill(
     """Runs the prompts (padded on the right) and samples each row's first token. keys: [B * samples].
 
     seen: the nnx.State of the model's InputAmax, where `params` does not hold them (those of a `reload.Reader` do not).
-    limits: see DecodeState. first: what `run_prefix` gave for settings.prefix, where it has run. real: prompts that count,
+    limits: see DecodeState; a row of 0 has ended before its first token. first: what `run_prefix` gave for settings.prefix, where it has run. real: prompts that count,
     None: all; the others fill up a batch, are in no amax and in no count, and what is sampled for them is to be dropped.
     """
     model = _merge(graphdef, params, seen or {})
@@ -176,13 +176,14 @@ def prefill(
     n = settings.top_logprobs
     if n > out.logits.shape[-1]:
         raise ValueError(f"top_logprobs={n}: the vocabulary has {out.logits.shape[-1]} tokens")
+    done = jnp.zeros(total, bool) if limits is None else limits < 1
     state = DecodeState(
         cache=_for_samples(out.cache, lengths, settings),
         keys=keys,
         token=jnp.zeros(total, jnp.int32),
-        position=rows(lengths) - jnp.int32(1),
+        position=rows(lengths) - (~done).astype(jnp.int32),  # behind the prompt, once the first token is accepted
         step=jnp.int32(0),
-        done=jnp.zeros(total, bool),
+        done=done,
         tokens=jnp.full((total, new), settings.pad_id, jnp.int32),
         logprobs=jnp.zeros((total, new), jnp.float32),
         lengths=jnp.zeros(total, jnp.int32),

@@ -353,7 +353,9 @@ def _begin(
     if key.ndim:  # on the host: a gather on the device would be a program for each number of prompts
         data = np.asarray(jax.random.key_data(key))[callers]
         key = jax.random.wrap_key_data(jnp.asarray(data), impl=jax.random.key_impl(key))
-    ids, lengths, limits = prompts.ids[filled, :width], prompts.lengths[filled], prompts.limits[job.rows(filled)]
+    rows = job.rows(filled)
+    limits = np.where(found.ended[rows], 0, prompts.limits[rows]).astype(np.int32)  # a row that was ended while it waited has no token
+    ids, lengths = prompts.ids[filled, :width], prompts.lengths[filled]
     pool, experts = _refill(
         job.graphdef, params, pool, first, ids, lengths, key, callers.astype(np.int32), limits, places, job.controls,
         job.settings,

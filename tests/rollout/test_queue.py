@@ -248,15 +248,34 @@ def test_on_tokens_sees_all_rows_and_ends_them():
 
 
 def test_one_sample_of_a_prompt_is_ended():
-    """The other goes on, and the place is free once both have ended; one that was ended while it waited ends at the first visit."""
+    """The other goes on, and the place is free once both have ended; one that was ended while it waited has no token."""
     ids, mask = prompts([20, 20, 20])
     options = dict(max_new_tokens=8, temperature=1.0, key=jax.random.key(4), swap_every=3, num_samples=2, pad_id=-1)
     ends = lambda tokens, lengths: np.asarray([False, True, False, False, False, True]) & (lengths.sum() > 5)
     found = generate(integers(), ids, mask, rows_in_flight=2, on_tokens=ends, **options)
-    assert found.lengths.tolist() == [8, 4, 8, 8, 8, 4]
+    assert found.lengths.tolist() == [8, 4, 8, 8, 8, 0]
     free = generate(integers(), ids, mask, **options)
     for row, length in enumerate(found.lengths):
         np.testing.assert_array_equal(found.tokens[row, :length], free.tokens[row, :length])
+
+
+@pytest.mark.parametrize("options", [dict(), dict(top_logprobs=2)])
+def test_a_repetition_that_is_ended_while_it_waits_has_no_token(options):
+    """Though the prompt runs for the other one; `on_tokens` sees no token of it either. Behind a prefix of its own, too."""
+    ids = np.array([[5, 6, 7], [5, 6, 7], [8, 9, 10], [8, 9, 10]])
+    options = dict(max_new_tokens=8, temperature=1.0, key=jax.random.key(4), pad_id=-1) | options
+    for long in (False, True):
+        given = np.concatenate([np.tile(np.arange(130) % TOKENS, (4, 1)), ids], 1) if long else ids
+        free, seen = generate(integers(), given, **options), []
+
+        def ends(tokens, lengths):
+            seen.append(lengths[2])
+            return np.arange(4) == 2
+
+        found = generate(integers(), given, rows_in_flight=2, swap_every=4, on_tokens=ends, **options)
+        assert found.lengths.tolist() == [8, 8, 0, 8] and not any(seen) and (found.tokens[2] == -1).all() and not found.logprobs[2].any()
+        np.testing.assert_array_equal(found.tokens[np.array([0, 1, 3])], free.tokens[np.array([0, 1, 3])])
+        assert found.top_tokens is None or (found.top_tokens[2] == -1).all()
 
 
 def test_a_second_call_compiles_nothing():
