@@ -134,6 +134,7 @@ def _largest(x: Float[Array, "B V"], k: int) -> tuple[Float[Array, "B k"], Int[A
 
     Of groups of neighbours the k with the largest maxima hold the k largest: any other group's elements come behind k maxima.
     """
+    x = jnp.where(x == 0, jnp.float32(0), x)  # one zero: to a sort -0 is less, to argmax the two are equal
     group = 1 << (math.isqrt(x.shape[1] // k) + 1).bit_length() - 1
     groups = -(-x.shape[1] // group)
     if group < 2 or k >= groups:

@@ -166,6 +166,13 @@ def test_edited_logits_decide_the_token_and_not_its_logprob(key):
     np.testing.assert_allclose(logprob[0], log_softmax(logits)[edited.argmax()], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("vocabulary", [2, 4096])
+def test_both_zeros_are_one_logit(vocabulary):
+    """The first of equal logits, as argmax has it: also with top_k=1 of a -0 in front of a 0."""
+    logits = jnp.full((1, vocabulary), -1.0).at[0, :2].set(jnp.array([-0.0, 0.0]))
+    assert _largest(logits, 1)[1].tolist() == [[0]] == jnp.argmax(logits, axis=-1)[None].tolist()
+
+
 def test_the_likeliest_tokens():
     logits = np.random.default_rng().normal(0, 2, (3, 40)).astype(np.float32)
     logits[1, [5, 9]] = 11.0  # a tie
@@ -188,7 +195,7 @@ def test_the_largest_are_those_of_a_stable_sort(vocabulary):
     """With ties, banned tokens and rows of one value: values and tokens as numpy sorts them, whatever k."""
     rng = np.random.default_rng()
     x = rng.normal(size=(6, vocabulary)).astype(np.float32)
-    x[1] = np.round(x[1]) + np.float32(0)  # no negative zero, which lax.top_k puts behind the other
+    x[1] = np.round(x[1])  # zeros of both signs are equals
     x[2] = 0
     x[3, rng.permutation(vocabulary)[: vocabulary - 2]] = -np.inf
     x[4] = np.sort(x[4])
