@@ -118,7 +118,7 @@ def test_linear_general(key, inputs, outputs, axis, shape):
         nvfp4jax.NVFP4LinearGeneral.from_float(nnx.LinearGeneral(16, 16, batch_axis={0: 2}, rngs=nnx.Rngs(0)))
 
 
-@pytest.mark.parametrize("string, kernel", [("ecd,edf->ecf", (4, 32, 16)), ("bd,df->b", (32, 16)), ("bdx,df->bf", (32, 16))])
+@pytest.mark.parametrize("string, kernel", [("ecd,edf->ecf", (4, 32, 16)), ("bd,df->b", (32, 16)), ("bdx,df->bf", (32, 16)), ("bdd,df->bf", (32, 16))])
 def test_einsums_that_are_no_matmul_are_refused(string, kernel):
     with pytest.raises(ValueError, match="mlp/up: einsum .* is no plain matmul"):
         nvfp4jax.NVFP4Einsum.from_float(nnx.Einsum(string, kernel, rngs=nnx.Rngs(0)), name="mlp/up")

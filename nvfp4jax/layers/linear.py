@@ -352,7 +352,8 @@ def einsum_letters(einsum_str: str, name: str) -> tuple[str, str]:
     features = "".join(c for c in kernel if c in out and c not in lhs)
     contracted = "".join(c for c in kernel if c in lhs and c not in out)
     plain = len(set(kernel)) == len(kernel) == len(features) + len(contracted) and "." not in kernel
+    plain = plain and all(len(set(letters)) == len(letters) for letters in (lhs.replace("...", ""), out.replace("...", "")))
     if not plain or not features or not contracted or any(c not in out and c not in contracted for c in lhs.replace("...", "")):
-        raise ValueError(f"{name}: einsum {einsum_str!r} is no plain matmul (a batch axis in the kernel, or an axis summed on its own); "
+        raise ValueError(f"{name}: einsum {einsum_str!r} is no plain matmul (a batch axis in the kernel, an axis summed on its own, or a diagonal); "
                          "leave it in bfloat16 (Rule(..., skip=True)) or use nvfp4jax.Experts")
     return features, contracted

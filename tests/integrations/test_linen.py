@@ -177,6 +177,7 @@ def test_training_descends(params):
         (lambda x, w: linen.dot_general(x, w, (((1,), (0,)), ((), ())), precision="highest"), "precision"),
         (lambda x, w: linen.dot_general(x[:, :20], w[:20], (((1,), (0,)), ((), ()))), "20"),
         (lambda x, w: linen.einsum("td,td->t", x, x), "no plain matmul"),
+        (lambda x, w: linen.einsum("bdd,dn->bn", jnp.ones((2, 32, 32)), jnp.ones((32, 16))), "no plain matmul .*a diagonal"),
         (lambda x, w: linen.einsum("btd,dn->btn", x, w), "do not fit"),
         (lambda x, w: linen.dot_general(x, w, (((1,), (0,)), ((), ())), scaling="expert"), "expert"),
     ],
