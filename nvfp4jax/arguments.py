@@ -124,14 +124,14 @@ def path(what: str, value: Any) -> Path:
     return Path(value)
 
 
-def items(what: str, value: Any, kind: type, wanted: str) -> list:
-    """The entries of a sequence, each of a class."""
+def items(what: str, value: Any, kind: type, one: str) -> list:
+    """The entries of a sequence, each of a class; `one`: what one is called, whose plural has an s."""
     if isinstance(value, str | bytes) or not isinstance(value, Iterable) or isinstance(value, nnx.Module | jax.Array | Mapping):
-        raise ValueError(f"{what}: a sequence of {wanted} is needed, not {shown(value)}")
+        raise ValueError(f"{what}: a sequence of {one}s is needed, not {shown(value)}")
     found = list(value)
     for i, item in enumerate(found):
         if not isinstance(item, kind):
-            raise ValueError(f"{what}[{i}]: {shown(item)} is no {wanted.rstrip('s')}")
+            raise ValueError(f"{what}[{i}]: {shown(item)} is no {one}")
     return found
 
 

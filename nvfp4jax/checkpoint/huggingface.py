@@ -342,7 +342,7 @@ def load_model(
     arguments.flag("load_model: scan_layers", scan_layers)
     scaling = parse(scaling, "load_model")
     arguments.device()
-    rules = [] if rules is None else arguments.items("load_model: rules", rules, Rule, "Rules")
+    rules = [] if rules is None else arguments.items("load_model: rules", rules, Rule, "Rule")
     checkpoint, family = open_folder(directory)
     model = abstract_model(checkpoint, family, dtype, scaling=scaling, rules=rules)
     check_tensors(checkpoint, family, model)

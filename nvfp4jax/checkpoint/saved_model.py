@@ -117,7 +117,7 @@ def save_model(
     layers are stored one by one. CheckpointError where the folder exists or cannot be written, or a leaf is NaN or infinite.
     """
     if rules is not None:
-        rules = arguments.items("save_model: rules", rules, Rule, "Rules")
+        rules = arguments.items("save_model: rules", rules, Rule, "Rule")
     arguments.module("save_model: model", model)
     if config is not None:
         arguments.config("save_model: config", config)

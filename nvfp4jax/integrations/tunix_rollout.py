@@ -121,7 +121,7 @@ class NVFP4Rollout(base_rollout.BaseRollout):
         if kwargs:
             raise TypeError(f"NVFP4Rollout.generate: {sorted(kwargs)} are not known")
         config, pad = _check_config(rollout_config), self.pad_id()
-        rows = [self._tokens(prompt) for prompt in arguments.items("prompts", prompts, str, "texts")]
+        rows = [self._tokens(prompt) for prompt in arguments.items("prompts", prompts, str, "text")]
         if not rows:
             raise ValueError("prompts: no prompt is given")
         longest = max(map(len, rows))

@@ -45,7 +45,7 @@ def feed_gated(
 
 
 def _feed(what: str, readers: Sequence[nnx.Module], value: Array, valid: Array | None, make: Callable[..., QuantizedActivation]) -> tuple:
-    if not arguments.items(f"{what}: readers", readers, nnx.Module, "layers"):
+    if not arguments.items(f"{what}: readers", readers, nnx.Module, "layer"):
         raise ValueError(f"{what}: readers: no layer is given")
     if valid is not None:
         ops.check_valid(valid, value, what)

@@ -212,15 +212,15 @@ def generate(
     prompts, or of rows in flight, that would fit.
     """
     check_model(model)
-    if on_tokens is not None and not callable(on_tokens):
-        raise ValueError(f"on_tokens: a function is needed, not {arguments.shown(on_tokens)}")
+    check_on_tokens(on_tokens)
     ids, mask = check_prompts(model, input_ids, attention_mask)
     vocabulary = vocabulary_of(model)
     ask = checked(
-        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, logit_bias, vocabulary,
-        key, ids.shape[0], num_samples, stop_tokens, pad_id, top_logprobs, swap_every,
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty, logit_bias=logit_bias, vocabulary=vocabulary, key=key, prompts=ids.shape[0], num_samples=num_samples,
+        stop_tokens=stop_tokens, pad_id=pad_id, top_logprobs=top_logprobs, swap_every=swap_every,
     )  # fmt: skip
-    longest = int(mask.sum(1).max())
+    longest, largest = int(mask.sum(1).max()), 2**31 - 1
     arguments.flag("return_experts", return_experts)
     counting = telemetries.observed(model) if arguments.flag("telemetry", telemetry) else None
     arguments.flag("progress", progress)
@@ -230,12 +230,15 @@ def generate(
     if weights is not None and not isinstance(weights, WeightSource):
         raise ValueError(f"weights: {arguments.shown(weights)} has no take() and active_step; a checkpoint.reload.Reader of this model has")
     active_step = -1 if weights is None else arguments.whole("weights: active_step", weights.active_step)
-    cache_length = None if cache_length is None else arguments.whole("cache_length", cache_length, 1, 2**31 - 1)
+    cache_length = None if cache_length is None else arguments.whole("cache_length", cache_length, 1, largest)
     if cache_length is not None and longest + ask.max_new_tokens > cache_length:
         raise ValueError(
             f"input_ids {list(ids.shape)} and max_new_tokens={ask.max_new_tokens} need {longest + ask.max_new_tokens} "
             f"slots; the cache has cache_length={cache_length}"
         )
+    if cache_length is None and bucket(longest) + bucket(ask.max_new_tokens) > largest:
+        raise ValueError(f"input_ids {list(ids.shape)} and max_new_tokens={ask.max_new_tokens} need more than the {largest} slots that a cache may "
+                         "have; ask for fewer tokens")
     packed = pack(ids, mask, longest if cache_length is not None else bucket(longest))
     new_tokens = bucket(ask.max_new_tokens) if cache_length is None else cache_length - longest
     graphdef, params, seen = _split(model if counting is None else counting)
@@ -261,7 +264,7 @@ def generate(
             ask.swap_every,
             None if weights is None else functools.partial(_newer, model, weights),
             OWN_WEIGHTS if active_step < 0 else active_step,
-            None if on_tokens is None else functools.partial(_rows_to_end, on_tokens),
+            None if on_tokens is None else functools.partial(rows_to_end, on_tokens),
             show,
         )
         if rows_in_flight is None:
@@ -280,7 +283,12 @@ def generate(
     return dataclasses.replace(out, prompt_experts=experts)
 
 
-def _rows_to_end(on_tokens: OnTokens, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
+def check_on_tokens(on_tokens: Any) -> None:
+    if on_tokens is not None and not callable(on_tokens):
+        raise ValueError(f"on_tokens: a function is needed, not {arguments.shown(on_tokens)}")
+
+
+def rows_to_end(on_tokens: OnTokens, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
     """What `on_tokens` answers, bool [R] or None."""
     asked = on_tokens(tokens, lengths)
     if asked is None:

@@ -23,7 +23,8 @@ def bar(rows: int, wanted: bool) -> Iterator[Show | None]:
 
         def show(ended: int, tokens: int) -> None:
             now = time.monotonic()
-            first.append((now, tokens))
+            if not first:
+                first.append((now, tokens))
             since, before = first[0]  # without the compilation in front of the first tokens
             rate = f"{(tokens - before) / (now - since):.0f} tokens/s" if now > since else ""
             shown.update(task, completed=ended, rate=rate)

@@ -59,7 +59,10 @@ def check_prompts(
         raise ValueError("input_ids: rows of different lengths; pad them and give an attention_mask") from None
     if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"input_ids {ids.dtype} {list(ids.shape)}: token ids [B, T] are needed, at least one of them")
-    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask)
+    try:
+        mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask)
+    except ValueError:
+        raise ValueError(f"attention_mask: rows of different lengths; the shape of input_ids, {list(ids.shape)}, is needed") from None
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask {list(mask.shape)} does not fit input_ids {list(ids.shape)}")
     if mask.dtype != bool and not np.isin(mask, (0, 1)).all():

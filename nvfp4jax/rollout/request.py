@@ -52,6 +52,7 @@ def _within(name: str, value: Any, low: float, high: float, what: str) -> float:
 
 
 def checked(
+    *,
     max_new_tokens: Any,
     temperature: Any,
     top_k: Any,

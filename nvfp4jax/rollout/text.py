@@ -4,12 +4,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from nvfp4jax import arguments
-from nvfp4jax.rollout.generate import OnTokens, Rollout, generate
+from nvfp4jax.rollout.generate import OnTokens, Rollout, check_on_tokens, generate, rows_to_end
 from nvfp4jax.rollout.prompts import pad_left
 from nvfp4jax.rollout.request import check_model
 
@@ -37,7 +38,7 @@ def generate_text(
 ) -> tuple[list[str], Rollout]:
     """(the text of each sample, and `generate`'s Rollout), row b * num_samples + s being sample s of prompt b.
 
-    prompts: texts, or token ids.
+    prompts: texts, or token ids (lists or arrays).
     stop_strings: a text ends in front of the first of them (of several that one token completes, the leftmost), as vLLM
         cuts it; the row's tokens, logprobs and experts end with the token that completes it. The rollout looks for them
         every `swap_every` tokens, and what a row drew behind its end in the meantime is removed.
@@ -48,19 +49,18 @@ def generate_text(
     check_model(model)
     if not isinstance(tokenizer, TextTokenizer) or isinstance(tokenizer, str):
         raise ValueError(f"tokenizer: {arguments.shown(tokenizer)} has no encode(texts) and decode(rows)")
-    stops = tuple(arguments.items("stop_strings", stop_strings, str, "strings"))
+    stops = tuple(arguments.items("stop_strings", stop_strings, str, "string"))
     if not all(stops):
         raise ValueError(f"stop_strings={stop_strings!r}: a sequence of strings is needed, none of them empty")
-    prompts = arguments.items("prompts", prompts, object, "texts, or of token ids")
-    if not prompts:
+    given = arguments.items("prompts", _listed(prompts), object, "prompt")
+    if not given:
         raise ValueError("prompts: no prompt is given")
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            arguments.items("prompts", prompt, int, "texts, or of token ids")
+    prompts = [prompt if isinstance(prompt, str) else _token_ids(f"prompts[{i}]", prompt) for i, prompt in enumerate(given)]
     if on_text is not None and not callable(on_text):
         raise ValueError(f"on_text: a function of (row, text) is needed, not {arguments.shown(on_text)}")
+    check_on_tokens(options.get("on_tokens"))
     encoded = iter(tokenizer.encode(texts) if (texts := [prompt for prompt in prompts if isinstance(prompt, str)]) else ())
-    rows = [next(encoded) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    rows = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
     if empty := [number for number, row in enumerate(rows) if not row]:
         raise ValueError(f"prompt {empty[0]} has no token")
     ids, mask = pad_left(rows)
@@ -73,6 +73,16 @@ def generate_text(
     for row in range(len(watch.texts)):
         watch.give_out(row, watch.texts[row])
     return watch.texts, _cut(out, watch.ends, options.get("pad_id", 0))
+
+
+def _listed(value: Any) -> Any:
+    """An array, of NumPy or jax, as a list."""
+    return np.asarray(value).tolist() if isinstance(value, np.ndarray | jax.Array) else value
+
+
+def _token_ids(what: str, prompt: Any) -> list[int]:
+    tokens = arguments.items(what, _listed(prompt), object, "token id")
+    return [token if type(token) is int else arguments.whole(f"{what}: token", token) for token in tokens]
 
 
 class _Watch:
@@ -97,7 +107,7 @@ class _Watch:
             if row not in self.ends:
                 self.give_out(row, text[: len(text) - self._undecided(text)])
         ended = np.isin(np.arange(len(self.texts)), list(self.ends))
-        also = None if self.also is None else self.also(tokens, lengths)
+        also = None if self.also is None else rows_to_end(self.also, tokens, lengths)
         return ended if also is None else ended | also
 
     def _end(self, row: int, tokens: list[int]) -> str:

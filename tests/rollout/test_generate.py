@@ -381,6 +381,8 @@ def test_new_weights_never_retrace(monkeypatch):
         (dict(cache_length=2**40), "cache_length=1099511627776: at most"),
         (dict(temperature=1e-38, key=jax.random.key(0)), "temperature=1e-38: 0 .greedy., or at least 1e-6"),
         (dict(logit_bias=dict.fromkeys(range(512), -np.inf)), "logit_bias: -inf for each of the 512 tokens"),
+        (dict(max_new_tokens=2**31 - 1), r"max_new_tokens=2147483647 need more than the 2147483647 slots"),
+        (dict(attention_mask=[[1, 1], [1]]), r"attention_mask: rows of different lengths; the shape of input_ids, \["),
     ],
 )
 def test_bad_arguments(arguments, words, unchecked):

@@ -275,3 +275,30 @@ def test_plain_text_runs_in_one_program_and_decodes_once():
 def test_bad_stop_strings_are_named(stops, unchecked):
     with pytest.raises(ValueError, match="stop_strings"):
         generate_text(spelling("ab"), Letters(), ["a"], max_new_tokens=2, stop_strings=stops)
+
+
+def test_prompts_that_are_arrays(unchecked):
+    """Token ids of NumPy and of jax, one by one or in two dimensions."""
+    model, options = spelling("abcdef"), dict(max_new_tokens=3)
+    rows = [[1, 2], [2, 1]]
+    expected, _ = generate_text(model, Letters(), rows, **options)
+    for prompts in (np.array(rows), jnp.array(rows), [np.array(row) for row in rows], [jnp.array(rows[0]), tuple(rows[1])], [[np.int64(1), 2], rows[1]]):
+        assert generate_text(model, Letters(), prompts, **options)[0] == expected
+    for prompts, message in (
+        ([rows[0], np.array([1.0, 2.0])], r"prompts\[1\]: token=1.0: an integer is needed, not float"),
+        ([np.array(rows)], r"prompts\[0\]: token=\[1, 2\]: an integer is needed, not list"),
+        (np.array([1, 2]), r"prompts\[0\]: a sequence of token ids is needed, not int 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate_text(model, Letters(), prompts, **options)
+
+
+@pytest.mark.parametrize("also", [dict(stop_strings=["zz"]), dict(on_text=lambda row, new: None), dict()])
+def test_on_tokens_beside_texts(also, unchecked):
+    """It is checked as `generate` does."""
+    model, options = spelling("abcdef"), dict(max_new_tokens=3) | also
+    with pytest.raises(ValueError, match="on_tokens: a function is needed, not int 5"):
+        generate_text(model, Letters(), ["a"], on_tokens=5, **options)
+    for answer in (True, [True, False]):
+        with pytest.raises(ValueError, match=r"on_tokens gave bool \[.*\]: None, or bool \[1\], one for each row"):
+            generate_text(model, Letters(), ["a"], on_tokens=lambda tokens, lengths, answer=answer: answer, **options)
