@@ -40,7 +40,8 @@ def _finish(acc, m, n, M, scale_ptr, g, bias_ptr, o_ptr, N: tl.constexpr, PER_RO
 @triton.jit
 def dense_kernel(x_ptr, scale_ptr, w_ptr, s_ptr, g_ptr, bias_ptr, layer_ptr, M, o_ptr, N: tl.constexpr, K: tl.constexpr,
                  BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, SEGMENTS: tl.constexpr,
-                 PARTS: tl.constexpr, STAGES: tl.constexpr, PER_ROW: tl.constexpr, BIAS: tl.constexpr, STACKED: tl.constexpr):
+                 PARTS: tl.constexpr, STAGES: tl.constexpr, PER_ROW: tl.constexpr, BIAS: tl.constexpr, STACKED: tl.constexpr,
+                 BIAS_STACKED: tl.constexpr):
     """PARTS: segments are programs, which leave f32 [SEGMENTS, M, N]."""
     tiles: tl.constexpr = (N + BN - 1) // BN
     first = tl.program_id(0) // (GROUP * tiles) * GROUP
@@ -68,12 +69,14 @@ def dense_kernel(x_ptr, scale_ptr, w_ptr, s_ptr, g_ptr, bias_ptr, layer_ptr, M, 
         at = (tl.program_id(1).to(tl.int64) * M + m)[None, :] * N + n[:, None]
         tl.store(o_ptr + at, total, mask=tokens & inside)
     else:
-        _finish(total, m, n, M, scale_ptr, tl.load(g_ptr + layer), bias_ptr + layer * N, o_ptr, N, PER_ROW, BIAS)
+        if BIAS_STACKED:
+            bias_ptr += layer * N
+        _finish(total, m, n, M, scale_ptr, tl.load(g_ptr + layer), bias_ptr, o_ptr, N, PER_ROW, BIAS)
 
 
 @triton.jit
 def sum_kernel(parts_ptr, scale_ptr, g_ptr, bias_ptr, layer_ptr, M, o_ptr, N: tl.constexpr, BN: tl.constexpr, SEGMENTS: tl.constexpr,
-               PER_ROW: tl.constexpr, BIAS: tl.constexpr, STACKED: tl.constexpr):
+               PER_ROW: tl.constexpr, BIAS: tl.constexpr, STACKED: tl.constexpr, BIAS_STACKED: tl.constexpr):
     """The segments of `dense_kernel` added in order."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) + tl.zeros((1,), tl.int32)
@@ -82,7 +85,9 @@ def sum_kernel(parts_ptr, scale_ptr, g_ptr, bias_ptr, layer_ptr, M, o_ptr, N: tl
     for segment in tl.static_range(SEGMENTS):
         at = (m.to(tl.int64) + segment * M)[None, :] * N + n[:, None]
         total += tl.load(parts_ptr + at, mask=(n < N)[:, None], other=0.0)
-    _finish(total, m, n, M, scale_ptr, tl.load(g_ptr + layer), bias_ptr + layer * N, o_ptr, N, PER_ROW, BIAS)
+    if BIAS_STACKED:
+        bias_ptr += layer * N
+    _finish(total, m, n, M, scale_ptr, tl.load(g_ptr + layer), bias_ptr, o_ptr, N, PER_ROW, BIAS)
 
 
 def plan(sm: int, m: int, n: int, k: int) -> dict:
@@ -104,7 +109,7 @@ def plan(sm: int, m: int, n: int, k: int) -> dict:
 
 def matmul(operand, row_scale, packed, scale, global_scale, *, bias=None, out_dtype=jnp.bfloat16, layer=None):
     """operand f16 [M, K] (see `quantize.operand`), row_scale f32 [] or [M, 1]; packed u8 [(L,) N, K/2], scale float8_e4m3fn
-    [(L,) N, K/16], global_scale f32 [] or [L], bias [(L,) N]; layer: i32 [], which of L -> out_dtype [M, N]."""
+    [(L,) N, K/16], global_scale f32 [] or [L], bias [N] or [L, N]; layer: i32 [], which of L -> out_dtype [M, N]."""
     m, (n, k) = operand.shape[0], (packed.shape[-2], 2 * packed.shape[-1])
     if operand.shape[1] != k or operand.dtype != jnp.float16:
         raise ValueError(f"dense: an operand {operand.dtype}{operand.shape} for a weight of K={k}; `quantize.operand` makes it")
@@ -112,7 +117,8 @@ def matmul(operand, row_scale, packed, scale, global_scale, *, bias=None, out_dt
         return jnp.zeros((0, n), out_dtype)
     p = plan(calls.capability(), m, n, k)
     none = jnp.zeros(1, jnp.int32)
-    flags = dict(PER_ROW=row_scale.size > 1 or row_scale.ndim == 2, BIAS=bias is not None, STACKED=layer is not None)
+    flags = dict(PER_ROW=row_scale.size > 1 or row_scale.ndim == 2, BIAS=bias is not None, STACKED=layer is not None,
+                 BIAS_STACKED=bias is not None and bias.ndim == 2)
     tail = [global_scale.reshape(-1), none if bias is None else bias, none if layer is None else layer.reshape(1)]
     row_scale = row_scale.reshape(-1)
     scale = jax.lax.bitcast_convert_type(scale, jnp.uint8)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nvfp4jax import ops
+from nvfp4jax.array import NVFP4Array
 from nvfp4jax.backends import triton
 
 
@@ -26,3 +27,14 @@ def test_matmul_and_its_gradient(machine, key):
 def test_natural_undoes_the_permutation(key):
     values = jnp.round(jax.random.normal(key, (2, 272)) * 4).astype(jnp.float16)
     np.testing.assert_array_equal(triton.natural(triton.quantizer.permute_k(values)), values.astype(jnp.bfloat16))
+
+
+def test_one_bias_beside_a_stack_of_weights(machine, key):
+    """An [N] bias is that of every layer: layer 1 and those behind it read past its end. Once with segments, which a second launch adds."""
+    for k in (64, 2048):
+        x, w = (jax.random.normal(jax.random.fold_in(key, i), shape, jnp.bfloat16) for i, shape in enumerate(((3, k), (3, 40, k))))
+        stack = ops.quantize_weight(w, implementation="xla")
+        stack = NVFP4Array(stack.packed, stack.scale, stack.global_scale.reshape(-1), jnp.int32(2))
+        bias = jax.random.normal(jax.random.fold_in(key, 2), (40,)) * jnp.float32(100)
+        got, expected = (ops.matmul(x, stack, bias=bias, scaling="token", out_dtype=jnp.float32, implementation=name) for name in ("triton", "xla"))
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-3)
