@@ -162,7 +162,8 @@ def rope_write(q, k, v, cos, sin, starts, keys, values, *, layer=None, norm=None
       q, bf16 [B, T, Hq, D], and the two caches; with scales also those.
 
     Raises:
-      NotImplementedError: other dtypes or head dimensions, or a rotation of a part of the head.
+      NotImplementedError: other dtypes or head dimensions, a rotation of a part of the head, or nothing to write.
+      ValueError: shapes that do not fit together, or angles in another dtype.
     """
     rows, tokens, heads, d = q.shape
     *_, kv_heads, capacity, _ = keys.shape
@@ -171,6 +172,14 @@ def rope_write(q, k, v, cos, sin, starts, keys, values, *, layer=None, norm=None
     if not dtypes or d not in HEAD_DIMS or 2 * cos.shape[-1] != d or values.shape != keys.shape:
         raise NotImplementedError(f"rope_write on Hopper: {[f'{a.dtype}{a.shape}' for a in (*arrays, keys, values)]}, cos {cos.shape}: bfloat16 heads of {HEAD_DIMS}, "
                                   "rotated whole, are supported")
+    # The kernel goes by q's and the keys' shapes alone.
+    angles, new, cache = (rows, tokens, d // 2), (rows, tokens, kv_heads, d), (rows, kv_heads, capacity, d)
+    fits = cos.shape == sin.shape == angles and k.shape == v.shape == new and starts.shape == (rows,) and keys.shape[-4:] == cache
+    if not fits or {cos.dtype, sin.dtype} != {jnp.dtype(jnp.float32)}:
+        raise ValueError(f"rope_write: q {q.shape} and keys {keys.shape} want k and v {new}, cos and sin float32{angles}, starts {(rows,)}, caches of "
+                         f"{cache}; got {k.shape}, {v.shape}, {cos.dtype}{cos.shape}, {sin.dtype}{sin.shape}, {starts.shape}")
+    if 0 in (*q.shape, *keys.shape):
+        raise NotImplementedError(f"rope_write on Hopper: nothing to do for q {q.shape} and keys {keys.shape}")
     s = Shape(rows, tokens, heads, kv_heads, d, capacity, norm[2] if norm else None, scales is not None)
     layer = jnp.zeros(1, jnp.int32) if layer is None else layer.astype(jnp.int32).reshape(1)
     return _launch(s, (q, k, v, cos, sin, starts.astype(jnp.int32), layer, *(norm[:2] if norm else ())), keys, values, *(scales or ()))

@@ -191,6 +191,8 @@ def attention(q, keys, values, starts, layer, scale, window, soft_cap, counts, p
 
 
 def rope_write(q, k, v, cos, sin, starts, keys, values, layer, norm) -> tuple[jax.Array, jax.Array | FP8Array, jax.Array | FP8Array]:
+    # XLA takes angles in any float, and one row's for all; the kernel reads float32 of each.
+    cos, sin = (jnp.broadcast_to(a.astype(jnp.float32), (*q.shape[:2], a.shape[-1])) for a in (cos, sin))
     if isinstance(keys, FP8Array):
         caches, scales = (keys.qvalue, values.qvalue), (keys.scale, values.scale)
         q, *written = rope.rope_write(q, k, v, cos, sin, starts, *caches, layer=layer, norm=norm, scales=scales)

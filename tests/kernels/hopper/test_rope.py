@@ -110,6 +110,21 @@ def test_fp8_compiles_and_writes_in_place():
     assert made and all(any(a in line for a in ("parameter(", "get-tuple-element(", "bitcast(")) for line in made), made
 
 
+def test_shapes_that_do_not_fit():
+    """The kernel would read and write past the end of what is smaller."""
+    struct = jax.ShapeDtypeStruct
+    q, k, angles, starts, cache = struct((2, 3, 4, 64), BF16), struct((2, 3, 2, 64), BF16), struct((2, 3, 32), jnp.float32), struct((2,), jnp.int32), struct((2, 2, 9, 64), BF16)
+    right = dict(q=q, k=k, v=k, cos=angles, sin=angles, starts=starts, keys=cache, values=cache)
+    assert jax.eval_shape(rope.rope_write, *right.values())[0].shape == q.shape
+    for wrong in (dict(cos=struct((2, 3, 32), BF16)), dict(sin=struct((1, 3, 32), jnp.float32)), dict(k=struct((2, 1, 2, 64), BF16)), dict(starts=struct((1,), jnp.int32)),
+                  dict(keys=struct((1, 2, 9, 64), BF16), values=struct((1, 2, 9, 64), BF16))):  # fmt: skip
+        with pytest.raises(ValueError, match="rope_write: q"):
+            jax.eval_shape(rope.rope_write, *(right | wrong).values())
+    with pytest.raises(NotImplementedError, match="nothing to do"):
+        empty = struct((2, 2, 0, 64), BF16)
+        jax.eval_shape(rope.rope_write, *(right | dict(keys=empty, values=empty)).values())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows, tokens, heads, kv_heads, d", [(1, 1, 32, 4, 128), (64, 1, 32, 4, 128), (5, 300, 8, 8, 64)])
 def test_in_place(key, rows, tokens, heads, kv_heads, d):
