@@ -3,10 +3,102 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from nvfp4jax import ops
+from nvfp4jax.array import NVFP4Array
 from nvfp4jax.backends import hopper
+from nvfp4jax.ops import choice
 
 BF16, F32 = jnp.bfloat16, jnp.float32
+ORDER = ("hopper", "xla")
+
+
+@pytest.fixture(autouse=True)
+def tell_again():
+    """The log says a thing once a process."""
+    choice._log_fallback.cache_clear()
+
+
+def struct(*shape, dtype=BF16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def weight(key, *shape):
+    return ops.quantize_weight(jax.random.normal(key, shape, BF16), implementation="xla")
+
+
+def products(x, sizes, w, experts, pairs, scaling, name):
+    how = dict(scaling=scaling, implementation=name, out_dtype=BF16)
+    a = ops.quantize_activation(x, scaling, implementation=name)
+    return (ops.matmul(x, w, **how), *ops.matmuls(a, (w, w), implementation=name, out_dtype=BF16), ops.grouped_matmul(x, experts, sizes, **how),
+            ops.grouped_swiglu(x, pairs, sizes, **how))  # fmt: skip
+
+
+def told_of(caplog):
+    return {r.message.split(":")[0] for r in caplog.records if "hopper does not apply" in r.message}
+
+
+@pytest.mark.parametrize("dtype, scaling", [(BF16, "token"), (BF16, None), (BF16, "tensor"), (jnp.float16, "token"), (F32, "token"), (F32, None)])
+def test_k_off_64(key, caplog, dtype, scaling):
+    """A matmul and its sisters, traced with their gradients; the first case is computed too."""
+    x, sizes = jax.random.normal(key, (4, 80), dtype), jnp.asarray([3, 0, 1], jnp.int32)
+    pairs = weight(key, 3, 2, 48, 80)
+    given = sizes, weight(key, 48, 80), weight(key, 3, 48, 80), NVFP4Array(pairs.packed, pairs.scale, pairs.global_scale[:, :1])
+    if (dtype, scaling) == (BF16, "token"):
+        ours, xla = (jax.jit(lambda *a, name=name: products(*a, scaling, name))(x, *given) for name in (ORDER, "xla"))
+        for a, b in zip(ours, xla, strict=True):
+            np.testing.assert_array_equal(np.asarray(a[:4], np.float32), np.asarray(b[:4], np.float32))
+    gradient = jax.grad(lambda x: sum(y.astype(F32).sum() for y in products(x, *given, scaling, ORDER)))
+    assert jax.eval_shape(gradient, x) == jax.ShapeDtypeStruct(x.shape, dtype)
+    assert told_of(caplog) >= {"matmul", "matmuls", "grouped_matmul", "grouped_swiglu"}
+    with pytest.raises(NotImplementedError, match="multiple of 64|without quantization|cast it"):
+        jax.eval_shape(lambda x: products(x, *given, scaling, "hopper"), x)
+
+
+def test_packed_activations_of_k_off_64(key):
+    x, w = (weight(jax.random.fold_in(key, i), rows, 80) for i, rows in enumerate((4, 48)))
+    ours, xla = (jax.jit(lambda x, w, name=name: ops.matmul(x, w, implementation=name))(x, w) for name in (ORDER, "xla"))
+    np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(xla, np.float32))
+
+
+@pytest.mark.parametrize("h, i", [(80, 64), (128, 80), (80, 80)])
+@pytest.mark.parametrize("scaling", [None, "token"])
+def test_experts_of_k_off_64(caplog, scaling, h, i):
+    def f(x, ids, weights, scale, *parts):
+        return ops.experts(x, ids, weights, NVFP4Array(*parts[:2], scale[..., None]), NVFP4Array(*parts[2:], scale), scaling=scaling, implementation=ORDER)
+
+    parts = [struct(*lead, k // size, dtype=dtype) for *lead, k in ((3, 2, i, h), (3, h, i)) for size, dtype in ((2, jnp.uint8), (16, jnp.float8_e4m3fn))]
+    y = jax.eval_shape(f, struct(4, h), struct(4, 2, dtype=jnp.int32), struct(4, 2, dtype=F32), struct(3, 1, 1, dtype=F32), *parts)
+    assert y.shape == (4, h) and y.dtype == BF16
+    assert "experts" in told_of(caplog)
+
+
+@pytest.mark.parametrize("scaling", [None, "token", "tensor"])
+def test_no_rows(key, scaling):
+    w, x = weight(key, 48, 128), jnp.zeros((0, 128), BF16)
+
+    def both(x, name):
+        a = ops.quantize_activation(x, scaling, implementation=name)
+        return ops.matmul(x, w, scaling=scaling, implementation=name), *ops.matmuls(a, (w, w), implementation=name)
+
+    assert [y.shape for y in jax.jit(lambda x: both(x, ORDER))(x)] == [(0, 48)] * 3
+    assert jax.eval_shape(jax.grad(lambda x: sum(y.astype(F32).sum() for y in both(x, ORDER))), x).shape == (0, 128)
+    of_weight = jax.grad(lambda w: ops.matmul(x, w, scaling=scaling, implementation=ORDER).astype(F32).sum())
+    assert jax.eval_shape(of_weight, struct(48, 128)).shape == (48, 128)
+
+
+def test_a_norm_and_a_product_of_two_dtypes(key, caplog):
+    x, up, w = (jax.random.normal(jax.random.fold_in(key, i), shape, dtype) for i, (shape, dtype) in enumerate((((4, 128), BF16), ((4, 128), F32), ((128,), F32))))
+    for f in (
+        lambda name: ops.rms_norm(x, w, 1e-6, "token", implementation=name).row_scale,
+        lambda name: ops.silu_mul(x, up, "token", implementation=name).row_scale,
+        lambda name: ops.norm(x, w, 1e-6, implementation=name),
+    ):
+        with jax.numpy_dtype_promotion("standard"):
+            ours, xla = (jax.jit(lambda name=name: f(name))() for name in (ORDER, "xla"))
+        np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(xla, np.float32))
+    assert told_of(caplog) == {"rms_norm", "silu_mul", "norm"}
 
 
 def cache(rows=2, tokens=1, slots=9, d=64):
@@ -25,3 +117,21 @@ def test_angles_reach_the_kernel_as_it_reads_them(monkeypatch, unchecked):
     for angles, wanted in zip(got[0], (cos, sin[:1]), strict=True):
         assert angles.shape == (2, 3, 32) and angles.dtype == F32
         np.testing.assert_array_equal(angles, np.broadcast_to(wanted, (2, 3, 32)))
+
+
+@pytest.mark.parametrize("empty", [dict(rows=0), dict(tokens=0), dict(slots=0), dict(rows=0, tokens=600)])
+def test_an_empty_cache_or_batch(empty):
+    """XLA's, and of it too: an error of jax for no rows."""
+    q, *rest = cache(**empty)
+    k, v, cos, sin, starts, keys, values = rest
+
+    def attend(q, keys, values, starts, name):
+        plan = ops.attention_plan(starts, q, keys, implementation=name)
+        return ops.attention(q, keys, values, starts, plan=plan, implementation=name)
+
+    for name in (ORDER, "xla"):
+        y = jax.jit(lambda *a: attend(*a, name))(q, keys, values, starts)
+        assert y.shape == q.shape and y.dtype == q.dtype
+        assert jax.eval_shape(jax.grad(lambda *a: attend(*a, name).astype(F32).sum()), q, keys, values, starts).shape == q.shape
+        written = jax.jit(lambda *a: ops.rope_write(*a, implementation=name))(q, *rest)
+        assert [a.shape for a in written] == [q.shape, keys.shape, values.shape]

@@ -102,6 +102,8 @@ def attention(q, keys, values, starts, *, layer=None, scale=None, window=None, s
                                   "keys and values with scales")
     if scales is not None and {(a.shape, a.dtype) for a in scales} != {(keys.shape[:-1], jnp.dtype(jnp.float32))}:
         raise ValueError(f"attention: scales {[f'{a.dtype}{a.shape}' for a in scales]} beside keys {keys.shape}; float32 {keys.shape[:-1]} is needed")
+    if 0 in (*q.shape, *keys.shape):
+        raise NotImplementedError(f"attention on Hopper: nothing to do for q {q.shape} and keys {keys.shape}")
     if d not in HEAD_DIMS:
         raise NotImplementedError(f"attention on Hopper: a head dimension of {d}; only {HEAD_DIMS}")
     if shared is not None:

@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 STEP = 64  # of K, at a time
 SMS = 132
+MOST_TILES = 65535  # along y and z of a launch: rows and columns
 
 
 def _tiles(m, k, n):
@@ -43,6 +44,9 @@ def sums(x, kernel, transposed=False):
     if {x.dtype, kernel.dtype} != {jnp.dtype(jnp.bfloat16)} or k % STEP or n % columns or not m:
         raise NotImplementedError(f"float_dense.matmul: {x.dtype}{x.shape} times {kernel.dtype}{kernel.shape}: bfloat16, K a multiple of {STEP}, "
                                   f"N of {columns} are supported")
+    if max(-(-m // rows), n // columns) > MOST_TILES:
+        raise NotImplementedError(f"float_dense.matmul: {x.dtype}{x.shape} times {kernel.dtype}{kernel.shape}: at most {MOST_TILES} tiles of {rows} rows "
+                                  f"and of {columns} columns are supported")
     if m > 8:  # TMA takes groups of 8 rows; behind the last group, or the only one, it finds zeros
         x = jnp.pad(x, ((0, -m % 8), (0, 0)))
     return _launch(x, kernel, rows, columns, stages, parts, transposed)

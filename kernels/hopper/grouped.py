@@ -28,6 +28,8 @@ def _run(name, operand, row_scale, packed, scale, global_scale, group_sizes, *, 
                          f"got {packed.shape}")
     layers, experts, n, k = packed.shape[0], packed.shape[1], packed.shape[-2], packed.shape[-1] * 2
     m = operand.shape[0]
+    if k % 64:
+        raise NotImplementedError(f"{name}: K must be a multiple of 64, got K={k} of packed {packed.shape}")
     if operand.shape != (m, k) or operand.dtype != jnp.bfloat16:
         raise ValueError(f"{name}: operand must be bf16 [M, {k}] for weights {packed.shape}, got {operand.dtype} "
                          f"{operand.shape}")

@@ -71,8 +71,10 @@ def _run(what, source, arrays, emit, *, scaling, four_over_six, amax, static, va
         raise NotImplementedError(f"{what}: x is {x.dtype}; cast it to bfloat16" + (" or float32" if source == "x" else ""))
     for name, array in arrays.items():
         wanted = {"weight": (k,)}.get(name, (m, k))
-        if array.shape != wanted or array.dtype != x.dtype:
+        if array.shape != wanted:
             raise ValueError(f"{what}: {name} is {array.dtype}{array.shape}; x {x.dtype}{x.shape} wants {x.dtype}{wanted}")
+        if array.dtype != x.dtype:
+            raise NotImplementedError(f"{what}: {name} is {array.dtype} beside x in {x.dtype}; one dtype is supported")
     if scaling not in ("tensor", "tensor_pow2", "token"):
         raise ValueError(f"{what}: scaling={scaling!r}: one of tensor, tensor_pow2, token")
     if four_over_six not in (None, "mae", "mse"):

@@ -62,7 +62,7 @@ def quantize_weight(w: jax.Array, four_over_six: str | None) -> NVFP4Array:
 def activation(x: jax.Array, request: Request | None, route: Routing | None = None) -> Operand:
     """With a route, a token is quantized once and stored once for each of its experts."""
     if request is None:
-        _bfloat16(x)
+        _supported(x)
         return permute_k(x if route is None else x[route.token_of_row]), None
     return _operand(x, rows=None if route is None else route.row_of_slot, **options(request))
 
@@ -80,18 +80,22 @@ def silu_mul(gate: jax.Array, up: jax.Array, request: Request) -> Operand:
 def packed(q: NVFP4Array) -> Operand:
     if q.global_scale.ndim not in (0, 2):
         raise NotImplementedError(f"an activation with a global scale of shape {q.global_scale.shape}")
-    return permute_k(q.dequantize_blocks()), q.global_scale
+    operand = q.dequantize_blocks()
+    _supported(operand)
+    return permute_k(operand), q.global_scale
 
 
 def natural(operand: jax.Array) -> jax.Array:
     order = np.asarray(permute_k(np.arange(64)[None]))[0]
-    chunks = operand.reshape(*operand.shape[:-1], -1, 64)
+    chunks = operand.reshape(*operand.shape[:-1], operand.shape[-1] // 64, 64)
     return chunks[..., np.argsort(order)].reshape(operand.shape)
 
 
-def _bfloat16(x: jax.Array) -> None:
-    if x.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"{x.dtype} activations without quantization; the kernels multiply bfloat16")
+def _supported(operand: jax.Array) -> None:
+    if operand.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"{operand.dtype} activations without quantization; the kernels multiply bfloat16")
+    if operand.shape[-1] % 64:
+        raise NotImplementedError(f"K={operand.shape[-1]}; the kernels multiply K that is a multiple of 64")
 
 
 def _row_scale(a: QuantizedActivation) -> jax.Array:
@@ -101,7 +105,7 @@ def _row_scale(a: QuantizedActivation) -> jax.Array:
 def matmul(
     a: QuantizedActivation, w: NVFP4Array, bias: jax.Array | None, out_dtype: jnp.dtype, residual: jax.Array | None = None
 ) -> jax.Array:
-    _bfloat16(a.operand)
+    _supported(a.operand)
     return _dense(
         a.operand, _row_scale(a), w.packed, w.scale, global_scale(w, 0), bias=bias, out_dtype=out_dtype, layer=w.layer, residual=residual
     )
@@ -109,13 +113,13 @@ def matmul(
 
 def matmuls(a: QuantizedActivation, ws: tuple[NVFP4Array, ...], biases: tuple, out_dtype: jnp.dtype) -> tuple[jax.Array, ...]:
     """One launch, where no weight alone fills the GPU."""
-    _bfloat16(a.operand)
+    _supported(a.operand)
     weights = [(w.packed, w.scale, global_scale(w, 0), bias) for w, bias in zip(ws, biases, strict=True)]
     return _dense_together(a.operand, _row_scale(a), weights, out_dtype=out_dtype, layer=ws[0].layer)
 
 
 def grouped_matmul(a: QuantizedActivation, w: NVFP4Array, group_sizes: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    _bfloat16(a.operand)
+    _supported(a.operand)
     return _grouped(
         a.operand, _row_scale(a), w.packed, w.scale, global_scale(w, 1), group_sizes, out_dtype=out_dtype, layer=w.layer
     )
@@ -124,7 +128,7 @@ def grouped_matmul(a: QuantizedActivation, w: NVFP4Array, group_sizes: jax.Array
 def grouped_swiglu(a: QuantizedActivation, w: NVFP4Array, group_sizes: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
     if out_dtype != jnp.bfloat16:
         raise NotImplementedError(f"a result in {out_dtype}; gate and up give bfloat16")
-    _bfloat16(a.operand)
+    _supported(a.operand)
     return _gate_up(a.operand, _row_scale(a), w.packed, w.scale, global_scale(w, 1), group_sizes, layer=w.layer)
 
 
@@ -148,7 +152,8 @@ def combine(rows: jax.Array, route: Routing, weights: jax.Array, out_dtype: jnp.
 def attention_plan(
     starts: jax.Array, q: jax.ShapeDtypeStruct, keys: jax.ShapeDtypeStruct, window: int | None, shared: tuple | None
 ) -> attention_kernels.Plan | None:
-    if q.dtype != jnp.bfloat16 or keys.dtype not in (jnp.bfloat16, fp8.DTYPE) or q.shape[-1] not in attention_kernels.HEAD_DIMS:
+    empty = 0 in (*q.shape, *keys.shape)
+    if empty or q.dtype != jnp.bfloat16 or keys.dtype not in (jnp.bfloat16, fp8.DTYPE) or q.shape[-1] not in attention_kernels.HEAD_DIMS:
         return None  # `attention` says why it does not apply
     plan = attention_kernels.plan(starts, q, keys, window=window, shared=shared)
     # Behind the barrier XLA does not know that the counters are zeros; it would fill them anew in front of each layer's kernel.

@@ -210,7 +210,7 @@ def attention(q, keys, values, starts, layer, scale, window, soft_cap, counts, p
 
     def some(q: Array, at: Array) -> Array:
         """q [B, t, Hq, D], at [B, t], the slot of each."""
-        grouped = q.reshape(batch, -1, kv_heads, heads // kv_heads, head_dim)
+        grouped = q.reshape(batch, q.shape[1], kv_heads, heads // kv_heads, head_dim)
         scores = product("btkgd,bksd->bkgts", grouped, keys) * jnp.float32(scale)
         if soft_cap is not None:
             scores = jnp.float32(soft_cap) * jnp.tanh(scores / jnp.float32(soft_cap))
@@ -222,17 +222,17 @@ def attention(q, keys, values, starts, layer, scale, window, soft_cap, counts, p
         scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
         out = product("bkgts,bksd->btkgd", weights, values)
-        return out.astype(q.dtype).reshape(batch, -1, heads, values.shape[-1])
+        return out.astype(q.dtype).reshape(batch, q.shape[1], heads, values.shape[-1])
 
     at = starts[:, None] + jnp.arange(steps, dtype=jnp.int32)[None]
     if steps <= 2 * _QUERIES:
         return some(q, at)
     extra = -steps % _QUERIES
-    blocks = lambda x: jnp.moveaxis(x.reshape(batch, -1, _QUERIES, *x.shape[2:]), 1, 0)  # noqa: E731
+    blocks = lambda x: jnp.moveaxis(x.reshape(batch, x.shape[1] // _QUERIES, _QUERIES, *x.shape[2:]), 1, 0)  # noqa: E731
     q = blocks(jnp.pad(q, ((0, 0), (0, extra), (0, 0), (0, 0))))
     at = blocks(jnp.pad(at, ((0, 0), (0, extra))))
     out = jnp.moveaxis(lax.map(lambda part: some(*part), (q, at)), 0, 1)
-    return out.reshape(batch, -1, heads, out.shape[-1])[:, :steps]
+    return out.reshape(batch, steps + extra, heads, out.shape[-1])[:, :steps]
 
 
 # --- what they are made of, and the gradients of every backend ---------------------------------------------------------

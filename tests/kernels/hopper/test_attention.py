@@ -494,6 +494,9 @@ def test_refusals():
         attention.attention(q[..., :32], keys[..., :32], values[..., :32], starts, layer=layer)
     with pytest.raises(NotImplementedError, match="a window over slots that rows share"):
         attention.attention(q, keys, values, starts, layer=layer, window=5, shared=attention.Shared(keys[:, :1], values[:, :1], starts))
+    for empty in ((q[:0], keys[:, :0], values[:, :0], starts[:0]), (q[:, :0], keys, values, starts), (q, keys[..., :0, :], values[..., :0, :], starts)):
+        with pytest.raises(NotImplementedError, match="nothing to do"):
+            attention.attention(*empty, layer=layer)
     scale = jnp.zeros(keys.shape[:-1], jnp.float32)
     codes = keys.astype(jnp.float8_e4m3fn)
     with pytest.raises(NotImplementedError, match="only bfloat16, or float8_e4m3fn keys and values with scales"):

@@ -29,6 +29,15 @@ def test_unsupported():
             float_dense.matmul(jnp.zeros(x, BF16), jnp.zeros(kernel, BF16))
 
 
+def test_more_tiles_than_a_launch_takes():
+    """y and z of CUDA's grid end at 65535."""
+    shape = lambda *s: jax.ShapeDtypeStruct(s, BF16)
+    for m, n in ((65535 * 64 + 1, 64), (1, 65537 * 64)):
+        with pytest.raises(NotImplementedError, match="at most 65535 tiles"):
+            jax.eval_shape(float_dense.matmul, shape(m, 64), shape(64, n))
+    assert jax.eval_shape(float_dense.matmul, shape(65535 * 64, 64), shape(64, 64)).shape == (65535 * 64, 64)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("m, n", [(300, 128), (300, 16896), (1100, 4096), (2300, 4096)])

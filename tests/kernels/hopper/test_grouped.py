@@ -175,6 +175,8 @@ def test_errors_name_the_shape(rng):
         grouped.gate_up(x, row_scale, packed, scale, global_scale, sizes)
     with pytest.raises(NotImplementedError, match="bf16 or f32"):
         grouped.matmul(x, row_scale, packed, scale, global_scale, sizes, out_dtype=jnp.float16)
+    with pytest.raises(NotImplementedError, match="multiple of 64, got K=80"):
+        grouped.matmul(x[:, :80], row_scale, packed[..., :40], scale[..., :5], global_scale, sizes)
 
 
 # --- the compile ----------------------------------------------------------------------------------------------------

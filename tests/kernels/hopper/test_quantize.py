@@ -483,6 +483,8 @@ def test_arguments_are_checked():
         (NotImplementedError, "float16", lambda: q.quantize(x.astype(jnp.float16))),
         (NotImplementedError, "float32", lambda: q.rmsnorm_operand(x.astype(F32), jnp.zeros(64, F32), eps=1e-6)),
         (ValueError, "weight", lambda: q.rmsnorm_operand(x, jnp.zeros(32, BF16), eps=1e-6)),
+        (NotImplementedError, "weight is float32", lambda: q.rmsnorm_operand(x, jnp.zeros(64, F32), eps=1e-6)),
+        (NotImplementedError, "up is float32", lambda: q.silu_mul_operand(x, x.astype(F32))),
         (ValueError, "scaling", lambda: q.quantize(x, scaling="expert")),
         (ValueError, "four_over_six", lambda: q.quantize(x, four_over_six="max")),
         (ValueError, "valid", lambda: q.quantize(x, valid=jnp.zeros(3, bool))),
