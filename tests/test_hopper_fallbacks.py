@@ -135,3 +135,15 @@ def test_an_empty_cache_or_batch(empty):
         assert jax.eval_shape(jax.grad(lambda *a: attend(*a, name).astype(F32).sum()), q, keys, values, starts).shape == q.shape
         written = jax.jit(lambda *a: ops.rope_write(*a, implementation=name))(q, *rest)
         assert [a.shape for a in written] == [q.shape, keys.shape, values.shape]
+
+
+def test_sizes_of_more_rows_than_there_are(key, unchecked):
+    """Concrete sizes are refused; traced ones give the rows that there are."""
+    x, sizes = jax.random.normal(key, (5, 64), BF16), jnp.asarray([3, 0, 9], jnp.int32)
+    w, pairs = weight(key, 3, 48, 64), weight(key, 3, 2, 48, 64)
+    pairs = NVFP4Array(pairs.packed, pairs.scale, pairs.global_scale[:, :1])
+    for f, of in ((ops.grouped_matmul, w), (ops.grouped_swiglu, pairs)):
+        with pytest.raises(ValueError, match="experts/up: group_sizes add up to 12 rows, x has 5"):
+            f(x, of, sizes, implementation="xla", name="experts/up")
+    run = jax.jit(lambda sizes: ops.grouped_matmul(x, w, sizes, scaling="token", implementation="xla"))
+    np.testing.assert_array_equal(run(sizes), run(jnp.asarray([3, 0, 2], jnp.int32)))

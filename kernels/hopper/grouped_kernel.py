@@ -266,6 +266,7 @@ class Grouped(Hardware):
         first = within * self.rows
         expert = self.expert_of(sm.table, block)
         start, rows, load = rows_of_block(sm.table, block, expert, self.at, self.config.tiles)
+        rows = jnp.minimum(rows, self.m - start)  # sizes that promise more rows than there are: nothing is written past the last
         slot = sm.known.fill(number)
         tile = _Tile(number, slot, expert, start, rows, load)
         for i, value in enumerate((expert, start, rows, load)):

@@ -35,6 +35,7 @@ def grouped_kernel(x_ptr, scale_ptr, w_ptr, s_ptr, g_ptr, sizes_ptr, layer_ptr, 
                    PER_ROW: tl.constexpr, STACKED: tl.constexpr, GATED: tl.constexpr, APART: tl.constexpr):
     """GATED: N rows of gate, then N of up, an expert. APART: one after the other, for fewer registers."""
     expert, row, end = _find(sizes_ptr, tl.program_id(0), E, EP, BM)
+    end = tl.minimum(end, M)  # sizes that promise more rows than there are: nothing is written past the last
     if expert < E:
         m = row + tl.arange(0, BM)
         n = tl.program_id(1) * BN + tl.arange(0, BN)

@@ -177,6 +177,11 @@ def _check_grouped(x: Activation, w: NVFP4Array | Array, group_sizes: Array, ran
     arguments.array(f"{name}: group_sizes", group_sizes, "int")
     if group_sizes.shape != (w.shape[0],):
         raise ValueError(f"{name}: group_sizes of shape {group_sizes.shape} needs one entry for each of the {w.shape[0]} groups")
+    # Traced sizes have no values yet: there, kernels leave out the rows that x does not have.
+    if not isinstance(group_sizes, jax.core.Tracer) and getattr(group_sizes, "is_fully_addressable", True):
+        total = int(np.asarray(group_sizes).sum(dtype=np.int64))
+        if total > x.shape[0]:
+            raise ValueError(f"{name}: group_sizes add up to {total} rows, x has {x.shape[0]}")
 
 
 def _read(x: Activation, scaling, valid, implementation, name: str, group_sizes=None) -> QuantizedActivation:

@@ -32,7 +32,7 @@ def rng():
 
 
 def make(rng, sizes, n, k, *, gated, token_scale=True, spare=3):
-    """Random weights over every code and every finite scale, random rows, and `spare` rows past the last expert's."""
+    """Random weights over every code and every finite scale, random rows, and `spare` rows past the last expert's (negative: so many too few)."""
     experts, m = len(sizes), sum(sizes) + spare
     lead = (experts, 2, n) if gated else (experts, n)
     codes = rng.integers(0, 16, (*lead, k), dtype=np.uint8)
@@ -56,7 +56,7 @@ def oracle(x, row_scale, codes, scale, global_scale, sizes, *, gated):
     for expert, size in enumerate(sizes):
         if not size:
             continue
-        rows = slice(row, row + size)
+        rows = slice(row, row + size)  # fewer, where x has no more
         row += size
         factor = row_scale[rows] * float(global_scale[expert])
         w = VALUES[codes[expert]] * np.repeat(scale[expert].astype(np.float64), 16, -1)
@@ -148,6 +148,15 @@ def test_schedule_under_the_interpreter(rng, name, monkeypatch):
     check(out, *oracle(*case, gated=gated))
 
 
+def test_sizes_of_more_rows_than_there_are(rng, monkeypatch):
+    """Those that there are come out right, and nothing is written past the last: the interpreter would say so."""
+    monkeypatch.setattr(grouped, "Grouped", hopper_interpreted.Grouped)
+    *given, sizes = make(rng, (3, 4), 64, 256, gated=False, spare=0)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        out = run((*given, np.asarray([3, 20], np.int32)), gated=False, use=grouped.Config((8,), (8,), 32, **SMALL))
+    check(out, *oracle(*given, sizes, gated=False))
+
+
 def test_stacked_layers_under_the_interpreter(rng, monkeypatch):
     monkeypatch.setattr(grouped, "Grouped", hopper_interpreted.Grouped)
     x, row_scale, codes, scale, global_scale, sizes = make(rng, (4, 2), 64, 256, gated=False)
@@ -229,6 +238,7 @@ EMULATED = {  # sizes, N, K, gated, configuration or rows of the rule's
     "256 rows": ((300, 130), 128, 512, True, 1024),
     "scales from any word": ((2, 5, 1), 67, 320, True, 8),
     "200 experts": ((1,) * 130 + (0,) * 50 + (2,) * 20, 64, 64, True, 200),
+    "sizes of more rows than there are": ((3, 20, 9), 64, 256, True, grouped.Config((8,), (8,), 32, warpgroups=1, sms=1)),
 }
 
 
@@ -241,7 +251,8 @@ def test_compiled_kernel_on_the_cpu(rng, name):
     experts, halves = len(sizes), 2 if gated else 1
     if isinstance(use, int):
         use = dataclasses.replace(grouped.config(use, experts, n, k, gated=gated), sms=2)
-    case = x, row_scale, codes, scale, global_scale, group_sizes = make(rng, sizes, n, k, gated=gated)
+    spare = -13 if name.startswith("sizes of more rows") else 3
+    case = x, row_scale, codes, scale, global_scale, group_sizes = make(rng, sizes, n, k, gated=gated, spare=spare)
     f = grouped.gate_up if gated else grouped.matmul
     kernel, = aot.compile(lambda *a: f(*a, use=use), *structs(len(x), experts, n, k, gated=gated))
     operand, _, packed, scale, _, _ = map(np.asarray, arguments(*case))

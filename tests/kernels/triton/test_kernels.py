@@ -285,6 +285,29 @@ def test_grouped(machine, rng, sizes, gated):
         first += size
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_grouped_sizes_of_more_rows_than_there_are(machine, rng, monkeypatch, gated):
+    """The rows that there are come out right, and nothing is written behind them."""
+    x, n, k, m = rows(rng, 6, 64), 32, 64, 6
+    w, _ = weight(rng, 2, 2 * n if gated else n, k)
+    operand, scale = quantize.operand(jnp.asarray(x), scaling="token")
+    halves = (lambda v: v.reshape(2, 2, n, -1)) if gated else (lambda v: v)
+    args = operand, scale, *map(jnp.asarray, (halves(w.packed), halves(w.scale), w.global_scale.reshape(-1)))
+    f, launch = grouped.gate_up if gated else grouped.matmul, grouped.call
+
+    def watched(kernel, inputs, sizes, outputs, **how):
+        """With room behind the rows, of which the kernel knows nothing."""
+        inputs = [jnp.pad(a, ((0, 32), *[(0, 0)] * (a.ndim - 1)), constant_values=1) for a in inputs[:2]] + inputs[2:]
+        (out,) = launch(kernel, inputs, sizes, [jax.ShapeDtypeStruct((m + 32, n), outputs[0].dtype)], **how)
+        if machine == "interpreter":  # where memory is poisoned before
+            assert np.isnan(np.asarray(out)[m:]).all()
+        return [out[:m]]
+
+    right = f(*args, jnp.asarray([1, 5], jnp.int32), out_dtype=F32)
+    monkeypatch.setattr(grouped, "call", watched)
+    np.testing.assert_array_equal(f(*args, jnp.asarray([1, 20], jnp.int32), out_dtype=F32), right)
+
+
 def test_grouped_reads_its_layer_of_a_stack(machine, rng):
     x, (w, decoded) = rows(rng, 6, 64), weight(rng, 2, 3, 32, 64)
     operand, scale = quantize.operand(jnp.asarray(x), scaling="token")
