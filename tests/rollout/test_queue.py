@@ -426,3 +426,27 @@ def test_an_fp8_cache_and_telemetry(samples):
     np.testing.assert_array_equal(queued.tokens, plain.tokens)
     np.testing.assert_allclose(queued.logprobs, plain.logprobs, atol=2e-2)
     assert queued.telemetry.layers and (queued.telemetry.blocks > 0).all() and (queued.telemetry.amax > 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache_dtype, common", [(None, 140), (jnp.float8_e4m3fn, 0)])
+def test_bits_on_a_gpu(cache_dtype, common):
+    """Hopper's kernels: tokens and logprobs of a prompt, to the bit, through a queue and alone."""
+    config = dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3", vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=3,
+                  num_attention_heads=8, num_key_value_heads=2, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False)  # fmt: skip
+    model = models.stack_layers(models.build(config, rngs=nnx.Rngs(0)))
+    model, rng = nvfp4jax.quantize_model(model, nvfp4jax.Rule("layers/.*_proj", scaling="token")), np.random.default_rng()
+    counts, limits, keys = common + rng.integers(1, 60, 9), rng.integers(1, 25, 9), jax.random.split(jax.random.key(0), 9)
+    ids = rng.integers(1, 1000, (9, counts.max()))
+    ids[:, :common] = ids[0, :common]
+    mask = np.arange(counts.max()) < counts[:, None]
+
+    def run(rows, **more):
+        return generate(model, ids[rows], mask[rows], max_new_tokens=limits[rows], temperature=1.0, key=keys[rows], cache_dtype=cache_dtype, **more)
+
+    queued = run(slice(9), rows_in_flight=3)
+    np.testing.assert_array_equal(queued.lengths, limits)
+    for row in range(9):
+        alone, made = run(slice(row, row + 1)), slice(0, limits[row])
+        np.testing.assert_array_equal(alone.tokens[0, made], queued.tokens[row, made])
+        np.testing.assert_array_equal(alone.logprobs[0, made], queued.logprobs[row, made])
