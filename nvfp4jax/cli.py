@@ -197,7 +197,7 @@ def _place_of(output: Path) -> tuple[Path, Path]:
         part.open("w").close()
         part.unlink()
     except OSError as error:
-        raise ValueError(f"--output {str(output)[:80]}: {error.strerror}") from None
+        raise ValueError(f"--output {str(output)[:200]}: {error.strerror}") from None
     return place, part
 
 
@@ -208,7 +208,7 @@ def _write(output: Path, place: Path, part: Path, text: str) -> None:
         if part != place:
             part.replace(place)
     except OSError as error:
-        raise ValueError(f"--output {str(output)[:80]}: not written: {error.strerror}") from None
+        raise ValueError(f"--output {str(output)[:200]}: not written: {error.strerror}") from None
     finally:
         if part != place:
             with contextlib.suppress(OSError):

@@ -106,7 +106,7 @@ def is_inside(path: Path, folder: Path) -> bool:
 def open_regular(path: Path):
     """The open file and its size. A pipe or a device is refused: reading it could block or never end; so is a link out of the folder."""
     if not is_inside(path, path.parent):
-        raise CheckpointError(f"{path}: a link out of its folder, to {os.path.realpath(path)}; follow_links (--follow-links) reads it all the same")
+        raise CheckpointError(f"{path}: a link out of its folder, to {os.path.realpath(path)}; --follow-links (in Python safetensors.FOLLOW_LINKS.set(True)) reads it all the same")
     try:
         # Without O_NONBLOCK, opening a pipe waits for its writer.
         file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")

@@ -1,9 +1,9 @@
 """An NVFP4 rollout engine for google-tunix 0.1.7: what `ClusterConfig(rollout_engine=...)` takes.
 
     from nvfp4jax.integrations.tunix_rollout import NVFP4Rollout
-    ClusterConfig(rollout_engine=functools.partial(NVFP4Rollout, rules=[nvfp4jax.Rule(r"layers/.*")]), ...)
+    ClusterConfig(rollout_engine=functools.partial(NVFP4Rollout), ...)
 
-The actor is one of tunix's models, or one of ours in a `TunixModel`. The engine holds a quantized copy; the trainer's model is
+The actor is one of tunix's models, or one of ours in a `TunixModel`, whose paths begin with `model/`. The engine holds a quantized copy; the trainer's model is
 read and never written. Use tunix 0.1.7 with jax 0.11.1 or newer, below 0.12; tunix' HEAD asks for jax below 0.11.1, which is too old for
 nvfp4jax.
 """
