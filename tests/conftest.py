@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 # The same examples in each run; NVFP4JAX_SEED=NUMBER (make test-all draws one, CI takes the commit's) draws others, the same again for it.
 SEED = os.environ.get("NVFP4JAX_SEED", "")
-# NVFP4JAX_SHARE=3 (CI) runs a third of the slow tests, which third says the seed; and all notebooks.
+# NVFP4JAX_SHARE=3 (CI) runs a third of the slow tests, which third says the seed; and these files whole.
 SHARE = int(os.environ.get("NVFP4JAX_SHARE", "1"))
+ALWAYS = "test_notebooks.py", "test_soak.py"
 
 if os.environ.get("NVFP4JAX_TEST_GPU") != "1":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -62,7 +63,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.nodeid in slow:
             item.add_marker(pytest.mark.slow)
-    others = [item for item in items if "slow" in item.keywords and item.path.name != "test_notebooks.py" and zlib.crc32(f"{SEED}{item.nodeid}".encode()) % SHARE]
+    others = [item for item in items if "slow" in item.keywords and item.path.name not in ALWAYS and zlib.crc32(f"{SEED}{item.nodeid}".encode()) % SHARE]
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in set(others)]
