@@ -139,11 +139,25 @@ def test_updates_leave_the_actor_alone():
         roll.update_params(nnx.state(other))
 
 
+def adapted(base: nnx.Module) -> nnx.Module:
+    """base with qwix' adapters on einsums and linears; alpha / rank is 1.5."""
+    provider = qwix.LoraProvider(module_path=".*(q_proj|kv_proj|o_proj|gate_proj|down_proj|up_proj)", rank=4, alpha=6.0)
+    return qwix.apply_lora_to_model(base, provider, **base.get_model_input(), rngs=nnx.Rngs(3))
+
+
+def merged(actor: nnx.Module, roll: NVFP4Rollout) -> nnx.Module:
+    """The model without adapters whose weights hold them, as the engine merges them."""
+    flat = nnx.to_flat_state(nnx.state(actor, nnx.Param))
+    parts = [nnx.from_flat_state([(p, v) for p, v in flat if ("_lora_" in p[-1]) == lora]) for lora in (False, True)]
+    plain = tunix_models.make("qwen3")
+    nnx.update(plain, roll._merge(*parts, jnp.float32(1.5)))
+    return plain
+
+
 def test_adapters_are_merged():
     """qwix' adapters on einsums and linears: the merged weights compute what the adapted model does, and are what is quantized."""
     base = tunix_models.make("qwen3")
-    provider = qwix.LoraProvider(module_path=".*(q_proj|kv_proj|o_proj|gate_proj|down_proj|up_proj)", rank=4, alpha=6.0)
-    actor = qwix.apply_lora_to_model(base, provider, **base.get_model_input(), rngs=nnx.Rngs(3))
+    actor = adapted(base)
     rng = np.random.default_rng()
     adapters = nnx.state(actor, nnx.LoRAParam)
     drawn = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), adapters)
@@ -154,15 +168,12 @@ def test_adapters_are_merged():
     assert_weights(roll.qmodel, nvfp4jax.quantize_model(base, tunix_models.RULE))  # b starts at zero
     nnx.update(actor, drawn)
     rows = np.random.default_rng().integers(3, tunix_models.VOCABULARY, (2, 9))
-    adapted = tunix_models.forward(actor, rows)
-    assert np.abs(adapted - tunix_models.forward(base, rows)).max() > 1e-2
+    expected = tunix_models.forward(actor, rows)
+    assert np.abs(expected - tunix_models.forward(base, rows)).max() > 1e-2
     roll.update_params(nnx.state(actor, (nnx.LoRAParam,)), (nnx.LoRAParam,))
-    merged = tunix_models.make("qwen3")
-    state = nnx.state(actor, nnx.Param)
-    parts = [nnx.from_flat_state([(p, v) for p, v in nnx.to_flat_state(state) if ("_lora_" in p[-1]) == lora]) for lora in (False, True)]
-    nnx.update(merged, roll._merge(*parts, jnp.float32(1.5)))
-    np.testing.assert_allclose(tunix_models.forward(merged, rows), adapted, atol=1e-4)
-    assert_weights(roll.qmodel, nvfp4jax.quantize_model(merged, tunix_models.RULE))
+    plain = merged(actor, roll)
+    np.testing.assert_allclose(tunix_models.forward(plain, rows), expected, atol=1e-4)
+    assert_weights(roll.qmodel, nvfp4jax.quantize_model(plain, tunix_models.RULE))
 
 
 def test_a_mesh_of_its_own():
@@ -221,15 +232,10 @@ def kinds_of_memory(model: nnx.Module) -> set[str]:
 
 
 QWEN3 = functools.partial(tunix_models.make, "qwen3")
+QWEN3_ADAPTED = lambda: adapted(QWEN3())  # noqa: E731
 
 
-def adapted() -> nnx.Module:
-    base = QWEN3()
-    provider = qwix.LoraProvider(module_path=".*(q_proj|kv_proj|o_proj|gate_proj|down_proj|up_proj)", rank=4, alpha=6.0)
-    return qwix.apply_lora_to_model(base, provider, **base.get_model_input(), rngs=nnx.Rngs(3))
-
-
-@pytest.mark.parametrize("actor, offload", [(QWEN3, False), (ours, False), (QWEN3, True), (adapted, True)],
+@pytest.mark.parametrize("actor, offload", [(QWEN3, False), (ours, False), (QWEN3, True), (QWEN3_ADAPTED, True)],
                          ids=["tunix-qwen3", "ours", "offloaded", "adapters-offloaded"])
 def test_grpo_learns(actor, offload):
     """GRPO on answers full of small letters, sampled in NVFP4: the reward rises, and the rollout follows the trainer.
@@ -237,7 +243,7 @@ def test_grpo_learns(actor, offload):
     Offloaded: both models wait for their turn in the host's memory, and nothing compiles again for it. Adapters: they alone are trained
     and handed over.
     """
-    rate, adapters = (2e-2, True) if actor is adapted else (4e-3, False)
+    rate, adapters = (2e-2, True) if actor is QWEN3_ADAPTED else (4e-3, False)
     rewards, programs = [], []
 
     def reward(prompts, completions, **rest):
@@ -272,8 +278,5 @@ def test_grpo_learns(actor, offload):
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.25
     trained = jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")), cluster.actor_trainer.model)
     if adapters:
-        flat = nnx.to_flat_state(nnx.state(trained, nnx.Param))
-        parts = [nnx.from_flat_state([(p, v) for p, v in flat if ("_lora_" in p[-1]) == lora]) for lora in (False, True)]
-        trained = QWEN3()
-        nnx.update(trained, cluster.rollout._merge(*parts, jnp.float32(1.5)))
+        trained = merged(trained, cluster.rollout)
     assert_weights(cluster.rollout.qmodel, nvfp4jax.quantize_model(trained, rule))
