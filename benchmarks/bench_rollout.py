@@ -165,6 +165,13 @@ def by_kind(kernels: dict[str, tuple[float, float]]) -> dict[str, float]:
     return {kind: round(us, 1) for kind, us in kinds.most_common()}
 
 
+def profiled(run, calls: int) -> dict:
+    """The time, launches and kernels a call of what `run` does `calls` times."""
+    kernels = kernels_of(run, calls)
+    total, launches = (sum(cell[i] for cell in kernels.values()) for i in (0, 1))
+    return dict(kernel_ms=total / 1e3, launches=launches, by_kind=by_kind(kernels), kernels=kernels)
+
+
 def fill_cache(shapes):
     """Uniform numbers of variance 1, other ones in each slot: rows that remember alike would choose the same experts, fewer than rows do.
     By the hardware's own generator and from bytes, since gigabytes take long otherwise. Scales are 1."""
@@ -174,7 +181,11 @@ def fill_cache(shapes):
     def fill(key, shape, dtype):
         if dtype == jnp.float32 and cache_dtype is not None:
             return jnp.ones(shape, dtype)
-        return ((jax.random.bits(key, shape, jnp.uint8).astype(jnp.bfloat16) - 127.5) / 74).astype(dtype)
+
+        def layer(key):  # one at a time: the bytes are half as large as what they become
+            return ((jax.random.bits(key, shape[1:], jnp.uint8).astype(jnp.bfloat16) - 127.5) / 74).astype(dtype)
+
+        return lax.map(layer, jax.random.split(key, shape[0]))
 
     return jax.tree.unflatten(tree, [fill(jax.random.key(i, impl="rbg"), tuple(x.shape), x.dtype) for i, x in enumerate(leaves)])
 
@@ -196,7 +207,7 @@ def step(config: dict, model: nnx.Module, batch: int, context: int, profile: boo
 
     run_step = jax.jit(decode, static_argnames="settings", donate_argnames="state")
     start = time.time()
-    lowered = run_step.lower(graphdef, params, state(), jnp.int32(steps), controls, settings=settings)
+    lowered = run_step.lower(graphdef, params, jax.eval_shape(state), jnp.int32(steps), controls, settings=settings)
     lowering = time.time() - start
     compiled = lowered.compile()
     compile_s = time.time() - start
@@ -218,9 +229,7 @@ def step(config: dict, model: nnx.Module, batch: int, context: int, profile: boo
     if profile:
         count = min(9, steps)
         before = jax.block_until_ready(state())
-        kernels = kernels_of(lambda: jax.block_until_ready(compiled(graphdef, params, before, jnp.int32(count), controls).tokens), count - 1)
-        found |= dict(kernel_ms=sum(us for us, _ in kernels.values()) / 1e3, launches=sum(n for _, n in kernels.values()),
-                      by_kind=by_kind(kernels), kernels=kernels)  # fmt: skip
+        found |= profiled(lambda: jax.block_until_ready(compiled(graphdef, params, before, jnp.int32(count), controls).tokens), count - 1)
     return found
 
 
@@ -248,9 +257,7 @@ def prompt(config: dict, model: nnx.Module, batch: int, length: int, profile: bo
         floor_ms=floor(config, model, batch, length, length) * 1e3, memory_gb=used / 1e9, compile_s=compile_s,
     )  # fmt: skip
     if profile:
-        kernels = kernels_of(run, 1)
-        found |= dict(kernel_ms=sum(us for us, _ in kernels.values()) / 1e3, launches=sum(n for _, n in kernels.values()),
-                      by_kind=by_kind(kernels), kernels=kernels)  # fmt: skip
+        found |= profiled(run, 1)
     return found
 
 
@@ -261,7 +268,7 @@ def floor_of_samples(config: dict, model: nnx.Module, prompts: int, samples: int
     return floor(config, model, prompts * samples, new // 2) + floor(config, model, prompts, length) - floor(config, model, prompts, 0)
 
 
-def samples(config: dict, model: nnx.Module, prompts: int, number: int, length: int, new: int, share: bool) -> dict:
+def samples(config: dict, model: nnx.Module, prompts: int, number: int, length: int, new: int, share: bool, profile: bool) -> dict:
     """`prompts` prompts of `length` tokens with `number` samples of `new` tokens each, as many prompts at a time as fit."""
     graphdef, params, seen = _split(model)
     weights = sum(x.nbytes for x in jax.tree.leaves(params))
@@ -292,11 +299,16 @@ def samples(config: dict, model: nnx.Module, prompts: int, number: int, length: 
     run(0, 3)
     times = np.sum([run(first, new) for first in range(0, prompts, turn)], 0)
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return dict(
+    found = dict(
         kind=f"{number} samples, {'shared' if share else 'repeated'}", batch=prompts * number, at_a_time=turn * number, context=length,
         ms=times[1] * 1e3 / (new - 1) / (prompts // turn), tokens_per_s=prompts * number * new / times.sum(), prefill_s=times[0],
         floor_ms=floor_of_samples(config, model, turn, number, length, new, share) * 1e3, memory_gb=used / 1e9, compile_s=compile_s,
     )  # fmt: skip
+    if profile:  # of a late step: the rows' own slots are nearly full
+        state = run_prefill(graphdef, params, ids[:turn], lengths, keys, controls, seen=seen)
+        state = jax.block_until_ready(run_decode(graphdef, params, state, jnp.int32(new - 9), controls))
+        found |= profiled(lambda: jax.block_until_ready(run_decode(graphdef, params, state, jnp.int32(new - 1), controls).tokens), 8)
+    return found
 
 
 def beginning_alike(
@@ -414,7 +426,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 keep(scaling, step, batch, context, options.profile, options.steps)
         for share in (True,) if options.shared_only else (True, False):
             if options.prompts:
-                keep(scaling, samples, options.prompts, options.samples, options.length, options.new, share)
+                keep(scaling, samples, options.prompts, options.samples, options.length, options.new, share, options.profile)
             if options.prefix_prompts:
                 cell = options.prefix_prompts, options.prefix, options.own, options.mean, options.new
                 if not options.rows_in_flight:
