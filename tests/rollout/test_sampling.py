@@ -84,6 +84,38 @@ def test_a_wrong_distribution_is_noticed(key):
     assert chi > 11 + 6 * np.sqrt(22) + 12
 
 
+@pytest.mark.parametrize("min_p", [None, 0.05])
+@pytest.mark.parametrize("vocabulary", [4097, 5120])
+def test_a_large_vocabulary_is_drawn_from_by_groups(vocabulary, min_p, key):
+    """As the exact distribution has it, token by token and group by group; banned tokens and whole banned groups never come."""
+    rng = np.random.default_rng()
+    logits = rng.normal(0, 1.5, vocabulary)
+    groups = -(-vocabulary // 128)
+    logits[np.arange(vocabulary) % groups == 3] = -np.inf
+    likely = [0, 1, groups, 7 * groups + 5, vocabulary - 1]
+    logits[likely] = rng.normal(7, 0.5, len(likely))
+    rows, expected = 4000, kept(np.exp(log_softmax(logits)), None, 1.0, min_p)
+    tokens, logprobs = draw(np.tile(logits, (rows, 1)), jax.random.split(key, rows), min_p=min_p)
+    np.testing.assert_allclose(np.asarray(logprobs), log_softmax(logits)[np.asarray(tokens)], rtol=1e-5, atol=1e-5)
+    of_token = np.full(vocabulary, len(likely))
+    of_token[likely] = range(len(likely))
+    for cells in (of_token, np.arange(vocabulary) % groups):
+        counts, shares = np.bincount(cells[np.asarray(tokens)], minlength=cells.max() + 1), np.bincount(cells, expected)
+        assert counts[shares == 0].sum() == 0
+        some, freedom = shares > 0, (shares > 0).sum() - 1
+        chi = ((counts - rows * shares)[some] ** 2 / (rows * shares[some])).sum()
+        assert chi <= freedom + 8 * np.sqrt(2 * freedom) + 20 * bool(freedom)
+
+
+def test_a_row_draws_the_same_token_in_every_batch(key):
+    logits = np.random.default_rng().normal(0, 2, (9, 9000))
+    keys = jax.random.split(key, 9)
+    together = draw(logits, keys)
+    for row in (0, 4, 8):
+        for a, b in zip(together, draw(logits[row : row + 1], keys[row : row + 1]), strict=True):
+            np.testing.assert_array_equal(a[row], b[0])
+
+
 def test_greedy_takes_the_first_maximum():
     logits = jnp.asarray([[0.0, 3.0, 3.0, -1.0], [5.0, 5.0, 5.0, 5.0]], jnp.float32)
     tokens, logprobs = sample(
