@@ -18,18 +18,22 @@ one `generate` of prompts that begin alike, with the prefix held once and withou
 answers (openai/grade-school-math, test.jsonl: 123 words, digits and marks on average, the logarithm's deviation .43): lognormal, `mean` on
 average. Prefill is counted in both; "ms" is the time for a step of all rows. With --rows-in-flight the same
 prompts, each with a key of its own, in batches of so many and through a queue with so many in flight, the prefix held once.
-XLA_PYTHON_CLIENT_MEM_FRACTION=.95 gives them the memory.
+XLA_PYTHON_CLIENT_MEM_FRACTION=.95 gives them the memory. --reload 64x1024: what it costs a rollout of so many rows that bfloat16 weights are
+quantized and taken while it runs.
 "memory" is arguments and temporaries of the compiled step. --profile splits a step by kernel, by jax's profiler.
 """
 
 import argparse
 import collections
+import dataclasses
 import functools
 import glob
 import json
 import math
 import tempfile
 import time
+import types
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -344,6 +348,53 @@ def beginning_alike(
     )  # fmt: skip
 
 
+@dataclasses.dataclass
+class _Trainer:
+    """A source of weights: float ones in the device's memory, quantized when the rollout looks for the `wanted`-th time."""
+
+    requantize: Callable
+    state: nnx.State
+    wanted: int
+    looks: int = 0
+    active_step: int = 0
+
+    def take(self):
+        self.looks += 1
+        if self.looks == self.wanted:
+            return types.SimpleNamespace(state=self.requantize(self.state), step=1)
+
+
+def reload(config: dict, model: nnx.Module, batch: int, length: int, new: int = 96) -> dict:
+    """What new weights cost a rollout that runs: bfloat16 ones, as a Flax trainer holds them, quantized and taken between two chunks."""
+    state = nnx.state(random_model(config, "bf16", True, seed=1))
+    requantize = jax.jit(lambda state: nvfp4jax.quantize_params(state, model))
+    jax.block_until_ready(requantize(state))
+    ids = np.random.default_rng(0).integers(0, config["vocab_size"], (batch, length))
+
+    def run(wanted: int) -> float:
+        start = time.time()
+        out = nvfp4jax.generate(
+            model, ids, max_new_tokens=new, temperature=1.0, key=jax.random.key(0), cache_dtype=cache_dtype, swap_every=new // 4,
+            weights=_Trainer(requantize, state, wanted),
+        )  # fmt: skip
+        assert (np.asarray(out.weight_versions).max() == 1) == (wanted > 0)
+        return time.time() - start
+
+    run(2)
+    pairs = [(run(0), run(2)) for _ in range(5)]
+    kept, taken = (float(np.median(times)) for times in zip(*pairs, strict=True))
+    alone = []
+    for _ in range(3):
+        start = time.time()
+        jax.block_until_ready(requantize(state))
+        alone.append(time.time() - start)
+    return dict(
+        kind="new weights in a rollout", batch=batch, context=length, ms=float(np.median([b - a for a, b in pairs])) * 1e3, requantize_ms=float(np.median(alone)) * 1e3,
+        tokens_per_s=batch * new / kept, tokens_per_s_with=batch * new / taken, floor_ms=sum(x.nbytes for x in jax.tree.leaves(state)) * 2 / MEMORY * 1e3,
+        memory_gb=(jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9, compile_s=0.0,
+    )  # fmt: skip
+
+
 def plot(results: list[dict], file: str) -> None:
     """Tokens/s over the batch, a line a scaling and context; needs matplotlib."""
     import matplotlib.pyplot as plt
@@ -391,6 +442,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--rows-in-flight", nargs="*", type=int, default=[], help="with --prefix-prompts: so many at a time, in batches and in a queue")
     parser.add_argument("--shared-only", action="store_true", help="leaves out the rollouts that share nothing")
     parser.add_argument("--cache-dtype", help="of keys and values, e.g. float8_e4m3fn; the model's without it")
+    parser.add_argument("--reload", nargs="*", default=[], metavar="ROWSxTOKENS")
     parser.add_argument("--steps", type=int, default=NEW)
     parser.add_argument("--unrolled", action="store_true")
     parser.add_argument("--profile", action="store_true")
@@ -421,6 +473,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         model = random_model(config, scaling, not options.unrolled)
         for cell in options.prefill:
             keep(scaling, prompt, *map(int, cell.split("x")), options.profile)
+        for cell in options.reload:
+            keep(scaling, reload, *map(int, cell.split("x")))
         for context in options.contexts:
             for batch in options.batches:
                 keep(scaling, step, batch, context, options.profile, options.steps)
