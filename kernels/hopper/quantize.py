@@ -35,6 +35,8 @@ def _kernel(spec: Spec, plan: Plan):
     outputs = {}
     if spec.emit == "amax":
         outputs["partials"] = jax.ShapeDtypeStruct((plan.grid,), jnp.float32)
+    elif spec.emit == "values":
+        outputs["values"] = jax.ShapeDtypeStruct((spec.m, spec.k), jnp.bfloat16)
     else:
         if spec.emit == "packed":
             outputs["packed"] = jax.ShapeDtypeStruct((spec.m, spec.k // 2), jnp.uint8)
@@ -114,6 +116,8 @@ def _run(what, source, arrays, emit, *, scaling, four_over_six, amax, static, va
             spec = dataclasses.replace(spec, amax="partials", partials=first.grid, masked=False)
         plan = few or plan
     out = _kernel(spec, plan)(arrays)
+    if emit == "values":
+        return out
     out["global_scale"] = out["global_scale"].reshape((-1, 1) if spec.amax in ("row", "rows") else ())
     return out
 
@@ -164,6 +168,15 @@ def rmsnorm_operand(x, weight, *, eps, scaling="tensor", four_over_six=None, ama
     out = _run("rmsnorm_operand", "rmsnorm", dict(x=x, weight=weight), "operand", scaling=scaling, four_over_six=four_over_six,
                amax=amax, static=global_scale, valid=valid, eps=float(eps), values=normed)
     return out["values"] if normed else None, out["operand"], out["global_scale"]
+
+
+def rms_norm(x, weight, *, eps):
+    """RMSNorm alone, for readers that take a float. x: bfloat16 [M, K]; weight: bfloat16 [K]; K a multiple of 16.
+
+    -> bfloat16 [M, K], bit for bit `numerics.rms_norm` (there a denormal may be flushed).
+    """
+    return _run("rms_norm", "rmsnorm", dict(x=x, weight=weight), "values", scaling="token", four_over_six=None, amax=None, static=None,
+                valid=None, eps=float(eps))["values"]
 
 
 def silu_mul_operand(gate, up, *, scaling="tensor", four_over_six=None, amax=None, global_scale=None, valid=None, product=False):

@@ -64,7 +64,7 @@ def plan_of(m: int, k: int, words: int, emit: str = "packed") -> Plan:
     blocks = -(-units // per_row)
     warps = max(4, per_row)
     groups = -(-m // (warps // per_row))
-    resident = 16 // (warps // 4) if blocks * words < 32 else groups if emit == "operand" else max(1, 12 // warps)
+    resident = 16 // (warps // 4) if blocks * words < 32 else groups if emit in ("operand", "values") else max(1, 12 // warps)
     return Plan(warps, per_row, blocks, min(groups, SMS * resident))
 
 
@@ -90,7 +90,7 @@ def matrices_plan(n: int, k: int) -> tuple[int, Plan]:
 class Spec:
     """What a kernel does. source: "x", "rmsnorm" or "silu". amax: where it comes from: "row", "scalar" or "rows" (given; static:
     the given are global scales), "partials" (of an earlier launch), "scan" (of the tensor, in this launch) or "matrices" (of each
-    `matrix` rows, in this launch). emit: "amax" (the partials: one a CTA), "packed" or "operand"."""
+    `matrix` rows, in this launch). emit: "amax" (the partials: one a CTA), "packed", "operand", or "values": nothing quantized."""
 
     m: int
     k: int

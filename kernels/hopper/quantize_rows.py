@@ -277,10 +277,20 @@ def write_packed(t: Thread, row, here, j, words, bits, poisoned) -> None:
     store_global(gmem_element(t.refs["scale"], row, t.spec.k // 16, t.index[j], 1), [bits], here, form="u8")
 
 
+def write_values(t: Thread, row, here, j, block) -> None:
+    address = gmem_element(t.refs["values"], row, t.spec.k, t.index[j] * 16, 2)
+    for i in range(2):
+        store_global(address + 16 * i, block[4 * i:4 * i + 4], here)
+
+
 def quantize_produced(t: Thread, group, produced, maxima, parity, scaled) -> None:
     """scaled: `scales_of` the one amax, or None where each row has its own."""
     spec = t.spec
     row, ok = row_of(t, group)
+    if spec.emit == "values":
+        for j, block in enumerate(produced):
+            write_values(t, row, ok if t.full else ok & t.inside[j], j, block)
+        return
     targets = targets_of(t, row, ok)
     raw_max, finite_max = (None, None) if spec.pack > 1 else row_maxima(t, maxima, parity)
     poisoned = poisoned_blocks(t, maxima) if spec.pack > 1 else [i32(0x7F800000) <= raw_max] * t.plan.blocks
@@ -295,9 +305,7 @@ def quantize_produced(t: Thread, group, produced, maxima, parity, scaled) -> Non
     for j, (block, (_, finite)) in enumerate(zip(produced, maxima)):
         here = ok if t.full else ok & t.inside[j]
         if spec.values:
-            address = gmem_element(t.refs["values"], row, spec.k, t.index[j] * 16, 2)
-            for i in range(2):
-                store_global(address + 16 * i, block[4 * i:4 * i + 4], here)
+            write_values(t, row, here, j, block)
         bits, words = quantize_block(t, block, finite, scaled)
         if spec.emit == "operand":
             write_operand(t, targets, j, words, bits, poisoned[j])

@@ -38,7 +38,8 @@ def _once(kernel: Callable, *static: str) -> Callable:
 
 _QUANTIZE = "scaling", "four_over_six"
 _operand = _once(quantizer.operand, *_QUANTIZE)
-_rmsnorm_operand = _once(quantizer.rmsnorm_operand, "eps", "normed", *_QUANTIZE)
+_rmsnorm_operand = _once(quantizer.rmsnorm_operand, "eps", *_QUANTIZE)
+_norm = _once(quantizer.rms_norm, "eps")
 _silu_mul_operand = _once(quantizer.silu_mul_operand, *_QUANTIZE)
 _dense = _once(dense.matmul, "out_dtype")
 _dense_together = _once(dense.matmuls, "out_dtype")
@@ -233,5 +234,4 @@ def ragged_dot(rows: jax.Array, kernel: jax.Array, group_sizes: jax.Array) -> ja
 
 
 def norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """By the quantizing kernel, which has the norm to the bit; its codes are written beside and read by nobody."""
-    return _rmsnorm_operand(x, weight, eps=eps, scaling="token", normed=True)[0]
+    return _norm(x, weight, eps=eps)

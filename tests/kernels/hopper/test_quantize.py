@@ -316,6 +316,19 @@ def assert_fused(got, values, what, given=None, static=False, **kw):
     np.testing.assert_array_equal(got[2], want[2], err_msg=str(what))
 
 
+def test_rms_norm_alone(machine, monkeypatch):
+    """To the bit the contract's; K of one block to many a lane, and CTAs that walk over many rows."""
+    rng = np.random.default_rng()
+    f = lambda x, w: quantize_hopper.rms_norm(x, w, eps=1e-6)
+    for m, k in ((1, 2048), (64, 2048), (1024, 2048), (8192, 4096), (3, 7168), (5, 48)) if machine == "gpu" else ((1, 16), (9, 512), (5, 2624)):
+        x, w = random_rows(rng, m, k, BF16, "edges"), rng.normal(size=k).astype(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(flushed(poisoned(machine, f, x, w)), flushed(normed_by_contract(x, w)), err_msg=str((m, k)))
+    monkeypatch.setattr(quantize_plan, "SMS", 1)
+    x, w = random_rows(rng, 75, 512, BF16), rng.normal(size=512).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(flushed(poisoned(machine, f, x, w)), flushed(normed_by_contract(x, w)))
+    assert quantize_hopper.rms_norm(jnp.zeros((0, 64), BF16), jnp.ones(64, BF16), eps=1e-6).shape == (0, 64)
+
+
 FUSED_MODES = (dict(scaling="tensor"), dict(scaling="token"), dict(scaling="tensor_pow2"), dict(scaling="token", four_over_six="mse"),
                dict(given=np.float32(3.7)), dict(given=np.float32(0.004), static=True))
 
@@ -461,6 +474,7 @@ def test_no_spills_and_few_instructions():
         "small": (lambda x: q.quantize(x, scaling="tensor_pow2"), ((2, 48), BF16)),
         "rmsnorm, clusters": (lambda x, w: q.rmsnorm_operand(x, w, eps=1e-6)[1:], ((64, 2048), BF16), ((2048,), BF16)),
         "rmsnorm token": (lambda x, w: q.rmsnorm_operand(x, w, eps=1e-6, scaling="token", normed=True), ((256, 2048), BF16), ((2048,), BF16)),
+        "rmsnorm alone": (lambda x, w: q.rms_norm(x, w, eps=1e-6), ((8192, 2048), BF16), ((2048,), BF16)),
         "silu": (lambda x, y: q.silu_mul_operand(x, y)[1:], ((8192, 768), BF16), ((8192, 768), BF16)),
         "four over six": (lambda x: q.quantize(x, four_over_six="mse"), ((4096, 2048), BF16)),
     }
