@@ -29,9 +29,9 @@ from nvfp4jax.rollout.prompts import bucket
 from nvfp4jax.rollout.sampling import row_keys
 
 REFILLS = 8  # a refill takes this part of the places: fewer stand empty, or more prompts run in one pass
-# A pool that shrinks is this part of what it was. Each size is one more program to compile, 10 s for 48 layers: halves
-# would be twice as many, for a tail that is shorter by about a sixth.
-SHRINK = 4
+# A pool of more rows than this shrinks to a half, where a step takes nearly as much longer as it has more rows; a smaller one to a quarter.
+# Each size is one more program to compile, 10 s for 48 layers.
+MANY_ROWS = 256
 LEAST_ROWS = 8  # no pool shrinks below: a step of fewer rows takes as long
 _ENDLESS = 2**30  # steps of a chunk that nothing but its rows ends
 
@@ -225,8 +225,17 @@ def _shrink(pool: DecodeState, places: Int[Array, "n"], settings: Settings) -> D
 
 
 def _next_size(size: int, settings: Settings) -> int:
-    """The places that a pool of `size` may shrink to, 0 where it stays."""
-    return size // SHRINK if size // SHRINK * settings.samples >= LEAST_ROWS else 0
+    """The places that a pool of `size` shrinks to, 0 where it stays."""
+    smaller = size // (2 if size * settings.samples > MANY_ROWS else 4)
+    return smaller if smaller * settings.samples >= LEAST_ROWS else 0
+
+
+def _smaller(params: Any, largest: int, size: int, settings: Settings) -> int:
+    """The places of the next smaller pool that has room beside a pool's largest array, of so many bytes; 0 for none."""
+    smaller = _next_size(size, settings)
+    while smaller and not memory.has_room(params, largest * smaller // size):
+        smaller = _next_size(smaller, settings)
+    return smaller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +304,7 @@ def run(
     pool = _empty(graphdef, params, first, seen, prompts.key, controls, size, prompts.ids.shape[1], settings)
     found = _nothing_found(job, pool, visits.take is not None)
     waiting, unit = np.arange(len(prompts.lengths)), np.full(size, -1)  # unit: the one in each place, -1 for none
-    may_shrink, every = True, np.int32(visits.every if visits.any else _ENDLESS)
+    every = np.int32(visits.every if visits.any else _ENDLESS)
     while len(waiting) or (unit >= 0).any():
         if visits.take is not None and (newer := visits.take(params)) is not None:
             params, version = newer
@@ -307,7 +316,8 @@ def run(
         while len(waiting) and (unit < 0).sum() >= min(job.few, len(waiting)):
             pool = _begin(job, params, pool, first, waiting[: job.few], unit, found)
             waiting = waiting[job.few :]
-        smaller = _next_size(len(unit), settings) if may_shrink else 0
+        largest = max((x.nbytes for x in jax.tree.leaves(pool.cache)), default=0)
+        smaller = _smaller(params, largest, len(unit), settings)
         wanted = min(job.few, len(waiting)) if len(waiting) else len(unit) - smaller
         pool = _chunk(graphdef, params, pool, every, np.int32(wanted), controls, settings)
         _copy(job, found)
@@ -320,14 +330,11 @@ def run(
         if visits.show is not None:
             visits.show(int(found.done.sum()), int(found.answers["lengths"].sum()))
         _harvest(job, found, pool, unit)
-        living, smaller = int((unit >= 0).sum()), len(unit)
-        while living and not len(waiting) and may_shrink and _next_size(smaller, settings) >= living:
-            smaller = _next_size(smaller, settings)
-        if smaller < len(unit):
-            largest = max((x.nbytes for x in jax.tree.leaves(pool.cache)), default=0)
-            may_shrink = memory.has_room(params, largest * smaller // len(unit))
-        if smaller < len(unit) and may_shrink:
-            kept = np.argsort(unit < 0, kind="stable")[:smaller]
+        living, size = int((unit >= 0).sum()), len(unit)
+        while not len(waiting) and 0 < living <= smaller:
+            size, smaller = smaller, _next_size(smaller, settings)
+        if size < len(unit):
+            kept = np.argsort(unit < 0, kind="stable")[:size]
             pool, unit = _shrink(pool, jnp.asarray(kept, jnp.int32), settings), unit[kept]
     _copy(job, found)
     return found.answers, found.versions, pool.seen

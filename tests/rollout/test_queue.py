@@ -157,6 +157,16 @@ def test_the_pool_shrinks_in_the_end(samples, common, monkeypatch):
     assert set(sizes) == {32 * samples}
 
 
+@pytest.mark.parametrize("samples, size, room, smaller", [
+    (1, 1209, 1.0, 604), (1, 1209, 0.4, 302), (1, 1209, 0.01, 9), (1, 1209, 0.001, 0), (1, 257, 1.0, 128), (1, 256, 1.0, 64), (1, 32, 1.0, 8), (1, 31, 1.0, 0),
+    (16, 64, 1.0, 32), (16, 16, 1.0, 4), (16, 3, 1.0, 0),
+])  # fmt: skip
+def test_to_what_a_pool_shrinks(samples, size, room, smaller, monkeypatch):
+    """By halves above 256 rows, by quarters below, past those that have no room beside the pool's largest array."""
+    monkeypatch.setattr(queue.memory, "has_room", lambda params, size: size <= 1000 * room)
+    assert queue._smaller(None, 1000, size, queue.Settings(new_tokens=8, cache_length=16, num_samples=samples)) == smaller
+
+
 def test_a_number_of_tokens_for_each_prompt():
     """Each row is that of a rollout to its own number; with chunks as well."""
     ids, mask = prompts([3, 9, 4])
