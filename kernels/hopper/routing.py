@@ -9,6 +9,7 @@
 where a CTA's lanes are fewer than the slots: a stable counting sort (`routing_sort`). `combine` adds a token's k rows in slot order. No
 atomics: the order of every sum and of every row follows from the inputs. `nvfp4jax.routing` is the same in plain jnp.
 """
+import dataclasses
 import functools
 import math
 
@@ -50,26 +51,35 @@ def _total(value):
     return value
 
 
-def _logits(refs, token, experts, i, ok, parts, rows):
+def _logits(refs, c, token, i, ok):
     """The parts' sum, from left to right."""
-    found = [load_global(gmem_element(refs["logits"], token + part * rows, experts, i, 4), 1, ok)[0] for part in range(parts)]
+    found = [load_global(gmem_element(refs["logits"], token + part * c.rows, c.experts, i, 4), 1, ok)[0] for part in range(c.parts)]
     return functools.reduce(lambda a, b: asm("add.rn.f32 $0,$1,$2;", [a, b], effects=False), found)
 
 
-def _top_k_program(refs, tokens, experts, k, normalize, warps, parts, rows):
-    """One thread's program.
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """k of `experts` for each of `tokens`, whose logits lie in so many parts of so many rows."""
 
-        warp      a token
+    tokens: int
+    experts: int
+    k: int
+    normalize: bool
+    parts: int
+    rows: int
+
+
+def _choose(refs, c: Choice, token):
+    """A warp's choice for a token, one a warp: stores weights and ids, slot `lane` of the k by a lane; -> that slot's id.
+
         lane      logits lane, lane + 32, ...; at the end slot `lane` of the k
         a slot    the largest key of the lanes' own, then over the warp; the lowest id that has it; that key is struck out
 
     Nothing lies in shared memory, and no warp waits for another."""
-    lane, warp = thread_index() % WARP, thread_index() // WARP
-    token = asm("mov.u32 $0,%ctaid.x;") * warps + warp
-    here = token < tokens
-    index = [lane + j for j in range(0, experts, WARP)]
-    inside = [here & (i < experts) for i in index]
-    logits = [_logits(refs, token, experts, i, ok, parts, rows) for i, ok in zip(index, inside)]
+    lane, here = thread_index() % WARP, token < c.tokens
+    index = [lane + j for j in range(0, c.experts, WARP)]
+    inside = [here & (i < c.experts) for i in index]
+    logits = [_logits(refs, c, token, i, ok) for i, ok in zip(index, inside)]
     keys = [select(ok, asm(KEY, [x], effects=False), 0) for x, ok in zip(logits, inside)]
     best = _maximum(keys)
     finite = (i32(0x007FFFFF) < best) & (best < 0xFF800000)
@@ -81,7 +91,7 @@ def _top_k_program(refs, tokens, experts, k, normalize, warps, parts, rows):
     keys = [select(finite, key, ok) for key, ok in zip(keys, inside)]  # else all are equal, and the first k chosen
     best = select(finite, best, 1)
     own_key, own_id = best, i32(0)  # of slot `lane`
-    for slot in range(k):
+    for slot in range(c.k):
         if slot:
             best = _maximum(keys)
         chosen = i32(0x7FFFFFFF)
@@ -92,25 +102,39 @@ def _top_k_program(refs, tokens, experts, k, normalize, warps, parts, rows):
         mine = lane == slot
         own_key, own_id = select(mine, best, own_key), select(mine, chosen, own_id)
     weight = asm("div.rn.f32 $0,$1,$2;", [asm(EXP, [asm(VALUE, [own_key], effects=False), largest], effects=False), sums], effects=False)
-    mine = lane < k
-    if normalize:
+    mine = lane < c.k
+    if c.normalize:
         weight = asm("div.rn.f32 $0,$1,$2;", [weight, _total(select(mine, weight, 0))], effects=False)
     weight = select(finite, weight, 0x7FC00000)
     mine = here & mine
     for name, value in (("weights", weight), ("ids", own_id)):
-        store_global(gmem_element(refs[name], token, k, lane, 4), [value], mine)
+        store_global(gmem_element(refs[name], token, c.k, lane, 4), [value], mine)
+    return own_id
+
+
+def _top_k_program(refs, c: Choice, warps):
+    _choose(refs, c, asm("mov.u32 $0,%ctaid.x;") * warps + thread_index() // WARP)
+
+
+def _choice(parts, tokens, k, normalize):
+    count, rows, experts = parts.shape
+    if k > WARP or experts > MAX_EXPERTS:
+        raise NotImplementedError(f"top_k_experts: {k} of {experts} experts; at most {WARP} of {MAX_EXPERTS}; use nvfp4jax.routing.top_k_experts")
+    return Choice(tokens, experts, k, normalize, count, rows)
+
+
+def _chosen_types(tokens, k):
+    return [jax.ShapeDtypeStruct((tokens, k), dtype) for dtype in (jnp.float32, jnp.int32)]
 
 
 def top_k_of_parts(parts, tokens: int, k: int, *, normalize: bool):
     """`top_k_experts` of the logits parts[0, :tokens] + parts[1, :tokens] + ..., added up in that order; parts: float32 [P, >= tokens, E]."""
-    count, rows, experts = parts.shape
-    if k > WARP or experts > MAX_EXPERTS:
-        raise NotImplementedError(f"top_k_experts: {k} of {experts} experts; at most {WARP} of {MAX_EXPERTS}; use nvfp4jax.routing.top_k_experts")
-    warps = 4
-    call = threads.thread_kernel(
-        lambda refs: _top_k_program(refs, tokens, experts, k, normalize, warps, count, rows), ["logits", "weights", "ids"],
-        [jax.ShapeDtypeStruct((tokens, k), dtype) for dtype in (jnp.float32, jnp.int32)], grid=-(-tokens // warps), warps=warps)
-    return call(parts.reshape(-1, experts))
+    choice, warps = _choice(parts, tokens, k, normalize), 4
+    if tokens == 0:
+        return jnp.zeros((0, k), jnp.float32), jnp.zeros((0, k), jnp.int32)
+    call = threads.thread_kernel(lambda refs: _top_k_program(refs, choice, warps), ["logits", "weights", "ids"], _chosen_types(tokens, k),
+                                 grid=-(-tokens // warps), warps=warps)
+    return call(parts.reshape(-1, choice.experts))
 
 
 def top_k_experts(logits, k: int, *, normalize: bool):
@@ -124,12 +148,22 @@ def top_k_experts(logits, k: int, *, normalize: bool):
     check_top_k(logits, k)
     *lead, experts = logits.shape
     tokens = math.prod(lead)
-    if tokens == 0:
-        return jnp.zeros((*lead, k), jnp.float32), jnp.zeros((*lead, k), jnp.int32)
     return tuple(out.reshape(*lead, k) for out in top_k_of_parts(logits.reshape(1, tokens, experts), tokens, k, normalize=normalize))
 
 
 # --- the sort --------------------------------------------------------------------------------------------------------
+
+def _routing_types(s: Sort):
+    return [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((s.n,), (s.n // s.k, s.k), (s.experts,))]
+
+
+def _masks(valid):
+    return {} if valid is None else dict(valid=valid)
+
+
+def _route_program(refs, s: Sort):
+    sort_program(refs, s, lambda slot, here: load_global(gmem_element(refs["expert_ids"], slot, 1, 0, 4), 1, here)[0])
+
 
 def route(expert_ids, num_experts: int, valid=None) -> Routing:
     """Sorts the slots of the tokens by expert, stably, in one launch.
@@ -142,17 +176,14 @@ def route(expert_ids, num_experts: int, valid=None) -> Routing:
     n = tokens * k
     if n == 0:
         return Routing(jnp.zeros(0, jnp.int32), jnp.zeros((tokens, k), jnp.int32), jnp.zeros(num_experts, jnp.int32))
-    warps, cluster = plan_of(n)
-    words = Shared.of(num_experts, warps).words
+    sort = Sort(n, k, num_experts, *plan_of(n), valid is not None)
+    words = Shared.of(num_experts, sort.warps).words
     if 4 * words > SHARED_MEMORY:
         raise NotImplementedError(f"route: the counts of {num_experts} experts do not fit the shared memory; use route_xla")
-    outputs, masked = dict(token_of_row=(n,), row_of_slot=(tokens, k), group_sizes=(num_experts,)), valid is not None
-    names = ["expert_ids", *(["valid"] if masked else []), *outputs, "shared"]
     call = threads.thread_kernel(
-        lambda refs: sort_program(refs, Sort(n, k, num_experts, warps, cluster, masked)), names,
-        [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in outputs.values()], grid=cluster, warps=warps, cluster=cluster,
-        shared_words=words)
-    return Routing(*call(expert_ids, *([valid] if masked else [])))
+        lambda refs: _route_program(refs, sort), ["expert_ids", *_masks(valid), *Routing._fields, "shared"], _routing_types(sort),
+        grid=sort.cluster, warps=sort.warps, cluster=sort.cluster, shared_words=words)
+    return Routing(*call(expert_ids, *_masks(valid).values()))
 
 
 # --- the combine -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """A stable counting sort of slots by expert, in one launch of one CTA or one cluster.
 
-    slots     warp w of CTA r takes a stretch of `steps` times 32, in order; a lane takes a slot of each 32
+    slots     warp w of CTA r takes `stretch` of them, in order, in steps of 32; a lane takes a slot of each 32
     buckets   the experts; bucket E takes slots of no expert, bucket E + 1 those past the end
 
     shared memory, i32          written by                                   read by
@@ -27,23 +27,26 @@ SCAN_STEP = "{{.reg .b32 o; .reg .pred p; shfl.sync.up.b32 o|p,$1,{step},0,-1; m
 ONE_CTA = 16  # warps that one CTA takes; more slots go to a cluster
 
 
-def plan_of(n: int) -> tuple[int, int]:
-    """(warps, CTAs of the one cluster) for n slots: one CTA, where a slot a lane fits it; else a cluster."""
+def plan_of(n: int) -> tuple[int, int, int]:
+    """(warps, CTAs of the one cluster, slots a warp) for n slots: one CTA, where a slot a lane fits it; else a cluster."""
     warps = 1 << (-(-n // WARP) - 1).bit_length()
     if warps <= ONE_CTA:
-        return max(4, warps), 1
-    return min(16, max(4, warps // CLUSTER // 2)), CLUSTER  # two steps before more warps, which start later
+        warps, cluster = max(4, warps), 1
+    else:
+        warps, cluster = min(16, max(4, warps // CLUSTER // 2)), CLUSTER  # two steps before more warps, which start later
+    return warps, cluster, -(-n // (warps * WARP * cluster)) * WARP
 
 
 @dataclasses.dataclass(frozen=True)
 class Sort:
-    """n slots, k a token; masked: slots of tokens that are not valid belong to no expert."""
+    """n slots, k a token, a stretch of them a warp; masked: slots of tokens that are not valid belong to no expert."""
 
     n: int
     k: int
     experts: int
     warps: int
     cluster: int
+    stretch: int
     masked: bool
 
     @property
@@ -57,7 +60,7 @@ class Sort:
     @property
     def steps(self) -> int:
         """Of 32 slots, each warp."""
-        return -(-self.n // (self.threads * self.cluster))
+        return -(-self.stretch // WARP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,25 +134,26 @@ class _Bucket:
 
 
 def _slot_of(s, at, step):
-    return ((at.rank * s.warps + at.warp) * s.steps + step) * WARP + at.lane
+    """n, behind the last slot, for a lane behind its warp's stretch."""
+    place = step * WARP + at.lane
+    slot = (at.rank * s.warps + at.warp) * s.stretch + place
+    return select(place < s.stretch, slot, s.n) if s.stretch % WARP else slot
 
 
-def _bucket_of(refs, s, slot):
-    """The expert of a slot, loaded."""
+def _bucket_of(refs, s, slot, expert_of):
     here = slot < s.n
-    bucket, = load_global(gmem_element(refs["expert_ids"], slot, 1, 0, 4), 1, here)
-    bucket = minimum(bucket, s.experts)  # unsigned: negative ids too
+    bucket = minimum(expert_of(slot, here), s.experts)  # unsigned: negative ids too
     if s.masked:
         valid, = load_global(gmem_element(refs["valid"], slot // s.k, 1, 0, 1), 1, here, form="u8")
         bucket = select(valid, bucket, s.experts)
     return select(here, bucket, s.experts + 1)
 
 
-def _walk(refs, s, at, opening, match, once, visit=None):
+def _walk(refs, s, at, expert_of, opening, match, once, visit=None):
     """visit(slot, bucket, place) for this warp's slots in order; place: the running count of the bucket, before it. once: the match
     of the only step, which both walks share."""
     def body(step, bucket):
-        following = _bucket_of(refs, s, _slot_of(s, at, step + 1)) if once is None else bucket
+        following = _bucket_of(refs, s, _slot_of(s, at, step + 1), expert_of) if once is None else bucket
         count, below = once or asm(match, [bucket], "rr")
         address = at.counts + (at.warp * s.buckets + bucket) * 4
         base = asm(LOAD_SHARED, [address])
@@ -230,8 +234,8 @@ def _add_buckets(refs, s, at, own):
     _synchronize()
 
 
-def sort_program(refs, s: Sort) -> None:
-    """One thread's program."""
+def sort_program(refs, s: Sort, expert_of) -> None:
+    """One thread's program. expert_of(slot, here): the id of the expert of a slot, anything where the i32 `here` is zero."""
     tid = thread_index()
     lane, warp = tid % WARP, tid // WARP
     rank = asm("mov.u32 $0,%cluster_ctarank;") if s.cluster > 1 else i32(0)
@@ -239,11 +243,11 @@ def sort_program(refs, s: Sort) -> None:
     at = _Thread(tid, lane, warp, rank, *(smem_address(refs["shared"]) + 4 * o for o in (
         offsets.counts, offsets.totals, offsets.starts, offsets.chunk_sums)))
     match = _match_text(s.buckets)
-    opening = _bucket_of(refs, s, _slot_of(s, at, i32(0)))
+    opening = _bucket_of(refs, s, _slot_of(s, at, i32(0)), expert_of)
     once = asm(match, [opening], "rr") if s.steps == 1 else None
 
     _clear_counts(s, at)
-    _walk(refs, s, at, opening, match, once)
+    _walk(refs, s, at, expert_of, opening, match, once)
     _synchronize()
     own = _add_warps(s, at)
     _add_ctas(s, at, own)
@@ -256,6 +260,6 @@ def sort_program(refs, s: Sort) -> None:
         store_global(gmem_element(refs["row_of_slot"], slot, 1, 0, 4), [select(known, row, -1)], here)
         store_global(gmem_element(refs["token_of_row"], row, 1, 0, 4), [slot // s.k], here)
 
-    _walk(refs, s, at, opening, match, once, place)
+    _walk(refs, s, at, expert_of, opening, match, once, place)
     if s.cluster > 1:
         asm("barrier.cluster.wait.aligned;", outputs="")  # the others may still read this CTA's totals
