@@ -8,6 +8,7 @@ SMS = 132  # of an H100 or H200: a grid of this many CTAs fills one wave
 WARP = 32  # threads
 WARPGROUP = 128  # threads
 SHARED_MEMORY = 227 * 1024  # bytes an SM
+SCHEDULERS = 4  # of an SM, each issues for a fourth of the warps
 CLUSTER = 16  # CTAs of a cluster: the largest
 
 # 128-byte rows in shared memory, 16-byte unit u of row r at u ^ r % 8: TMA writes them so, from any row and past any

@@ -5,6 +5,8 @@
     rows = x[routing.token_of_row]                  # [T*k, H], sorted by expert: what the grouped matmuls read
     y = combine(grouped matmuls of rows, routing, weights)
 
+    weights, expert_ids, routing = choose_and_route(logits[None], tokens, k, normalize=True)    # the first two, of few tokens in one launch
+
 `top_k_experts` gives a token to a warp, which finds one maximum after another. `route` is one launch of a CTA, or of one cluster
 where a CTA's lanes are fewer than the slots: a stable counting sort (`routing_sort`). `combine` adds a token's k rows in slot order. No
 atomics: the order of every sum and of every row follows from the inputs. `nvfp4jax.routing` is the same in plain jnp.
@@ -17,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from nvfp4jax.kernels.hopper import threads
-from nvfp4jax.kernels.hopper.machine import SHARED_MEMORY, WARP
+from nvfp4jax.kernels.hopper.machine import CLUSTER, SCHEDULERS, SHARED_MEMORY, WARP
 from nvfp4jax.kernels.hopper.mosaic import asm, gmem_element, i32, select, thread_index
-from nvfp4jax.kernels.hopper.routing_sort import Shared, Sort, plan_of, sort_program
+from nvfp4jax.kernels.hopper.routing_sort import ONE_CTA, Shared, Sort, plan_of, sort_program
 from nvfp4jax.kernels.hopper.threads import load_global, store_global
 from nvfp4jax.routing import Routing, check_combine, check_route, check_top_k
 
@@ -184,6 +186,58 @@ def route(expert_ids, num_experts: int, valid=None) -> Routing:
         lambda refs: _route_program(refs, sort), ["expert_ids", *_masks(valid), *Routing._fields, "shared"], _routing_types(sort),
         grid=sort.cluster, warps=sort.warps, cluster=sort.cluster, shared_words=words)
     return Routing(*call(expert_ids, *_masks(valid).values()))
+
+
+# --- both in one launch ----------------------------------------------------------------------------------------------
+
+LAUNCH = 1900  # operations of a scheduler, 1.4 cycles each, in the time of a launch: 1.2 us, and 0.25 between two
+
+
+def plan_of_one_launch(tokens: int, k: int, experts: int) -> tuple[int, int] | None:
+    """(warps, CTAs of the one cluster) for a choice and a sort in one launch, a token a warp; None where two launches take less time.
+
+    Two launches choose on all SMs. One CTA or one cluster has few schedulers, on each of which tokens take turns: one launch is worth it
+    while the turns behind the first have no more operations than a launch takes. 8 of 128 experts have 368 operations: 256 tokens, 4
+    turns, take 1104; 512 tokens would take 2576.
+    """
+    a_lane = -(-experts // WARP)
+    operations = k * (5 * a_lane + 8) + 24 * a_lane + 48  # of `_choose`, of logits in one part; slow paths left out
+    for cluster in (1, CLUSTER):
+        turns = -(-tokens // (SCHEDULERS * cluster))
+        if 0 < SCHEDULERS * turns <= ONE_CTA and (turns - 1) * operations <= LAUNCH:
+            return SCHEDULERS * turns, cluster
+    return None
+
+
+def _choose_and_route_program(refs, c: Choice, s: Sort):
+    """One thread's program. A warp sorts the slots of the token that it chose for: their ids stay in its registers."""
+    rank = asm("mov.u32 $0,%cluster_ctarank;") if s.cluster > 1 else i32(0)
+    chosen = _choose(refs, c, rank * s.warps + thread_index() // WARP)
+    sort_program(refs, s, lambda slot, here: chosen)
+
+
+def choose_and_route(parts, tokens: int, k: int, *, normalize: bool, valid=None):
+    """`top_k_of_parts` and `route` of its ids: in one launch where that takes less time, else in two; the bits are the same.
+
+    parts: float32 [P, >= tokens, E]; valid: bool [tokens]. -> weights f32 [tokens, k], ids i32 [tokens, k], Routing.
+    NotImplementedError for k > 32 or E > 1024.
+    """
+    check_top_k(parts, k)
+    check_route(jax.ShapeDtypeStruct((tokens, k), jnp.int32), valid)
+    experts = parts.shape[-1]
+    plan = plan_of_one_launch(tokens, k, experts)
+    if plan is None:
+        weights, ids = top_k_of_parts(parts, tokens, k, normalize=normalize)
+        return weights, ids, route(ids, experts, valid)
+    warps, cluster = plan
+    choice = _choice(parts, tokens, k, normalize)
+    sort = Sort(tokens * k, k, experts, warps, cluster, k, valid is not None)
+    call = threads.thread_kernel(
+        lambda refs: _choose_and_route_program(refs, choice, sort), ["logits", *_masks(valid), "weights", "ids", *Routing._fields, "shared"],
+        _chosen_types(tokens, k) + _routing_types(sort), grid=cluster, warps=warps, cluster=cluster,
+        shared_words=Shared.of(experts, warps).words)
+    weights, ids, *routing = call(parts.reshape(-1, experts), *_masks(valid).values())
+    return weights, ids, Routing(*routing)
 
 
 # --- the combine -----------------------------------------------------------------------------------------------------
