@@ -487,7 +487,7 @@ class _Run:
             put(_join(_f(v(1)), np.zeros(len(at), F32)) & np.uint64(0xFFFF))
         elif op == "cvt.f32.f16":
             put(_u(v(1).astype(np.uint16).view(np.float16).astype(F32)))
-        elif op in ("cvt.u32.u16", "cvt.u16.u32"):
+        elif op in ("cvt.u32.u16", "cvt.u16.u32", "cvt.u64.u16"):
             put(v(1) & np.uint64(0xFFFF))
         elif op in ("cvt.u32.u64", "cvt.u64.u32"):
             self.write(operands[0], at, v(1) & np.uint64(2**32 - 1))

@@ -88,6 +88,15 @@ def test_no_rows(key, scaling):
     assert jax.eval_shape(of_weight, struct(48, 128)).shape == (48, 128)
 
 
+def test_a_router_whose_product_is_xlas(caplog):
+    """For experts that are no multiple of 64, and in float32: the choice and the sort are still the kernel's."""
+    for experts, dtype in ((8, BF16), (64, F32)):
+        f = lambda x, kernel: ops.choose_experts(x, kernel, 2, normalize=True, implementation=ORDER)
+        program = str(jax.make_jaxpr(f)(jnp.ones((3, 128), BF16), jnp.ones((128, experts), dtype)))
+        assert "name=choose_and_route" in program and "top_k" not in program
+    assert told_of(caplog) == {"choose_experts"}
+
+
 def test_a_norm_and_a_product_of_two_dtypes(key, caplog):
     x, up, w = (jax.random.normal(jax.random.fold_in(key, i), shape, dtype) for i, (shape, dtype) in enumerate((((4, 128), BF16), ((4, 128), F32), ((128,), F32))))
     for f in (

@@ -25,7 +25,7 @@ from flax import nnx
 from integrations import tunix_stand_in
 
 import nvfp4jax
-from nvfp4jax import checkpoint, models, telemetry
+from nvfp4jax import checkpoint, models, routing, telemetry
 from nvfp4jax.checkpoint import convert, huggingface, orbax, reload, safetensors, saved_model
 from nvfp4jax.checkpoint.tokenizer import Tokenizer
 from nvfp4jax.integrations import linen
@@ -187,6 +187,7 @@ READ_DTYPE = ["flaot32", 3, "int8", None, jnp.uint8]
 RULES = ["token", 3, ["token"], [None], {}]
 X = lambda: rand(4, 32)
 ROWS = lambda: jnp.ones(4, bool)
+ROUTE = lambda: routing.route(jnp.zeros((4, 1), jnp.int32), 2)
 
 
 def activation(call, **arrays):
@@ -353,12 +354,15 @@ REQUANTIZE = dict(
 )
 HISTORY = Of(lambda h: h[:3], "short")
 
+ROUTES = ["text", 3, Of(lambda r: tuple(r), "a plain tuple"), Of(lambda r: r._replace(group_sizes=r.group_sizes[:1]), "of fewer experts"),
+          Of(lambda r: r._replace(row_of_slot=r.row_of_slot[:2], token_of_row=r.token_of_row[:2]), "of fewer tokens")]  # fmt: skip
 EXPERTS_CALL = dict(
     x=[*NOT_FLOAT, *OTHER_K, *NO_AXIS],
     expert_ids=["text", None, Of(lambda i: i.astype(jnp.float32), "float"), Of(lambda i: i[:2], "short")],
     weights=["text", None, Of(lambda w: w.astype(jnp.int32), "int"), Of(lambda w: w[:2], "short")],
     valid=VALID,
     residual=RESIDUAL,
+    route=ROUTES,
 )  # fmt: skip
 READERS = ["text", None, 3, (), ["text"], [None], Of(lambda r: r[0], "a layer alone")]
 
@@ -424,8 +428,8 @@ TABLE: dict[str, Row] = {
     ),  # fmt: skip
     "experts": Row(
         nvfp4jax.experts,
-        lambda: dict(x=X(), expert_ids=jnp.zeros((4, 1), jnp.int32), weights=jnp.ones((4, 1)), gate_up=gate_up(), down=weights(2, 32, 16), residual=X()) | PRODUCT_GOOD(),
-        dict(x=[*BAD_X, Of(lambda x: x[None], "three axes"), Of(lambda x: x[:2], "fewer rows")], residual=RESIDUAL,
+        lambda: dict(x=X(), expert_ids=jnp.zeros((4, 1), jnp.int32), weights=jnp.ones((4, 1)), gate_up=gate_up(), down=weights(2, 32, 16), residual=X(), route=ROUTE()) | PRODUCT_GOOD(),
+        dict(x=[*BAD_X, Of(lambda x: x[None], "three axes"), Of(lambda x: x[:2], "fewer rows")], residual=RESIDUAL, route=ROUTES,
              expert_ids=["text", None, 3, Of(lambda i: i.astype(jnp.float32), "float"), Of(lambda i: i[:2], "short"), Of(lambda i: i[:, 0], "an axis less")],
              weights=["text", None, 3, Of(lambda w: w.astype(jnp.int32), "int"), Of(lambda w: w[:2], "short"), Of(lambda w: w[:, 0], "an axis less")],
              gate_up=[*PACKED, Of(lambda w: weights(2, 32, 32), "three axes"), Of(lambda w: weights(2, 2, 16, 48), "another K")],
@@ -440,7 +444,7 @@ TABLE: dict[str, Row] = {
         of=nvfp4jax.Experts.__init__,
     ),  # fmt: skip
     "Experts.__call__": Row(
-        lambda **given: layer("experts")(**given), lambda: dict(x=X(), expert_ids=jnp.zeros((4, 1), jnp.int32), weights=jnp.ones((4, 1)), valid=ROWS(), residual=X()),
+        lambda **given: layer("experts")(**given), lambda: dict(x=X(), expert_ids=jnp.zeros((4, 1), jnp.int32), weights=jnp.ones((4, 1)), valid=ROWS(), residual=X(), route=ROUTE()),
         EXPERTS_CALL, of=nvfp4jax.Experts.__call__,
     ),  # fmt: skip
     "NVFP4Linear": from_float("linear", nvfp4jax.NVFP4Linear),
@@ -452,7 +456,7 @@ TABLE: dict[str, Row] = {
     "NVFP4Einsum.__call__": layer_call("einsum", (2, 3, 32), (2, 3), nvfp4jax.NVFP4Einsum),
     "NVFP4Experts.__call__": Row(
         lambda **given: qlayer("experts")(**given),
-        lambda: dict(x=X(), expert_ids=jnp.zeros((4, 1), jnp.int32), weights=jnp.ones((4, 1)), valid=ROWS(), residual=X()),
+        lambda: dict(x=X(), expert_ids=jnp.zeros((4, 1), jnp.int32), weights=jnp.ones((4, 1)), valid=ROWS(), residual=X(), route=ROUTE()),
         EXPERTS_CALL, names=dict.fromkeys(EXPERTS_CALL, "the/experts"), of=nvfp4jax.NVFP4Experts.__call__,
     ),  # fmt: skip
     "feed": Row(

@@ -46,7 +46,7 @@ _dense_together = _once(dense.matmuls, "out_dtype")
 _grouped = _once(grouped.matmul, "out_dtype")
 _gate_up = _once(grouped.gate_up)
 _top_k = _once(routing.top_k_experts, "k", "normalize")
-_top_k_of_parts = _once(routing.top_k_of_parts, "tokens", "k", "normalize")
+_choose_and_route = _once(routing.choose_and_route, "tokens", "k", "normalize")
 _route = _once(routing.route, "num_experts")
 _combine = _once(routing.combine, "out_dtype")
 _attention = _once(attention_kernels.attention, "scale", "window", "soft_cap")
@@ -137,13 +137,17 @@ def top_k_experts(logits: jax.Array, k: int, normalize: bool) -> tuple[jax.Array
     return _top_k(logits, k=k, normalize=normalize)
 
 
-def choose_experts(x: jax.Array, kernel: jax.Array, k: int, normalize: bool) -> tuple[jax.Array, jax.Array]:
-    """The choice adds up what the product leaves in parts."""
-    return _top_k_of_parts(float_dense.sums(x, kernel), tokens=x.shape[0], k=k, normalize=normalize)
-
-
 def route(expert_ids: jax.Array, num_experts: int) -> Routing:
     return _route(expert_ids, num_experts=num_experts)
+
+
+def logits_in_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The choice adds them up."""
+    return float_dense.sums(x, kernel)
+
+
+def choose_and_route(parts: jax.Array, tokens: int, k: int, normalize: bool) -> tuple[jax.Array, jax.Array, Routing]:
+    return _choose_and_route(parts, tokens=tokens, k=k, normalize=normalize)
 
 
 def combine(rows: jax.Array, route: Routing, weights: jax.Array, out_dtype: jnp.dtype, residual: jax.Array | None) -> jax.Array:

@@ -23,7 +23,7 @@ NAME = "triton"
 MOST_TOKENS_BEFORE_AMPERE = 64
 # What has no kernel here is XLA's.
 attention, attention_plan, rope_write = xla.attention, xla.attention_plan, xla.rope_write
-float_matmul, ragged_dot, norm, choose_experts = xla.float_matmul, xla.ragged_dot, xla.norm, xla.choose_experts
+float_matmul, ragged_dot, norm = xla.float_matmul, xla.ragged_dot, xla.norm
 
 
 def quantize(x: jax.Array, request: Request) -> NVFP4Array:
@@ -99,5 +99,5 @@ def combine(rows: jax.Array, route: Routing, weights: jax.Array, out_dtype: jnp.
 
 
 # A router's choice and its sort have no kernel of their own here.
-top_k_experts = xla.top_k_experts
-route = xla.route
+top_k_experts, route = xla.top_k_experts, xla.route
+logits_in_parts, choose_and_route = xla.logits_in_parts, xla.choose_and_route

@@ -4,6 +4,7 @@ A backend is a module with these functions. Activations and weights are decoded 
 accumulation; the experts' weights one at a time. NotImplementedError says what a backend does not support.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -115,10 +116,17 @@ def route(expert_ids: Array, num_experts: int) -> Routing:
     return routing.route(expert_ids, num_experts)
 
 
-@compiled(static_argnames=("k", "normalize"))
-def choose_experts(x: Array, kernel: Array, k: int, normalize: bool) -> tuple[Array, Array]:
-    """`top_k_experts` of x [T, K] times a router's kernel [K, E]."""
-    return top_k_experts(float_matmul(x, kernel, jnp.dtype(jnp.float32)), k, normalize)
+def logits_in_parts(x: Array, kernel: Array) -> Array:
+    """x [T, K] times a router's kernel [K, E] -> f32 [P, >= T, E], whose sum over the parts, from left to right, is the product."""
+    return float_matmul(x, kernel, jnp.dtype(jnp.float32))[None]
+
+
+@compiled(static_argnames=("tokens", "k", "normalize"))
+def choose_and_route(parts: Array, tokens: int, k: int, normalize: bool) -> tuple[Array, Array, Routing]:
+    """`top_k_experts` of what the parts, as of `logits_in_parts`, add up to, and `route` of its ids."""
+    logits = functools.reduce(jnp.add, [part[:tokens] for part in parts])
+    weights, ids = top_k_experts(logits, k, normalize)
+    return weights, ids, route(ids, parts.shape[-1])
 
 
 @compiled(static_argnames=("out_dtype",))

@@ -80,9 +80,10 @@ class TunixMoE(NVFP4Experts):
         valid = valid_of(self, x, None)
         flat = x.reshape(-1, x.shape[-1])
         logits = self.router(flat).astype(jnp.float32)
-        weights, ids = ops.top_k_experts(logits, self.experts_per_tok, normalize=True)
+        weights, ids, route = ops.choose_and_route(logits, self.experts_per_tok, normalize=True)
         weights = weights.astype(self.dtype).astype(jnp.float32)  # rounded as tunix rounds them
-        return super().__call__(flat, ids, weights, valid=None if valid is None else valid.reshape(-1)).reshape(x.shape)
+        valid = None if valid is None else valid.reshape(-1)
+        return super().__call__(flat, ids, weights, valid=valid, route=route).reshape(x.shape)
 
 
 for _module in (qwen3, llama3, qwen2, gemma, gemma3):

@@ -62,13 +62,15 @@ class Experts(nnx.Module):
         *,
         valid: Bool[Array, "T"] | None = None,
         residual: Float[Array, "T H"] | None = None,
+        route: routing.Routing | None = None,
     ) -> Float[Array, "T H"]:
-        """valid: bool [T], tokens that count in an amax: read where a calibration notes one. residual: added to the result."""
-        ops.check_routed(x, expert_ids, weights, valid, "experts", self.hidden)
+        """valid: bool [T], tokens that count in an amax: read where a calibration notes one. residual: added to the result. route: of
+        these expert_ids, where `choose_experts` gave them; otherwise they are sorted here."""
+        ops.check_routed(x, expert_ids, weights, valid, route, "experts", self.num_experts, self.hidden)
         if residual is not None:
             arguments.array("experts: residual", residual, "float", x.shape)
         dtype = self.dtype if self.dtype is not None else jnp.promote_types(x.dtype, self.gate_proj.dtype)
-        route = routing.route(expert_ids, self.num_experts)
+        route = routing.route(expert_ids, self.num_experts) if route is None else route
         rows = x.astype(dtype)[route.token_of_row]
         if self.gate_up_input_amax is not None:
             valid = modes.current_valid(x, "experts") if valid is None else valid
@@ -193,17 +195,19 @@ class NVFP4Experts(nnx.Module):
         *,
         valid: Bool[Array, "T"] | None = None,
         residual: Float[Array, "T H"] | None = None,
+        route: routing.Routing | None = None,
     ) -> Float[Array, "T H"]:
-        """valid: bool [T], tokens that count in an amax. residual: added to the result, of its dtype."""
-        ops.check_routed(x, expert_ids, weights, valid, self.name, self.hidden)
+        """valid: bool [T], tokens that count in an amax. residual: added to the result, of its dtype. route: of these expert_ids, where
+        `choose_experts` gave them; otherwise they are sorted here."""
+        ops.check_routed(x, expert_ids, weights, valid, route, self.name, self.num_experts, self.hidden)
         for weight in (self.gate_up_packed, self.down_packed):
             nvfp4_array.check_unsplit(weight.get_value(), range(len(weight.shape)), self.name, "keep experts whole on each device")
         dtype = self.dtype if self.dtype is not None else jnp.promote_types(x.dtype, self.param_dtype)
         x = x.astype(dtype)
         scaling = tuple(scaling_of(self, name) for name in self.inputs)
         y, carried = ops.experts_carrying(
-            x, expert_ids, weights, *self.weights(), scaling=scaling, valid=valid_of(self, x, valid), residual=residual, out_dtype=dtype,
-            implementation=self.implementation, name=self.name,
+            x, expert_ids, weights, *self.weights(), scaling=scaling, valid=valid_of(self, x, valid), residual=residual, route=route,
+            out_dtype=dtype, implementation=self.implementation, name=self.name,
         )  # fmt: skip
         for name, state in zip(self.inputs, carried, strict=True):
             note(self, name, state)

@@ -14,6 +14,7 @@ from nvfp4jax import arguments, numerics, ops
 from nvfp4jax.array import QuantizedActivation
 from nvfp4jax.layers.linear import NVFP4Linear
 from nvfp4jax.layers.state import note, scaling_of, valid_of
+from nvfp4jax.routing import Routing
 from nvfp4jax.scaling import Static
 
 
@@ -153,8 +154,8 @@ def project(layer: nnx.Module, x: Array | QuantizedActivation) -> Float[Array, "
 
 def choose_experts(
     router: nnx.Module, x: Array | QuantizedActivation, k: int, *, normalize: bool
-) -> tuple[Float[Array, "... k"], Int[Array, "... k"]]:
-    """`ops.top_k_experts` of project(router, x): (weights, ids)."""
+) -> tuple[Float[Array, "... k"], Int[Array, "... k"], Routing]:
+    """`ops.choose_and_route` of project(router, x): (weights, ids, route), what experts are called with."""
     if _is_product(router, x):
         return ops.choose_experts(*_narrowed(router, x), k, normalize=normalize)
-    return ops.top_k_experts(project(router, x), k, normalize=normalize)
+    return ops.choose_and_route(project(router, x), k, normalize=normalize)

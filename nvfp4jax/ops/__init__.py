@@ -9,7 +9,7 @@ weight was quantized from a float array in the same trace, dw = dy^T x^.
 
 from nvfp4jax.ops.attending import SHARED_STEP, AttentionPlan, SharedRows, attention, attention_plan, rope_write
 from nvfp4jax.ops.choice import BACKENDS, Activation, Backend, Implementation, check_implementation
-from nvfp4jax.ops.mixture import check_routed, choose_experts, experts, experts_carrying, ragged_dot, top_k_experts
+from nvfp4jax.ops.mixture import check_routed, choose_and_route, choose_experts, experts, experts_carrying, ragged_dot, top_k_experts
 from nvfp4jax.ops.products import float_matmul, grouped_matmul, grouped_swiglu, matmul, matmuls
 from nvfp4jax.ops.quantizing import check_valid, norm, quantize, quantize_activation, quantize_weight, rms_norm, silu_mul
 
@@ -26,6 +26,7 @@ __all__ = [
     "check_implementation",
     "check_routed",
     "check_valid",
+    "choose_and_route",
     "choose_experts",
     "experts",
     "experts_carrying",

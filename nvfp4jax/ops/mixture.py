@@ -57,13 +57,41 @@ def top_k_experts(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _choose_experts(k: int, normalize: bool, implementation, x, kernel) -> tuple[Array, Array]:
-    return first_of("choose_experts", implementation, lambda backend: backend.choose_experts(x, kernel, k, normalize))
+def _choose_and_route(k: int, normalize: bool, implementation, logits) -> tuple[Array, Array, Routing]:
+    return first_of("choose_and_route", implementation, lambda backend: backend.choose_and_route(logits[None], len(logits), k, normalize))
+
+
+def _choose_and_route_fwd(k, normalize, implementation, logits):
+    out = _choose_and_route(k, normalize, implementation, logits)
+    return out, (logits, out[1])
+
+
+_choose_and_route.defvjp(_choose_and_route_fwd, _top_k_experts_bwd)
+
+
+def choose_and_route(
+    logits: Float[Array, "... E"], k: int, *, normalize: bool, implementation: Implementation = None
+) -> tuple[Float[Array, "... k"], Int[Array, "... k"], Routing]:
+    """`top_k_experts`, and the sort of its ids for `experts`: (weights, ids, route). On Hopper one launch where the tokens are few.
+
+    logits: float32 [..., E], of T tokens in all. route: token_of_row i32 [T * k], row_of_slot i32 [T, k], group_sizes i32 [E].
+    ValueError for other dtypes or k > E.
+    """
+    routing.check_top_k(logits, k)
+    rows = logits.reshape(-1, logits.shape[-1])
+    weights, ids, route = _choose_and_route(k, normalize, check_implementation(implementation), rows)
+    return weights.reshape(*logits.shape[:-1], k), ids.reshape(*logits.shape[:-1], k), route
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _choose_experts(k: int, normalize: bool, implementation, x, kernel) -> tuple[Array, Array, Routing]:
+    parts = first_of("choose_experts", implementation, lambda backend: backend.logits_in_parts(x, kernel))
+    return first_of("choose_experts", implementation, lambda backend: backend.choose_and_route(parts, len(x), k, normalize))
 
 
 def _choose_experts_fwd(k, normalize, implementation, x, kernel):
-    weights, ids = _choose_experts(k, normalize, implementation, x, kernel)
-    return (weights, ids), (x, kernel, ids)
+    out = _choose_experts(k, normalize, implementation, x, kernel)
+    return out, (x, kernel, out[1])
 
 
 def _choose_experts_bwd(k, normalize, implementation, saved, dy):
@@ -77,13 +105,13 @@ _choose_experts.defvjp(_choose_experts_fwd, _choose_experts_bwd)
 
 def choose_experts(
     x: Float[Array, "... K"], kernel: Float[Array, "K E"], k: int, *, normalize: bool, implementation: Implementation = None
-) -> tuple[Float[Array, "... k"], Int[Array, "... k"]]:
-    """`top_k_experts` of `float_matmul(x, kernel)`, a router's kernel: two launches where the backend can."""
+) -> tuple[Float[Array, "... k"], Int[Array, "... k"], Routing]:
+    """`choose_and_route` of `float_matmul(x, kernel)`, a router's kernel: two launches where the backend can."""
     if kernel.ndim != 2 or x.shape[-1] != kernel.shape[0]:
         raise ValueError(f"choose_experts: x of shape {tuple(x.shape)} and a kernel of shape {tuple(kernel.shape)}; [..., K] and [K, E] are needed")
     rows = x.reshape(-1, x.shape[-1])
-    weights, ids = _choose_experts(k, normalize, check_implementation(implementation), rows, kernel)
-    return weights.reshape(*x.shape[:-1], k), ids.reshape(*x.shape[:-1], k)
+    weights, ids, route = _choose_experts(k, normalize, check_implementation(implementation), rows, kernel)
+    return weights.reshape(*x.shape[:-1], k), ids.reshape(*x.shape[:-1], k), route
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -115,6 +143,7 @@ def experts(
     scaling: Name | Scaling | None | tuple[Scaling | None, Scaling | None] = "token",
     valid: Bool[Array, "T"] | None = None,
     residual: Float[Array, "T H"] | None = None,
+    route: Routing | None = None,
     out_dtype: DTypeLike | None = None,
     implementation: Implementation = None,
     name: str = "experts",
@@ -123,10 +152,11 @@ def experts(
 
     expert_ids: i32 [T, k]; weights: f32 [T, k]. gate_up [E, 2, I, H], gate first, one global scale an expert; down [E, H, I].
     scaling: of both activations, x and the SwiGLU output, or a pair, one each. valid: bool [T], tokens that count in an amax.
-    The sum runs in slot order, in float32. residual: out_dtype [T, H], added to the rounded sum.
+    The sum runs in slot order, in float32. residual: out_dtype [T, H], added to the rounded sum. route: of these expert_ids, where
+    `choose_and_route` gave them; otherwise they are sorted here.
     """
-    return experts_carrying(x, expert_ids, weights, gate_up, down, scaling=scaling, valid=valid, residual=residual, out_dtype=out_dtype,
-                            implementation=implementation, name=name)[0]  # fmt: skip
+    return experts_carrying(x, expert_ids, weights, gate_up, down, scaling=scaling, valid=valid, residual=residual, route=route,
+                            out_dtype=out_dtype, implementation=implementation, name=name)[0]  # fmt: skip
 
 
 def ragged_dot(
@@ -140,17 +170,24 @@ def ragged_dot(
     return first_of("ragged_dot", check_implementation(implementation), call)
 
 
-def check_routed(x: Any, expert_ids: Any, weights: Any, valid: Any, name: str, hidden: int | str = "H") -> None:
-    """A ValueError unless x [T, hidden], expert_ids [T, k], weights [T, k] and valid [T] fit together; hidden: a size, or a letter."""
+def check_routed(
+    x: Any, expert_ids: Any, weights: Any, valid: Any, route: Any, name: str, num_experts: int, hidden: int | str = "H"
+) -> None:
+    """A ValueError unless x [T, hidden], expert_ids [T, k], weights [T, k], valid [T] and the route of them fit together; hidden: a size, or
+    a letter."""
     arguments.array(f"{name}: x", x, "float", ("T", hidden))
     arguments.array(f"{name}: expert_ids", expert_ids, "int", (x.shape[0], "k"))
     arguments.array(f"{name}: weights", weights, "float", expert_ids.shape)
     if valid is not None:
         check_valid(valid, x, name)
+    if route is not None:
+        shapes = (expert_ids.size,), expert_ids.shape, (num_experts,)
+        if not isinstance(route, Routing) or tuple(map(jnp.shape, route)) != shapes:
+            raise ValueError(f"{name}: route: {arguments.shown(route)}; a Routing of arrays of shapes {shapes} is needed")
 
 
 def experts_carrying(
-    x, expert_ids, weights, gate_up: NVFP4Array, down: NVFP4Array, *, scaling, valid, residual, out_dtype, implementation, name
+    x, expert_ids, weights, gate_up: NVFP4Array, down: NVFP4Array, *, scaling, valid, residual, route, out_dtype, implementation, name
 ) -> tuple[Array, tuple[Any, Any]]:
     """`experts`, and what the two modes carry into the next call."""
     modes = scaling if isinstance(scaling, tuple) else (scaling, scaling)
@@ -160,7 +197,7 @@ def experts_carrying(
     for what, w in (("gate_up", gate_up), ("down", down)):
         if not isinstance(w, NVFP4Array):
             raise ValueError(f"{name}: {what}: an NVFP4Array is needed, not {arguments.shown(w)}")
-    check_routed(x, expert_ids, weights, valid, name)
+    check_routed(x, expert_ids, weights, valid, route, name, gate_up.shape[0])
     check_weight(x, gate_up, 4, f"{name}: gate_up")
     if gate_up.shape[1] != 2:
         raise ValueError(f"{name}: gate_up of shape {gate_up.shape}; [E, 2, I, H] is needed")
@@ -168,7 +205,8 @@ def experts_carrying(
         raise ValueError(f"{name}: down of shape {down.shape} does not fit gate_up of shape {gate_up.shape}")
     how = how_of(x, out_dtype, implementation, name)
     residual = flat_residual(residual, x.shape, how)
-    route = first_of(name, how.implementation, lambda backend: backend.route(expert_ids.astype(jnp.int32), gate_up.shape[0]))
+    if route is None:
+        route = first_of(name, how.implementation, lambda backend: backend.route(expert_ids.astype(jnp.int32), gate_up.shape[0]))
     of_rows = None if valid is None else valid[route.token_of_row]
     options = dict(implementation=how.implementation, name=name, group_sizes=route.group_sizes)
     if scaling_modes.by_group(modes[0]):

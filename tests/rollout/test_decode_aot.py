@@ -6,13 +6,17 @@ import aot
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax import lax
 
+import nvfp4jax
 from nvfp4jax import ops
 from nvfp4jax.backends import hopper
 from nvfp4jax.fp8 import FP8Array
+from nvfp4jax.models import build, stack_layers
 from nvfp4jax.models import cache as caches
 from nvfp4jax.models.cache import CacheArray, LayerCache
+from nvfp4jax.ops import choice
 from nvfp4jax.rollout.sampling import Sampling, sample
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(not aot.available(), reason="needs the extra `aot`")]
@@ -150,3 +154,31 @@ def test_no_sort_of_the_vocabulary(how):
     sorted_columns = [int(n) for n in re.findall(r"\[64,(\d+)\]\S* sort\(", text)] + [int(n) for n in re.findall(r"sort\(\S+\[64,(\d+)\]", text)]
     assert all(n < 151936 / 8 for n in sorted_columns) and "TopK" not in text
     assert bool(re.search(r"\bsort\(", text)) == (how.top_k is not None)
+
+
+QWEN3_MOE = dict(
+    architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", vocab_size=512, hidden_size=2048, intermediate_size=6144, num_hidden_layers=2,
+    num_attention_heads=32, num_key_value_heads=4, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False, num_experts=128,
+    num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 256])
+def test_launches_of_a_layer(rows, monkeypatch):
+    """14 kernels of a stacked Qwen3-MoE, and the counter of layers, which an unrolled one does not have."""
+    monkeypatch.setattr(choice, "_default_order", lambda: ("hopper", "xla"))  # the default device is a CPU
+    model = nnx.eval_shape(lambda: stack_layers(nvfp4jax.quantize_model(build(QWEN3_MOE), nvfp4jax.Rule("layers/.*(proj|experts)"))))
+    graphdef, state = nnx.split(model)
+
+    def step(state, tokens, cache, starts):
+        out = nnx.merge(graphdef, state)(tokens, starts[:, None], cache)
+        return out.logits, out.cache
+
+    cache = jax.eval_shape(lambda: model.init_cache(rows, 1024))
+    args = state, jax.ShapeDtypeStruct((rows, 1), jnp.int32), cache, jax.ShapeDtypeStruct((rows,), jnp.int32)
+    computations = re.split(r"\n(?=%|ENTRY)", compiled(step, *args, donate=(2,)))
+    (layer,) = [c for c in computations if c.count('custom_call_target="mosaic_gpu') > 5]
+    kinds = [(line, found[1]) for line in layer.splitlines() if (found := re.search(r" = .*? ([a-z-]+)\(", line))]
+    launched = [line for line, kind in kinds if kind not in ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")]
+    counter = [line for line in launched if re.search(r" = s32\[\]\S* fusion\(", line)]
+    assert len(counter) == 1 and len(launched) == 14 + 1, launched

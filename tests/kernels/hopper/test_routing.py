@@ -115,17 +115,73 @@ def test_top_k_of_parts(monkeypatch):
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)  # exponentials are off by an ulp at random here
 
 
+def without_noise(monkeypatch):
+    """The interpreter's approximations are off by an ulp at random; two programs agree to the bit where they are not."""
+    single = ptx._Run.single
+    monkeypatch.setattr(ptx._Run, "single", lambda run, base, parts, v: single(run, base, [p for p in parts if p != "approx"], v))
+
+
+@pytest.mark.parametrize("masked", (False, True), ids=("", "masked"))
+@pytest.mark.parametrize("version", [pytest.param("gpu", marks=pytest.mark.gpu), pytest.param("ptx", marks=[pytest.mark.aot, needs_aot])], indirect=True)
+def test_choose_and_route_is_the_two_launches(version, masked, monkeypatch):
+    """To the bit; ids and rows are those of loops and of jnp, too. Logits in parts, with ties, NaN and infinities."""
+    without_noise(monkeypatch)
+    rng = np.random.default_rng()
+    one_cta, clusters = [(1, 8, 128), (16, 8, 128), (5, 1, 8), (11, 3, 40), (2, 32, 300)], [(17, 8, 128), (37, 5, 100), (70, 1, 33), (64, 10, 512)]
+    clusters += [(256, 8, 128)] * (1 if version == "gpu" or masked else 4)
+    shapes = one_cta + clusters if version == "gpu" else [cases[rng.integers(len(cases))] for cases in (one_cta, clusters)]
+    for tokens, k, experts in shapes:
+        assert routing.plan_of_one_launch(tokens, k, experts), (tokens, k, experts)
+        parts = rng.normal(size=(rng.integers(1, 4), tokens + 3, experts)).astype(np.float32)
+        parts[:, tokens:] = np.nan
+        parts[:, 1::3] = rng.choice(np.array([-1, -0., 0, 2], np.float32), parts[:, 1::3].shape)
+        for value in (np.nan, np.inf, -np.inf):
+            parts[0, rng.integers(tokens), rng.integers(experts)] = value
+        valid = (rng.random(tokens) < 0.6,) if masked else ()
+        normalize = bool(rng.integers(2))
+        together = lambda p, *v: routing.choose_and_route(p, tokens, k, normalize=normalize, valid=v[0] if v else None)
+        weights, ids, *routed = jax.tree.leaves(call(version, together, parts, *valid))
+        apart = *call(version, lambda p: routing.top_k_of_parts(p, tokens, k, normalize=normalize), parts), *call(
+            version, lambda i, *v: routing.route(i, experts, *v), ids, *valid)
+        for a, b in zip((weights, ids, *routed), apart, strict=True):
+            assert a.dtype == b.dtype and a.shape == b.shape
+            np.testing.assert_array_equal(a.view(np.int32), b.view(np.int32))
+        for a, b, c in zip(routed, expected(ids, experts, *(valid or (None,))), plain.route(jnp.asarray(ids), experts, *valid), strict=True):
+            np.testing.assert_array_equal(a, b)
+            np.testing.assert_array_equal(a, c)
+
+
+def test_one_launch_or_two(monkeypatch):
+    """One up to 256 tokens and 8 of 128 experts; in each, a warp has a token. No tokens launch nothing."""
+    launched = []
+    monkeypatch.setattr(threads, "thread_kernel", lambda program, names, types, **how: lambda *a: launched.append(how) or [
+        jnp.zeros(t.shape, t.dtype) for t in types])
+    for tokens, count in ((0, 0), (1, 1), (16, 1), (17, 1), (256, 1), (257, 2), (1024, 2)):
+        launched.clear()
+        routing.choose_and_route(jnp.zeros((1, tokens, 128)), tokens, 8, normalize=True)
+        assert len(launched) == count, tokens
+        assert count != 1 or launched[0]["warps"] * launched[0]["grid"] >= tokens
+    for k, experts in ((1, 1), (8, 128), (10, 512), (32, 1024)):
+        for tokens in range(1, 257):
+            if plan := routing.plan_of_one_launch(tokens, k, experts):
+                warps, cluster = plan
+                assert warps % 4 == 0 and 4 <= warps <= 16 and warps * cluster >= tokens
+        assert plan or (k, experts) not in ((1, 1), (8, 128))
+
+
 @pytest.mark.parametrize("version", ["xla", pytest.param("hopper", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("tokens", [1, 70])
 def test_a_router_in_one_call(version, tokens):
-    """The product and the choice, and their gradients, as when called one after the other."""
+    """The product, the choice and the sort, and their gradients, as when called one after the other."""
     rng = np.random.default_rng()
     x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((tokens, 512), (512, 64)))
     of = dict(implementation=version)
     together = lambda x, kernel: ops.choose_experts(x, kernel, 4, normalize=True, **of)
     apart = lambda x, kernel: ops.top_k_experts(ops.float_matmul(x, kernel, **of), 4, normalize=True, **of)
-    for a, b in zip(jax.jit(together)(x, kernel), jax.jit(apart)(x, kernel)):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    between = lambda x, kernel: ops.choose_and_route(ops.float_matmul(x, kernel, **of), 4, normalize=True, **of)
+    want = jax.jit(lambda x, kernel: (lambda weights, ids: (weights, ids, plain.route(ids, 64)))(*apart(x, kernel)))(x, kernel)
+    for f in (together, between):
+        jax.tree.map(np.testing.assert_array_equal, jax.jit(f)(x, kernel), want)
     loss = lambda f: jax.jit(jax.grad(lambda x, kernel: (f(x, kernel)[0] * jnp.arange(1, 5, dtype=jnp.float32)[None]).sum(), argnums=(0, 1)))
     for a, b in zip(loss(together)(x, kernel), loss(apart)(x, kernel)):
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2e-2, atol=1e-5)
@@ -140,9 +196,10 @@ def test_top_k_experts_differentiates(version):
         return jax.jit(jax.grad(lambda x: (f(x)[0] * jnp.arange(1, 5, dtype=jnp.float32)[None, None]).sum()))(logits)
 
     for normalize in (False, True):
-        got = loss(lambda x: ops.top_k_experts(x, 4, normalize=normalize, implementation=version))
         want = loss(lambda x: plain.top_k_experts(x, 4, normalize=normalize))
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+        for f in (ops.top_k_experts, ops.choose_and_route):
+            got = loss(lambda x: f(x, 4, normalize=normalize, implementation=version))
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float32), ids=("bf16", "f32"))
@@ -190,10 +247,15 @@ def test_no_spills():
             lambda y, i, w: routing.combine(y, routing.Routing(None, i, None), w), ((tokens * 8, 2048), jnp.bfloat16),
             ((tokens, 8), jnp.int32), ((tokens, 8), jnp.float32))
         more = [(lambda i: routing.route(i, 1021), ((tokens, 8), jnp.int32))] if tokens > 64 else []  # more buckets than threads
+        if routing.plan_of_one_launch(tokens, 8, 127):
+            more = [(lambda x, v: routing.choose_and_route(x, tokens, 8, normalize=True, valid=v), ((8, tokens, 127), jnp.float32), ((tokens,), jnp.bool_))]
         for f, *args in [*cases, *more]:
             kernel, = aot.compile(f, *args)
             assert kernel.spills == 0 and kernel.stack == 0 and not kernel.warnings, (tokens, kernel.registers)
             assert kernel.registers <= 64 or tokens > 64 and kernel.registers <= 128, (tokens, kernel.registers)
+    for tokens, k, experts in ((255, 8, 128), (60, 10, 512), (60, 32, 1021)):
+        kernel, = aot.compile(lambda x: routing.choose_and_route(x, tokens, k, normalize=True), ((1, tokens, experts), jnp.float32))
+        assert kernel.spills == 0 and kernel.stack == 0 and not kernel.warnings and kernel.registers <= 255, kernel.registers
 
 
 def test_arguments_are_checked():
@@ -208,6 +270,12 @@ def test_arguments_are_checked():
         routing.top_k_experts(jnp.zeros((4, 8)), 9, normalize=True)
     with pytest.raises(NotImplementedError, match="at most 32"):
         routing.top_k_experts(jnp.zeros((4, 64)), 33, normalize=True)
+    with pytest.raises(NotImplementedError, match="at most 32"):
+        routing.choose_and_route(jnp.zeros((1, 4, 64)), 4, 33, normalize=True)
+    with pytest.raises(ValueError, match="valid"):
+        routing.choose_and_route(jnp.zeros((1, 4, 64)), 4, 8, normalize=True, valid=jnp.zeros(3, bool))
+    with pytest.raises(ValueError, match="logits"):
+        ops.choose_and_route(jnp.zeros((4, 8)), 9, normalize=True)
     with pytest.raises(ValueError, match="do not match"):
         routing.combine(jnp.zeros((7, 8), jnp.bfloat16), routing.Routing(None, ids, None), jnp.zeros((4, 2)))
     with pytest.raises(NotImplementedError, match="multiple of 8"):
@@ -216,6 +284,7 @@ def test_arguments_are_checked():
 
 def test_no_tokens():
     assert routing.top_k_experts(jnp.zeros((0, 8)), 2, normalize=False)[1].shape == (0, 2)
+    assert routing.choose_and_route(jnp.zeros((1, 0, 8)), 0, 2, normalize=False)[2].row_of_slot.shape == (0, 2)
     got = routing.route(jnp.zeros((0, 8), jnp.int32), 4)
     assert got.group_sizes.tolist() == [0] * 4 and got.row_of_slot.shape == (0, 8)
     assert routing.combine(jnp.zeros((0, 16), jnp.bfloat16), got, jnp.zeros((0, 8))).shape == (0, 16)
