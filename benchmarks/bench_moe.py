@@ -63,8 +63,9 @@ def random_weight(key, *shape):
 
 def layer(x, router, gate_up, down, scaling, scales):
     logits = jnp.dot(x, router, preferred_element_type=jnp.float32)
-    weights, ids = ops.top_k_experts(logits, TOP, normalize=True)
-    return nvfp4jax.experts(x, ids, weights, gate_up, down, scaling=tuple(map(nvfp4jax.Static, scales)) if scaling == "static" else scaling)
+    weights, ids, route = ops.choose_and_route(logits, TOP, normalize=True)
+    mode = tuple(map(nvfp4jax.Static, scales)) if scaling == "static" else scaling
+    return nvfp4jax.experts(x, ids, weights, gate_up, down, scaling=mode, route=route)
 
 
 def bench_layer(rows):
