@@ -63,13 +63,13 @@ def _narrow_tilings(widths, m, count):
                 yield tiles, tokens
 
 
-def _whole_sums(n, m):
+def _whole_sums(widths, m):
     """The schedule of `Wide` where the sums have one slice: 256 rows a CTA in pairs, or 128 (1 / 1.8 of the time a tile) where less
     of the last wave of tiles is idle."""
     tokens = _tokens(m, 128)
-    paired = m > 8 and n > 256
+    paired = m > 8 and max(widths) > 256
     width = 2 if paired else 1
-    waves = lambda rows, ctas: -(-(-(-n // rows) * -(-m // tokens)) // ctas)
+    waves = lambda rows, ctas: -(-_row_tiles(widths, rows) * -(-m // tokens) // ctas)
     if waves(128, SMS) < 1.8 * waves(256 * width, SMS // width):
         return dict(slices=1, wgs=2, tokens=tokens, paired=False)
     return dict(slices=1, wgs=4, tokens=tokens, paired=paired)
@@ -86,7 +86,7 @@ def plan_of(n: int | tuple[int, ...], k: int, m: int, count: int | None = None) 
     n = sum(widths)
     count = slices(n, k) if count is None else count
     if count == 1:
-        return Wide, _whole_sums(n, m)
+        return Wide, _whole_sums(widths, m)
     for tiles, tokens in _narrow_tilings(widths, m, count):
         memory, _ = memory_plan(k, tokens, count, tiles)
         # Code that is laid out for all of K, once for each weight, may become too long to compile.
@@ -149,21 +149,21 @@ def _check(operand, row_scale, packed, scale, global_scale, bias, out_dtype, lay
 
 
 def matmuls(operand, row_scale, weights, *, out_dtype=jnp.bfloat16, layer=None):
-    """`matmul` with several weights [N_j, K]: one launch where none of them would fill the GPU.
+    """`matmul` with several weights [N_j, K] in one launch, but where few tokens meet weights that fill the GPU alone.
 
     weights: (packed, scale, global_scale, bias or None) each. -> out_dtype [M, N_j] each. All sums have the slices of one weight of all
-    the rows, so a result's bits depend on the widths of the others too, and on nothing else of them.
+    the rows (or each its own, where that were one slice), so a result's bits depend on the widths of the others too, and on nothing
+    else of them.
     """
     widths, (m, k) = tuple(packed.shape[-2] for packed, *_ in weights), operand.shape
     count, common = slices(sum(widths), k), dict(out_dtype=out_dtype, layer=layer)
     for weight in weights:
         _check(operand, row_scale, *weight, **common)
-    if count == 1:  # many rows: each weight fills the GPU
+    whole = count == 1  # many rows: each weight fills the GPU, and keeps the slices that it has alone
+    counts = {slices(n, k) for n in widths} if whole else {count}
+    make, settings = plan_of(widths, k, m, max(counts))
+    if whole and (make is not Wide or len(counts) > 1):
         return tuple(matmul(operand, row_scale, *weight[:3], bias=weight[3], **common) for weight in weights)
-    make, settings = plan_of(widths, k, m)
-    # Where a weight alone has waves of tiles, persistent CTAs are better than one launch.
-    if make is Wide and _row_tiles(widths, 64 * settings["wgs"]) * -(-m // settings["tokens"]) > 2 * SMS:
-        return tuple(_matmul(operand, row_scale, *weight, **common, plan=plan_of(n, k, m, count)) for weight, n in zip(weights, widths))
     kernels, arrays = zip(*(_prepared(operand, row_scale, *weight, **common, plan=(make, settings)) for weight in weights))
     return dense_together.build(kernels)(arrays)
 

@@ -11,6 +11,9 @@ A CTA an SM walks over tiles of 64 * warpgroups weight rows by `tokens` tokens:
     scales    s i32 [rows, 32]: 2048 of K (`blocked`)              every 8 steps     with the last of its steps
     row       f32 [tokens], the row scales of a tile (`per_row`)   a tile            when the tile's results are scaled
 
+Of several weights that read the same tokens, a CTA walks over its tiles of each in turn, and the rings go on: the first steps of a
+weight are fetched while the last tile of the one before is computed, and only the last wave of all tiles leaves SMs idle.
+
 With many tokens scales come with each step instead, in the ring of steps: TMA takes about 2 cycles for each row of a box, however
 short, but then the tensor cores are the limit, and shared memory is short.
 
@@ -73,6 +76,14 @@ class _Tile:
     number: Any
     row_tile: Any
     token_tile: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """A CTA's tiles of a weight: `first`, and each `ctas`-th from there on."""
+
+    first: Any
+    ctas: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,18 +156,16 @@ class Wide(Hardware):
             row_tile, token_tile = plgpu.planar_snake(linear, shape, 0, min(12 // self.width, self.row_tiles))
         return _Tile(number, row_tile * 2 + lax.axis_index("pair") if self.paired else row_tile, token_tile)
 
-    def each_tile(self, only, zero, work):
-        """work(tile) for each tile of this CTA, or for the one that is given; -> how many."""
-        if only is not None:
-            work(self.tile_at(jnp.int32(0), only, zero))
-            return jnp.int32(1)
+    def each_tile(self, share, number, work):
+        """work(tile) for each tile of this CTA, which has done `number` before; -> how many it has done now."""
+        def step(i, carry):
+            zero = share.first * 0  # jax 0.12 refuses static slices that reach past the end
+            work(self.tile_at(number + i, share.first + i * share.ctas, zero))
+            return carry
 
-        @plgpu.nd_loop((self.tiles,), collective_axes="sm", init_carry=jnp.int32(0))
-        def count(info, carry):
-            work(self.tile_at(carry, info.index[0], zero))
-            return carry + 1
-
-        return count
+        count = lax.div(self.tiles + share.ctas - 1 - share.first, jnp.int32(share.ctas))
+        lax.fori_loop(0, count, step, None)
+        return number + count
 
     # --- copies
 
@@ -181,7 +190,8 @@ class Wide(Hardware):
             source = refs.x.at[pl.ds(tile.token_tile * self.tokens, self.tokens), pl.ds(i * STEP + c * CHUNK, CHUNK)]
             plgpu.copy_gmem_to_smem(source, sm.x_sm.at[stage, c], sm.steps.arriving(stage), collective_axes="pair" if self.paired else None)
 
-    def fetch_tile(self, refs, sm, layer, tile):
+    def fetch_tile(self, refs, sm, tile):
+        layer = (refs.layer[0],) if self.product.stacked else ()
         own, steps = pl.ds(tile.row_tile * self.rows, self.rows), self.product.steps
         slot = sm.row.stage(tile.number)
 
@@ -202,14 +212,15 @@ class Wide(Hardware):
             source = refs.row_scale.at[pl.ds(tile.token_tile * self.tokens, self.tokens)]
             plgpu.copy_gmem_to_smem(source, sm.r_sm.at[slot, pl.ds(0, self.tokens)], sm.row.arriving(slot))
 
-    def produce(self, refs, sm, layer, only, zero):
-        self.set_registers(register_budget(self.wgs)[1], "decrease")
-        count = self.each_tile(only, zero, lambda tile: self.fetch_tile(refs, sm, layer, tile))
-        self.drain(sm.steps, count * self.product.steps)
+    def produce(self, refs, sm, share, number):
+        return self.each_tile(share, number, lambda tile: self.fetch_tile(refs, sm, tile))
+
+    def drain_rings(self, sm, number):
+        self.drain(sm.steps, number * self.product.steps)
         if self.product.per_row:
-            self.drain(sm.row, count)
+            self.drain(sm.row, number)
         if self.blocked:
-            self.drain(sm.scales, count * self.blocks)
+            self.drain(sm.scales, number * self.blocks)
 
     # --- products
 
@@ -264,13 +275,13 @@ class Wide(Hardware):
         store_tokens(acc, jnp.float32(1), None, refs.out, row, p.m - row, channel, tokens=self.tokens, width=p.n,
                      masked=p.n % (self.rows * self.width) != 0, residual=refs.residual if p.residual else None)
 
-    def consume(self, refs, sm, wg, only, zero):
+    def factor(self, refs):
+        """What multiplies all of a weight's sums."""
+        factor = refs.global_scale[refs.layer[0] if self.product.stacked else 0] * DECODE_FACTOR
+        return factor if self.product.per_row else refs.row_scale[0] * factor
+
+    def consume(self, refs, sm, wg, addresses, factor, share, number):
         p = self.product
-        self.set_registers(register_budget(self.wgs)[0], "increase")
-        addresses = self.prepare(wg)
-        factor = refs.global_scale[refs.layer[0] if p.stacked else 0] * DECODE_FACTOR
-        if not p.per_row:
-            factor = refs.row_scale[0] * factor
 
         def work(tile):
             slot = sm.row.stage(tile.number)
@@ -282,22 +293,9 @@ class Wide(Hardware):
             if p.per_row:
                 sm.row.release(slot)
 
-        self.each_tile(only, zero, work)
+        return self.each_tile(share, number, work)
 
     # --- all together
-
-    def body(self, *refs, **scratch):
-        self.run(Refs(*refs), None, **scratch)
-
-    def run(self, refs, tile, *, full, empty, s_full, s_empty, r_full, r_empty, x_free=None, **shared):
-        """A CTA's work. tile: of `ctas`, the only one; None: its share of them all."""
-        sm = _Shared(steps=Ring(full, empty, self.stages), scales=Ring(s_full, s_empty, 2), row=Ring(r_full, r_empty, 2),
-                     x_free=x_free, **shared)
-        wg = lax.axis_index("wg")
-        layer = (refs.layer[0],) if self.product.stacked else ()
-        zero = (lax.axis_index("sm") if tile is None else tile) * 0  # jax 0.12 refuses static slices that reach past the end
-        pl.when(wg == self.wgs)(lambda: self.produce(refs, sm, layer, tile, zero))
-        pl.when(wg < self.wgs)(lambda: self.consume(refs, sm, wg, tile, zero))
 
     def scratch(self) -> dict:
         stages, wgs = self.stages, self.wgs
@@ -315,16 +313,50 @@ class Wide(Hardware):
             out["x_free"] = plgpu.ClusterBarrier(collective_axes=("pair",), num_barriers=stages)
         return out
 
-    @property
-    def ctas(self) -> int:
-        return self.tiles
-
-    def launch(self, body, out_type, ctas: int, axis: str = "tile"):
-        return plgpu.kernel(
-            body, out_type=out_type, scratch_types=self.scratch(), grid=(ctas,), grid_names=(axis,),
-            num_threads=self.wgs + 1, thread_name="wg", **(dict(cluster=(2,), cluster_names=("pair",)) if self.paired else {}),
-            compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True))
-
     def build(self):
         """-> a function of the arrays of `Refs` but the last, which it returns."""
-        return self.launch(self.body, self.product.out_type, min(SMS // self.width, self.tiles), "sm")
+        def body(*refs, **scratch):
+            walk((self,), (Refs(*refs),), **scratch)
+
+        return launch((self,), body, self.product.out_type)
+
+
+def _ctas(kernels) -> int:
+    """Of a launch: one an SM, or pairs of them."""
+    return min(SMS // kernels[0].width, sum(kernel.tiles for kernel in kernels))
+
+
+def walk(kernels, refs, *, full, empty, s_full, s_empty, r_full, r_empty, x_free=None, **shared):
+    """A CTA's work: its share of the tiles of each weight. The kernels differ in N and the bias alone."""
+    common, ctas, before, shares = kernels[0], _ctas(kernels), 0, []
+    sm = _Shared(steps=Ring(full, empty, common.stages), scales=Ring(s_full, s_empty, 2), row=Ring(r_full, r_empty, 2),
+                 x_free=x_free, **shared)
+    wg, index = lax.axis_index("wg"), lax.axis_index("sm")
+    for kernel in kernels:  # the CTA after that of a weight's last tile begins the next weight
+        shares.append(_Share(lax.rem(index + -before % ctas, jnp.int32(ctas)), ctas))
+        before += kernel.tiles
+
+    @pl.when(wg == common.wgs)
+    def _():
+        common.set_registers(register_budget(common.wgs)[1], "decrease")
+        number = jnp.int32(0)
+        for kernel, own, share in zip(kernels, refs, shares):
+            number = kernel.produce(own, sm, share, number)
+        common.drain_rings(sm, number)
+
+    @pl.when(wg < common.wgs)
+    def _():
+        common.set_registers(register_budget(common.wgs)[0], "increase")
+        addresses, number = common.prepare(wg), jnp.int32(0)
+        factors = [kernel.factor(own) for kernel, own in zip(kernels, refs)]  # all now: between two weights they would be waited for
+        for kernel, own, factor, share in zip(kernels, refs, factors, shares):
+            number = kernel.consume(own, sm, wg, addresses, factor, share, number)
+
+
+def launch(kernels, body, out_type):
+    """body(*refs, **scratch) of `walk` as a function of arrays."""
+    common = kernels[0]
+    return plgpu.kernel(
+        body, out_type=out_type, scratch_types=common.scratch(), grid=(_ctas(kernels),), grid_names=("sm",),
+        num_threads=common.wgs + 1, thread_name="wg", **(dict(cluster=(2,), cluster_names=("pair",)) if common.paired else {}),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True))

@@ -16,6 +16,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from nvfp4jax.kernels.hopper import dense as dense_hopper
+from nvfp4jax.kernels.hopper import dense_wide
 from nvfp4jax.kernels.hopper.decode import permute_k
 from nvfp4jax.kernels.hopper.dense_narrow import memory_plan
 from nvfp4jax.kernels.hopper.machine import SHARED_MEMORY
@@ -127,18 +128,19 @@ def test_interpreted(n, k, m, plan, capfd):
     assert "RACE" not in "".join(capfd.readouterr())
 
 
-@pytest.mark.parametrize("plan", [(NARROW, dict(slices=4, tiles=2, tokens=8)), (WIDE, dict(slices=2, wgs=1, tokens=16, paired=False))],
-                         ids=["Narrow", "Wide"])
-def test_several_weights_in_one_launch(plan, monkeypatch, capfd):
-    """Each weight's result is what it gets alone, to the bit."""
-    k, m, widths = 1024, 16, (192, 64, 64)
+@pytest.mark.parametrize("plan, m", [
+    ((NARROW, dict(slices=4, tiles=2, tokens=8)), 16), ((WIDE, dict(slices=2, wgs=1, tokens=16, paired=False)), 48),
+    ((WIDE, dict(slices=1, wgs=1, tokens=40, paired=False)), 80)], ids=["Narrow", "Wide-16", "Wide-40"])
+def test_several_weights_in_one_launch(plan, m, monkeypatch, capfd):
+    """Each weight's result is what it gets alone, to the bit. Two CTAs of `Wide` walk over them all: its rings go on from one weight to the next."""
+    k, widths = 1024, (192, 64, 64)
+    monkeypatch.setattr(dense_wide, "SMS", 2)
     rng = np.random.default_rng(m)
     plan = (INTERPRETED[plan[0]], plan[1])
     x, row_scale = tokens(rng, m, k), rng.uniform(0.5, 2, (m, 1)).astype(np.float32)
     made = [weights(rng, n, k) for n in widths]
     biases = [rng.normal(size=n).astype(np.float32) if j else None for j, n in enumerate(widths)]
     monkeypatch.setattr(dense_hopper, "plan_of", lambda *shape: plan)
-    monkeypatch.setattr(dense_hopper, "Wide", type(None))
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         outs = dense_hopper.matmuls(permute_k(jnp.asarray(x)), jnp.asarray(row_scale),
                                     [(packed, scale, jnp.float32(0.25), bias) for (packed, scale, _), bias in zip(made, biases)],
@@ -202,14 +204,16 @@ def test_compiles_clean(n, k, m, options, _):
         assert kernel.registers * 128 * warpgroups * 2 <= 65536
 
 
-@pytest.mark.parametrize("m, kernels", [(1, 1), (64, 1), (128, 1), (2048, 3)])
+@pytest.mark.parametrize("m, widths, k, kernels", [
+    *((m, (4096, 512, 576), 2048, 1) for m in (1, 64, 128, 1024, 2048)),  # about q, k and v of Qwen3-30B-A3B
+    (8, (12288, 12352), 2048, 2), (2048, (12288, 12352), 2048, 1), (2048, (16448, 16512), 2048, 1),  # gate and up: two slices each, and one
+    (64, (16448, 16512), 2048, 1), (2048, (16448, 1024), 2048, 2)], ids=str)
 @pytest.mark.parametrize("_", [pytest.param(0, marks=aot_only)], ids=[""])
-def test_queries_keys_and_values_are_one_launch(m, kernels, _):
-    """About those of Qwen3-30B-A3B; a prefill's weights have waves of tiles each. No two are alike: a kernel is reported once a process."""
-    k, widths = 2048, (4096, 512, 576)
+def test_weights_of_the_same_tokens_are_one_launch(m, widths, k, kernels, _):
+    """But for few tokens and many rows, and where sums have other slices alone. No two weights are alike: a kernel is reported once a process."""
 
     def f(x, row_scale, *arrays):
-        return dense_hopper.matmuls(x, row_scale, [(*arrays[3 * j:3 * j + 3], None) for j in range(3)])
+        return dense_hopper.matmuls(x, row_scale, [(*arrays[3 * j:3 * j + 3], None) for j in range(len(widths))])
 
     of_weight = lambda n: [((n, k // 2), jnp.uint8), ((n, k // 16), jnp.float8_e4m3fn), ((), jnp.float32)]
     found = aot.compile(f, ((m, k), jnp.bfloat16), ((m, 1), jnp.float32), *(a for n in widths for a in of_weight(n)))
