@@ -23,8 +23,11 @@ from nvfp4jax.kernels.hopper.dense_split import Split
 from nvfp4jax.kernels.hopper.dense_wide import Wide
 from nvfp4jax.kernels.hopper.machine import SMS
 
-# Measured time of a tile of `Wide` by warpgroups and tokens, in some unit: tiles of sliced sums run in waves over the SMs.
-_TILE_TIMES = {(1, 32): 46, (1, 64): 60, (2, 64): 92, (2, 128): 130}
+# Time of a tile of `Wide` by warpgroups, tokens and pairing, in some unit: tiles of sliced sums run in waves over the SMs. The first four are
+# measured, the others predicted (benchmarks/NOTES.md).
+_TILE_TIMES = {(1, 32, False): 46, (1, 64, False): 60, (2, 64, False): 92, (2, 128, False): 130,
+               (2, 128, True): 112, (2, 176, False): 170, (2, 176, True): 145, (3, 112, False): 140, (3, 112, True): 132,
+               (4, 64, False): 110, (4, 64, True): 105}
 
 
 # --- rules: from the shape to the schedule --------------------------------------------------------------------------
@@ -63,14 +66,18 @@ def _narrow_tilings(widths, m, count):
                 yield tiles, tokens
 
 
+def _waves(widths, m, wgs, tokens, paired):
+    """Of tiles of `Wide`."""
+    width = 2 if paired else 1
+    return -(-_row_tiles(widths, 64 * wgs * width) * -(-m // tokens) // (SMS // width))
+
+
 def _whole_sums(widths, m):
     """The schedule of `Wide` where the sums have one slice: 256 rows a CTA in pairs, or 128 (1 / 1.8 of the time a tile) where less
     of the last wave of tiles is idle."""
     tokens = _tokens(m, 128)
     paired = m > 8 and max(widths) > 256
-    width = 2 if paired else 1
-    waves = lambda rows, ctas: -(-_row_tiles(widths, rows) * -(-m // tokens) // ctas)
-    if waves(128, SMS) < 1.8 * waves(256 * width, SMS // width):
+    if _waves(widths, m, 2, tokens, False) < 1.8 * _waves(widths, m, 4, tokens, paired):
         return dict(slices=1, wgs=2, tokens=tokens, paired=False)
     return dict(slices=1, wgs=4, tokens=tokens, paired=paired)
 
@@ -96,8 +103,8 @@ def plan_of(n: int | tuple[int, ...], k: int, m: int, count: int | None = None) 
     tokens = _tokens(m, 32)
     if m <= 32 or m <= 64 and count == 8:
         return Split, dict(slices=count, wgs=1 if n * count <= 16384 else 2, tokens=tokens)
-    wgs, most = min(_TILE_TIMES, key=lambda tile: -(-(_row_tiles(widths, 64 * tile[0]) * -(-m // tile[1])) // SMS) * _TILE_TIMES[tile])
-    return Wide, dict(slices=count, wgs=wgs, tokens=_tokens(m, most), paired=False)
+    wgs, most, paired = min(_TILE_TIMES, key=lambda tile: _waves(widths, m, *tile) * _TILE_TIMES[tile])
+    return Wide, dict(slices=count, wgs=wgs, tokens=_tokens(m, most), paired=paired)
 
 
 # --- the operation --------------------------------------------------------------------------------------------------

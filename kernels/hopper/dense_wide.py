@@ -229,9 +229,10 @@ class Wide(Hardware):
 
     def multiply(self, acc, addresses, sm, stage, scales, unit, wg):
         chunks = chunks_at_once(self.tokens)
+        ahead = 0 if self.wgs == 4 and self.slices > 1 else 1  # two accumulators, and 112 registers
         for c in range(0, STEP // CHUNK, chunks):
             acc = multiply_decoded(acc, addresses, sm.w_sm.at[stage], scales, sm.x_sm.at[stage, pl.ds(c, chunks)], unit, first=c,
-                                   chunks=chunks, tokens=self.tokens, scale_row=self.scale_row)
+                                   chunks=chunks, tokens=self.tokens, scale_row=self.scale_row, ahead=ahead)
         return acc
 
     def add_step(self, acc, addresses, sm, tile, i, wg):

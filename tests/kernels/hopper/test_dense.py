@@ -221,13 +221,37 @@ def test_weights_of_the_same_tokens_are_one_launch(m, widths, k, kernels, _):
     assert all(kernel.spills == 0 and kernel.stack == 0 and kernel.warnings == () for kernel in found)
 
 
+TILES = [tile for tile in dense_hopper._TILE_TIMES if tile[1] > 32]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("n, options", [(4160, {}), (4001, dict(out_dtype=jnp.float32, bias=jnp.bfloat16, layers=(3,)))], ids=["plain", "all"])
+@pytest.mark.parametrize("_", [pytest.param(0, marks=aot_only)], ids=[""])
+def test_tiles_of_sliced_sums_compile_clean(tile, n, options, _):
+    wgs, tokens, paired = tile
+    kernel = compiled(n, 2048, 1009, per_row=True, plan=(WIDE, dict(slices=4, wgs=wgs, tokens=tokens, paired=paired)), **options)
+    assert kernel.spills == 0 and kernel.stack == 0 and kernel.warnings == () and kernel.smem <= SHARED_MEMORY
+
+
 @pytest.mark.parametrize("n, k, m", [(2048, 4096, 8), (2048, 4096, 256), (20001, 320, 40)])
 @pytest.mark.parametrize("_", [pytest.param(0, marks=aot_only)], ids=[""])
 def test_a_residual_compiles_clean(n, k, m, _):
     f = lambda x, row_scale, packed, scale, one, residual: dense_hopper.matmul(x, row_scale, packed, scale, one, residual=residual)
+    residual_compiled(f, n, k, m)
+
+
+def residual_compiled(f, n, k, m):
     kernel, = aot.compile(f, ((m, k), jnp.bfloat16), ((m, 1), jnp.float32), ((n, k // 2), jnp.uint8), ((n, k // 16), jnp.float8_e4m3fn),
                           ((), jnp.float32), ((m, n), jnp.bfloat16))
     assert kernel.spills == 0 and kernel.stack == 0 and kernel.warnings == ()
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("_", [pytest.param(0, marks=aot_only)], ids=[""])
+def test_a_residual_compiles_clean_in_each_tile(tile, _):
+    plan = WIDE, dict(zip(("wgs", "tokens", "paired"), tile), slices=8)
+    residual_compiled(lambda x, row_scale, *arrays: dense_hopper._matmul(
+        x, row_scale, *arrays[:3], None, jnp.bfloat16, None, plan, arrays[3]), 2050, 4096, 1009)
 
 
 @pytest.mark.parametrize("n, k, m, most", [(33792, 8192, 8, 390), (33792, 8192, 64, 395), (33792, 8192, 128, 395),
@@ -269,6 +293,9 @@ def x_map(operand, tokens, memory):
     (100, 1280, 40, (WIDE, dict(slices=2, wgs=1, tokens=24, paired=False))),
     (64, 512, 80, (WIDE, dict(slices=1, wgs=1, tokens=80, paired=False))),
     (64, 512, 128, (WIDE, dict(slices=1, wgs=1, tokens=128, paired=False))),
+    (100, 512, 176, (WIDE, dict(slices=2, wgs=2, tokens=176, paired=False))),  # the tiles of sliced sums; N ends inside them
+    (170, 512, 107, (WIDE, dict(slices=2, wgs=3, tokens=112, paired=False))),
+    (250, 512, 64, (WIDE, dict(slices=2, wgs=4, tokens=64, paired=False))),
 ], ids=lambda v: "-".join([v[0].__name__, *map(str, v[1].values())]) if isinstance(v, tuple) else str(v))
 @pytest.mark.parametrize("_", [pytest.param(0, marks=aot_only)], ids=[""])
 def test_compiled_kernel_on_the_cpu(n, k, m, plan, _):
@@ -385,12 +412,36 @@ def test_weights_together_keep_a_rows_bits(widths, k):
     full = [np.asarray(y) for y in f(permuted, jnp.asarray(row_scale), arrays)]
     for y, (_, _, dequantized) in zip(full, made):
         check(y, x, dequantized, row_scale.astype(np.float64) * 0.25)
-    for m in (1, 9, 32, 33, 64, 130, 300):
+    for m in (1, 9, 32, 33, 64, 130, 300, 1024, 1209):
         own = slice(start := int(rng.integers(0, 2048 - m)), start + m)
         for n in widths:
             poison(m, n, jnp.float32)
         for y, whole in zip(f(permuted[own], jnp.asarray(row_scale[own]), arrays), full):
             np.testing.assert_array_equal(np.asarray(y).view(np.int32), whole[own].view(np.int32), err_msg=f"M={m} from row {start}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("n, k", [(4096, 2048), (2048, 4096), (1001, 2048), (514, 1280)])
+def test_every_tile_gives_the_same_bits(n, k, per_row):
+    """With stacked layers, a bias and a residual; N and M end inside tiles, and a CTA has several. The first tile is that of other tests."""
+    rng, count, most = np.random.default_rng(n + per_row), dense_hopper.slices(n, k), 2500
+    packed, scale, _ = weights(rng, n, k, (2,))
+    x = permute_k(jnp.asarray(tokens(rng, most, k)))
+    row_scale = jnp.asarray(rng.uniform(0.5, 2, (most, 1)), jnp.float32) if per_row else jnp.float32(0.5)
+    residual = jnp.asarray(rng.normal(size=(most, n)) * 1e3, jnp.bfloat16)
+    bias = jnp.asarray(rng.normal(size=(2, n)) * 100, jnp.float32)
+    arrays = jnp.asarray(packed), jnp.asarray(scale), jnp.float32([0.25, 0.75]), bias
+    for m in (72, 200, most):
+        outs, own = [], (x[:m], row_scale[:m] if per_row else row_scale, residual[:m])
+        for wgs, largest, paired in TILES:
+            plan = WIDE, dict(slices=count, wgs=wgs, tokens=dense_hopper._tokens(m, largest), paired=paired)
+            f = jax.jit(lambda x, row_scale, residual, plan=plan: dense_hopper._matmul(
+                x, row_scale, *arrays, jnp.bfloat16, jnp.int32(1), plan, residual))
+            poison(m, n, jnp.bfloat16)
+            for _ in range(2):
+                outs.append(np.asarray(f(*own)).view(np.int16))
+                np.testing.assert_array_equal(outs[-1], outs[0], err_msg=f"M={m} {plan[1]}")
 
 
 @pytest.mark.gpu
