@@ -144,9 +144,14 @@ class Wide(Interpreted, dense_wide.Wide):
         pass
 
     def multiply(self, acc, addresses, sm, stage, scales, unit, wg):
-        own = pl.ds(wg * 64, 64)
+        own, slots = pl.ds(wg * 64, 64), [stage * 4 + c for c in range(4 * self.by_chunk)]
+        for slot in slots:
+            plgpu.barrier_wait(sm.x.arriving(slot))
         tokens = sm.x_sm[stage].transpose(1, 0, 2).reshape(self.tokens, STEP)
-        return acc + multiply(sm.w_sm[stage, own], scales[own, pl.ds(unit * 4, 4)], tokens)
+        acc = acc + multiply(sm.w_sm[stage, own], scales[own, pl.ds(unit * 4, 4)], tokens)
+        for slot in slots:
+            sm.x.release(slot)
+        return acc
 
     def finish(self, acc, factor, row, channel, slot, refs, sm):
         p = self.product
