@@ -12,7 +12,7 @@ Three ways to an amax:
   last row to the first, because the last rows are still in the L2;
 - one a matrix of many (weights): a single launch whose CTAs take the amax of a tile, then quantize a tile of an earlier
   matrix, whose amax is complete and whose values are still in the L2. CTAs draw their tiles in order from a counter, so that the
-  first unfinished one never waits, however many CTAs run at once.
+  first unfinished one never waits, however many CTAs run at once. So, too, weights that lie as a trainer holds them, [K, N].
 """
 import dataclasses
 import math
@@ -22,13 +22,25 @@ import jax.numpy as jnp
 
 from nvfp4jax import numerics
 from nvfp4jax.kernels.hopper import threads
-from nvfp4jax.kernels.hopper.quantize_plan import MAX_K, Offsets, Plan, Spec, matrices_plan, plan_of, scan_plan
+from nvfp4jax.kernels.hopper.quantize_plan import (
+    CHUNK,
+    MAX_K,
+    Offsets,
+    Plan,
+    Spec,
+    columns_plan,
+    groups_of_matrix,
+    matrices_plan,
+    plan_of,
+    scan_plan,
+)
 from nvfp4jax.kernels.hopper.quantize_program import quantize_program
 
 
 def _kernel(spec: Spec, plan: Plan):
     """-> a function of the inputs that the spec names: x, weight or up, amax, valid; returns the outputs as a dict."""
-    inputs = ["x", *{"x": [], "rmsnorm": ["weight"], "silu": ["up"]}[spec.source]]
+    inputs = [f"x{i}" for i in range(spec.parts)] if spec.columns else ["x"]
+    inputs += {"x": [], "rmsnorm": ["weight"], "silu": ["up"]}[spec.source]
     inputs += ["amax"] if spec.amax in ("scalar", "rows", "partials") else []
     inputs += ["valid"] if spec.masked else []
     inputs += ["rows"] if spec.copies else []
@@ -50,7 +62,7 @@ def _kernel(spec: Spec, plan: Plan):
     names = [*inputs, *outputs, "shared", *(["zeroed"] if spec.amax == "matrices" else [])]
     zeroed = 0
     if spec.amax == "matrices":
-        zeroed = 1 + spec.m // spec.matrix * -(-spec.matrix // (plan.rows * plan.tile))
+        zeroed = 1 + spec.m // spec.matrix * (groups_of_matrix(spec, plan) // plan.tile)
 
     call = threads.thread_kernel(
         lambda refs: quantize_program(refs, spec, plan), names, list(outputs.values()), grid=plan.grid, warps=plan.warps,
@@ -209,3 +221,22 @@ def quantize_weight(w, *, four_over_six=None):
         packed, scale, global_scale = _kernel(spec, plan)(dict(x=rows)).values()
     global_scale = global_scale.reshape(*lead, 1, 1) if lead else global_scale
     return packed.reshape(*lead, n, k // 2), scale.reshape(*lead, n, k // 16), global_scale
+
+
+def quantize_transposed(ws, *, four_over_six=None):
+    """`quantize_weight` of weights that lie transposed, as trainers hold them, and need no transposed copy.
+
+    ws: one or several bfloat16 [..., K, N] of one shape, K a multiple of 64 and N of 2, whose rows come one after another and share a
+    global scale. -> packed u8 [..., len(ws) * N, K/2], scale float8_e4m3fn [..., len(ws) * N, K/16], global_scale f32 [..., 1, 1], or []
+    for a single matrix.
+    """
+    *lead, k, n = ws[0].shape
+    if any(w.dtype != jnp.bfloat16 or w.shape != ws[0].shape for w in ws) or k % CHUNK or n % 2 or not ws[0].size:
+        raise NotImplementedError(f"quantize_transposed: wants bfloat16 [..., K, N] of one shape, not empty, K a multiple of {CHUNK} and N of 2; "
+                                  f"got {', '.join(f'{w.dtype}{w.shape}' for w in ws)}")
+    count, rows = math.prod(lead), len(ws) * n
+    spec = Spec(count * rows, k, "x", False, "matrices", "packed", four_over_six=four_over_six, matrix=rows, columns=n)
+    arrays = {f"x{i}": w.reshape(count * k, n) for i, w in enumerate(ws)}
+    packed, scale, global_scale = _kernel(spec, columns_plan(n, k, len(ws)))(arrays).values()
+    global_scale = global_scale.reshape(*lead, 1, 1) if lead else global_scale.reshape(())
+    return packed.reshape(*lead, rows, k // 2), scale.reshape(*lead, rows, k // 16), global_scale

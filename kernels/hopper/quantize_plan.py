@@ -6,6 +6,7 @@ from nvfp4jax.kernels.hopper.machine import CLUSTER, SMS, WARP
 CLUSTERS = 2  # up to so many clusters, one launch beats two
 MAX_K = 16 * WARP * 16 * 8
 MAX_TILES = 512  # of a matrix: each warp reads their maxima
+COLUMNS, CHUNK = 32, 64  # of a warp, where columns of x are quantized: of N, and of K
 TRANSPOSE_WORDS = 36 * 8  # of a warp: 8 rows (64-chunks of K) of 32 words, padded against bank conflicts
 
 
@@ -69,21 +70,33 @@ def plan_of(m: int, k: int, words: int, emit: str = "packed") -> Plan:
 
 
 def matrices_plan(n: int, k: int) -> tuple[int, Plan]:
-    """For many matrices [n, k]: how many rows are read as one, so that every lane has whole blocks, and a plan of tiles of
-    some 32 KiB, at most MAX_TILES a matrix. As many CTAs as registers leave room for, three an SM, while their tiles, which the L2
-    must keep beside a matrix, are no more than 10 MB; a matrix that the L2 cannot keep is read twice from memory."""
+    """For many matrices [n, k]: how many rows are read as one, so that every lane has whole blocks, and a plan of tiles."""
     pack = next((p for p in (1, 2, 4, 8) if n % p == 0 and p * k % (16 * WARP) == 0 and p * k <= 2048), 1)
     n, k = n // pack, pack * k
     units = -(-k // (16 * WARP))
     per_row = min(16, _power_of_two_at_least(-(-units // 4)))
     warps = max(4, per_row)
-    groups = -(-n // (warps // per_row))
-    tile = max(1, (1 << 15) // (warps // per_row * k * 2), -(-groups // MAX_TILES))
+    rows = warps // per_row
+    return pack, _tiles(Plan(warps, per_row, -(-units // per_row), 0), -(-n // rows), rows * k * 2, n * k * 2)
+
+
+def columns_plan(n: int, k: int, parts: int) -> Plan:
+    """For matrices that lie as `parts` arrays [k, n]: a group is CHUNK of k and a CTA's columns, side by side."""
+    warps = 4
+    groups = parts * -(-n // (warps * COLUMNS)) * (k // CHUNK)
+    return _tiles(Plan(warps, 1, 4, 0), groups, warps * COLUMNS * CHUNK * 2, parts * n * k * 2)
+
+
+def _tiles(plan: Plan, groups: int, group_size: int, matrix_size: int) -> Plan:
+    """The plan with tiles of some 32 KiB, at most MAX_TILES a matrix; sizes in bytes. As many CTAs as registers leave room for, three
+    an SM, while their tiles, which the L2 must keep beside a matrix, are no more than 10 MB; a matrix that the L2 cannot keep is read
+    twice from memory."""
+    tile = max(1, (1 << 15) // group_size, -(-groups // MAX_TILES))
     tile = -(-groups // -(-groups // tile))  # tiles of a matrix alike
-    resident = 12 // warps
-    if n * k * 2 <= 20_000_000:
-        resident = min(resident, 10_000_000 // (tile * (warps // per_row) * k * 2 * SMS))
-    return pack, Plan(warps, per_row, -(-units // per_row), max(1, resident) * SMS, tile=tile)
+    resident = 12 // plan.warps
+    if matrix_size <= 20_000_000:
+        resident = min(resident, 10_000_000 // (tile * group_size * SMS))
+    return dataclasses.replace(plan, grid=max(1, resident) * SMS, tile=tile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,15 +121,30 @@ class Spec:
     partials: int = 0
     matrix: int = 0
     pack: int = 1  # rows of x that are read as one of m; NaN or infinity still poisons only its own
+    columns: int = 0  # rows lie as columns: x is one or several arrays [.., k, columns], which make a matrix one after another
 
     @property
     def row_blocks(self) -> int:
         return self.k // 16
 
     @property
+    def parts(self) -> int:
+        """Arrays that x is."""
+        return self.matrix // self.columns if self.columns else 1
+
+    @property
     def words(self) -> int:
         """i32 registers of a block's inputs."""
         return 16 if self.single or self.source == "silu" else 8
+
+
+def groups_of_matrix(spec: Spec, plan: Plan) -> int:
+    """In whole tiles."""
+    if spec.columns:
+        groups = spec.parts * -(-spec.columns // (plan.warps * COLUMNS)) * (spec.k // CHUNK)
+    else:
+        groups = -(-spec.matrix // plan.rows)
+    return -(-groups // plan.tile) * plan.tile
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@
                                           `cluster_slots` (a cluster's CTAs, each of which writes its own into all others)
     "matrices"                            one launch: `draw_tiles`
 """
+from nvfp4jax.kernels.hopper import quantize_columns as columns
 from nvfp4jax.kernels.hopper import quantize_ptx as ptx
 from nvfp4jax.kernels.hopper.machine import WARP
 from nvfp4jax.kernels.hopper.mosaic import asm, branch, gmem_address, gmem_element, i32, loop, minimum, select, while_loop
@@ -141,23 +142,34 @@ def _word(t, i):
     return gmem_element(t.refs["zeroed"], i, 1, 0, 4)
 
 
+def _amax_word(t, i, here):
+    """A tile's, as far as it is known; where there is none, one that is known and zero."""
+    return asm("{.reg .pred p; setp.ne.u32 p,$2,0; mov.b32 $0,0x80000000; @p ld.relaxed.gpu.global.b32 $0,[$1];}", [_word(t, i), here])
+
+
 def _draw(t, first):
     """One thread's; the others get 0."""
     return asm("{.reg .pred p; setp.ne.u32 p,$2,0; mov.b32 $0,0; @p atom.global.add.u32 $0,[$1],1;}", [_word(t, i32(0)), first])
 
 
+def _fetch(t, group):
+    return columns.fetch(t, group) if t.spec.columns else fetch(t, group)
+
+
 def _amax_of_tile(t, tile, following_tile, raw):
-    """-> the largest finite magnitude that this warp meets in a tile, and the first raw registers of the following tile."""
-    size = t.plan.tile
+    """-> the largest finite magnitude that this warp meets in a tile (of columns `marked`), and the first raw registers of the following
+    tile."""
+    size, kinds = t.plan.tile, 2 if t.spec.columns else 1
 
-    def amax_of_group(r, best, *raw):
-        following = fetch(t, select(r == size - 1, following_tile * size, tile * size + r + 1))
-        blocks = [raw[i:i + 8] for i in range(0, len(raw), 8)]
-        found = maximum([finite for _, finite in (block_maxima(t, block) for block in blocks)])
-        return [asm(ptx.MAX, [best, found], effects=False), *following]
+    def amax_of_group(r, *carry):
+        best, raw = carry[:kinds], carry[kinds:]
+        following = _fetch(t, select(r == size - 1, following_tile * size, tile * size + r + 1))
+        found = zip(*(block_maxima(t, raw[i:i + 8])[-kinds:] for i in range(0, len(raw), 8)))
+        return [*(maximum([b, *values]) for b, values in zip(best, found)), *following]
 
-    best, *raw = loop(0, size, 1, [i32(0), *raw], amax_of_group)
-    return asm(ptx.WARP_MAX, [best]), raw
+    out = loop(0, size, 1, [*[i32(0)] * kinds, *raw], amax_of_group)
+    best, raw = out[:kinds], out[kinds:]
+    return columns.marked(*best) if t.spec.columns else asm(ptx.WARP_MAX, best), raw
 
 
 def _quantize_tile(t, tile, following_tile, raw, scaled):
@@ -166,8 +178,11 @@ def _quantize_tile(t, tile, following_tile, raw, scaled):
 
     def quantize_one(r, parity, *raw):
         group = tile * size + r
-        following = fetch(t, select(r == size - 1, following_tile * size, group + 1))
-        quantize_group(t, group, list(raw), parity, scaled)
+        following = _fetch(t, select(r == size - 1, following_tile * size, group + 1))
+        if t.spec.columns:
+            columns.quantize_group(t, group, list(raw), scaled)
+        else:
+            quantize_group(t, group, list(raw), parity, scaled)
         return [parity ^ 1, *following]
 
     _, *raw = loop(0, size, 1, [i32(0), *raw], quantize_one)
@@ -197,23 +212,24 @@ def draw_tiles(t: Thread) -> None:
         base = matrix * per + 1
         words = []  # the amax of each tile of the matrix; used after the loads of x are on their way
         for i in range(0, per, WARP):
-            here = begun & (t.lane + i < per)
-            words.append(asm("{.reg .pred p; setp.ne.u32 p,$2,0; mov.b32 $0,0x80000000; @p ld.relaxed.gpu.global.b32 $0,[$1];}",
-                             [_word(t, base + (t.lane + i)), here]))
+            words.append(_amax_word(t, base + (t.lane + i), begun & (t.lane + i < per)))
         best, raw = _amax_of_tile(t, d, q, raw)
         slots, draw_slot = t.cta_slots + parity * (4 * (plan.warps + 2)), draw_slots + parity * (4 * (plan.warps + 2))
         store_shared(slots + t.warp * 4, [best], t.lane == 0)
         store_shared(draw_slot, [pending], first)
         asm("bar.sync 0;", outputs="")
-        best = asm(ptx.WARP_MAX, [asm(LOAD_SHARED, [slots + minimum(t.lane, plan.warps - 1) * 4])])
+        best = asm(LOAD_SHARED, [slots + minimum(t.lane, plan.warps - 1) * 4])
+        best = columns.marked_of(best) if spec.columns else asm(ptx.WARP_MAX, [best])
         asm("{.reg .pred p; .reg .b32 v; setp.ne.u32 p,$2,0; or.b32 v,$1,0x80000000; @p st.relaxed.gpu.global.b32 [$0],v;}",
             [_word(t, d + 1), best, first & (d < tiles)], "")
         following = asm(LOAD_SHARED, [draw_slot])
         pending = _draw(t, first)
         known = asm("redux.sync.min.u32 $0,$1,-1;", [least(words)])
         amax = asm(ptx.WAIT, [maximum(words), known, _word(t, base + t.lane), per - minimum(t.lane, per)])
-        amax = asm(ptx.WARP_MAX, [amax]) & 0x7FFFFFFF
-        scaled = scales_of(t, amax)
+        amax, poisoned = asm(ptx.WARP_MAX, [amax]) & 0x7FFFFFFF, []
+        if spec.columns:
+            amax, *poisoned = columns.amax_of(t, amax, lambda i: _amax_word(t, base + i, begun), per)
+        scaled = scales_of(t, amax) + poisoned
         owner = first & begun & (q % per == 0)
         store_global(gmem_element(t.refs["global_scale"], matrix, 1, 0, 4), scaled[:1], owner)
         raw = _quantize_tile(t, q, following, raw, scaled)
@@ -223,7 +239,7 @@ def draw_tiles(t: Thread) -> None:
     asm("bar.sync 0;", outputs="")
     d = asm(LOAD_SHARED, [draw_slots])
     asm("bar.sync 0;", outputs="")
-    while_loop([d, i32(0), _draw(t, first), *fetch(t, d * plan.tile)], lambda d, *_: d < tiles + lag, step)
+    while_loop([d, i32(0), _draw(t, first), *_fetch(t, d * plan.tile)], lambda d, *_: d < tiles + lag, step)
 
 
 def quantize_program(refs, spec: Spec, plan: Plan) -> None:

@@ -15,6 +15,10 @@ def f32(value: float) -> str:
     return f"0f{bits:08X}"
 
 
+# Of two pairs: the two low halves as a pair, and the two high ones.
+LOW_HALVES, HIGH_HALVES = ("prmt.b32 $0,$1,$2," + selector + ";" for selector in ("0x5410", "0x7632"))
+# The larger of either half, $2 without its signs.
+MAX_OF_PAIR = "{.reg .b32 t; and.b32 t,$2,0x7FFF7FFF; max.u16x2 $0,$1,t;}"
 # A pair of bf16 with -0 made +0: adding +0 does, where a product with 1 would not.
 CANONICAL = "{.reg .b32 o,z; mov.b32 o,0x3F803F80; mov.b32 z,0; fma.rn.bf16x2 $0,$1,o,z;}"
 # bf16(silu(gate)) * up of two elements, as `numerics.silu_mul`: gate / (1 + sign(gate) * SILU_NUDGE + exp(-gate)); adding +0 to the

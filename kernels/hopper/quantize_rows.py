@@ -20,7 +20,7 @@ from nvfp4jax.kernels.hopper import quantize_ptx as ptx
 from nvfp4jax.kernels.hopper.decode import SCALE, decode_codes
 from nvfp4jax.kernels.hopper.machine import WARP
 from nvfp4jax.kernels.hopper.mosaic import Register, asm, branch, gmem_element, i32, select, smem_address, thread_index
-from nvfp4jax.kernels.hopper.quantize_plan import TRANSPOSE_WORDS, Offsets, Plan, Spec
+from nvfp4jax.kernels.hopper.quantize_plan import TRANSPOSE_WORDS, Offsets, Plan, Spec, groups_of_matrix
 from nvfp4jax.kernels.hopper.threads import LOAD_SHARED, STORE_SHARED, load_global, store_global
 
 BLOCK_BYTES = 8  # packed codes of one block
@@ -57,7 +57,7 @@ class Thread:
 
     @property
     def groups_of_matrix(self) -> int:
-        return -(-self.spec.matrix // (self.plan.rows * self.plan.tile)) * self.plan.tile
+        return groups_of_matrix(self.spec, self.plan)
 
 
 def this_thread(refs, spec: Spec, plan: Plan) -> Thread:

@@ -415,6 +415,29 @@ def test_weights_get_a_global_scale_a_matrix(machine, monkeypatch):
             assert_same_bits(poisoned(machine, quantize_hopper.quantize_weight, w, four_over_six=kind), cpu(f, w), (shape, kind))
 
 
+def test_transposed_weights_give_the_bits_of_their_transposition(machine, monkeypatch):
+    """As trainers hold them, [.., K, N], one or two that share a global scale. Among them: one matrix, columns that fill no warp, more
+    tiles than CTAs, tiles that end past a matrix, matrices without NaN and infinity beside others with."""
+    rng = np.random.default_rng()
+    cases = dict(gpu=(((3, 2, 2048, 64), 2), ((768, 130), 1), ((64, 512, 100), 1), ((128, 768, 256), 2), ((50, 7168, 48), 1), ((5, 2048, 4096), 1),
+                      ((320, 4098), 2), ((6400, 12800), 1)),
+                 ptx=(((64, 2), 1), ((2, 64, 134), 2), ((3, 192, 6), 3)))
+    if machine == "ptx":
+        monkeypatch.setattr(quantize_plan, "SMS", 1)
+        monkeypatch.setattr(quantize_plan, "MAX_TILES", 2)
+    for (*lead, k, n), parts in cases[machine]:
+        ws = [random_rows(rng, int(np.prod(lead)) * n, k, BF16, "heavy").reshape(*lead, n, k) for _ in range(parts)]
+        matrices = ws[-1].reshape(-1, n, k)
+        matrices[0, -1, 3], matrices[-1, 0, -1], matrices[-1, 1] = np.nan, -np.inf, 0
+        for kind in (None, "mse") if ws[0].size < (1 << 8 if machine == "ptx" else 1 << 16) else (None,):
+            def f(*ws):
+                q = array.quantize_weight(jnp.concatenate(ws, -2), four_over_six=kind)
+                return q.packed, lax.bitcast_convert_type(q.scale, jnp.uint8), q.global_scale
+            turned = tuple(np.ascontiguousarray(np.swapaxes(w, -1, -2)) for w in ws)
+            got = poisoned(machine, quantize_hopper.quantize_transposed, turned, four_over_six=kind)
+            assert_same_bits(got, cpu(f, *ws), ((*lead, k, n), parts, kind))
+
+
 def test_a_row_keeps_its_bits_in_any_batch(machine):
     rng = np.random.default_rng()
     most, batches = (4096, (1, 7, 256, 2048)) if machine == "gpu" else (40, (1,))
@@ -451,7 +474,7 @@ def test_powers_of_two_move_only_the_global_scale(machine):
 # --- without one -----------------------------------------------------------------------------------------------------
 
 # Instructions an element in the main loop, of which about a third wait for NaN, infinity or a product that underflows.
-LOOP = {"token": 23, "token operand": 27, "tensor, two launches": 23}
+LOOP = {"token": 23, "token operand": 27, "tensor, two launches": 23, "weights, transposed": 24, "gate and up, transposed": 24}
 
 
 @pytest.mark.aot
@@ -470,6 +493,10 @@ def test_no_spills_and_few_instructions():
         "copies": (lambda x, r: q.operand(x, scaling="token", rows=r), ((8192, 2048), BF16), ((8192, 8), jnp.int32)),
         "weights": (q.quantize_weight, ((64, 256, 2048), BF16)),
         "weights, two rows as one": (q.quantize_weight, ((64, 256, 768), BF16)),
+        "weights, transposed": (lambda w: q.quantize_transposed([w]), ((64, 768, 2048), BF16)),
+        "gate and up, transposed": (lambda *ws: q.quantize_transposed(ws), ((64, 2048, 768), BF16), ((64, 2048, 768), BF16)),
+        "one matrix, transposed": (lambda w: q.quantize_transposed([w]), ((2048, 4096), BF16)),
+        "four over six, transposed": (lambda w: q.quantize_transposed([w], four_over_six="mse"), ((64, 2048, 2048), BF16)),
         "odd K": (lambda x: q.operand(x, scaling="token"), ((4096, 7168), BF16)),
         "small": (lambda x: q.quantize(x, scaling="tensor_pow2"), ((2, 48), BF16)),
         "rmsnorm, clusters": (lambda x, w: q.rmsnorm_operand(x, w, eps=1e-6)[1:], ((64, 2048), BF16), ((2048,), BF16)),
@@ -481,7 +508,8 @@ def test_no_spills_and_few_instructions():
     for name, (f, *args) in cases.items():
         for kernel in aot.compile(f, *args):
             assert kernel.spills == 0 and kernel.stack == 0 and not kernel.warnings, (name, kernel.spills, kernel.stack, kernel.warnings)
-            assert kernel.registers <= 168, (name, kernel.registers)
+            limit = 184 if name == "four over six, transposed" else 168  # its tiles leave room in the L2 for two CTAs an SM
+            assert kernel.registers <= limit, (name, kernel.registers)
             if name in LOOP and kernel.sass:  # the last kernel of two: the one that quantizes
                 per_element = sum(kernel.loop("FFMA").values()) / 64
         if name in LOOP and kernel.sass:
@@ -503,6 +531,10 @@ def test_arguments_are_checked():
         (ValueError, "four_over_six", lambda: q.quantize(x, four_over_six="max")),
         (ValueError, "valid", lambda: q.quantize(x, valid=jnp.zeros(3, bool))),
         (ValueError, "rows", lambda: q.operand(x, rows=jnp.zeros(4, jnp.int32))),
+        (NotImplementedError, "multiple of 64", lambda: q.quantize_transposed([jnp.zeros((48, 64), BF16)])),
+        (NotImplementedError, "N of 2", lambda: q.quantize_transposed([jnp.zeros((64, 63), BF16)])),
+        (NotImplementedError, "float32", lambda: q.quantize_transposed([x, x.astype(F32)])),
+        (NotImplementedError, "not empty", lambda: q.quantize_transposed([jnp.zeros((0, 64, 64), BF16)])),
         (ValueError, r"\(4, 1\)", lambda: q.quantize(x, amax=jnp.zeros(4, F32))),
     ):
         with pytest.raises(error, match=match):
