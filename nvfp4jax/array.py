@@ -159,15 +159,15 @@ def explicit_sharding(x: Any) -> jax.sharding.NamedSharding | None:
     return None if sharding is None or sharding.mesh.empty else sharding
 
 
-def check_shards(x: Any, what: str) -> None:
-    """A ValueError where explicit mesh axes cut x, which is to be quantized, within a block of 16."""
+def check_shards(x: Any, what: str, axis: int = -1) -> None:
+    """A ValueError where explicit mesh axes cut x, which is to be quantized along `axis`, within a block of 16."""
     sharding = explicit_sharding(x)
-    if sharding is None or sharding.spec[-1] is None:
+    if sharding is None or sharding.spec[axis] is None:
         return
-    names = sharding.spec[-1] if isinstance(sharding.spec[-1], tuple) else (sharding.spec[-1],)
+    names = sharding.spec[axis] if isinstance(sharding.spec[axis], tuple) else (sharding.spec[axis],)
     parts = math.prod(sharding.mesh.shape[name] for name in names)
-    if x.shape[-1] % (parts * numerics.BLOCK):
-        raise ValueError(f"{what} of shape {tuple(x.shape)}: {'/'.join(names)} cuts K={x.shape[-1]} into {parts} shards, within the blocks of 16 "
+    if x.shape[axis] % (parts * numerics.BLOCK):
+        raise ValueError(f"{what} of shape {tuple(x.shape)}: {'/'.join(names)} cuts K={x.shape[axis]} into {parts} shards, within the blocks of 16 "
                          "that share a scale; shard another axis, or over fewer devices")
 
 

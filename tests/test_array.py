@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nvfp4jax
+from nvfp4jax import ops
 from nvfp4jax.array import quantize_weight
 from nvfp4jax.scaling import NAMES, Static, Tensor
 
@@ -184,3 +185,25 @@ def test_weights_are_rounded_to_bfloat16_first(key):
     same(quantize_weight(w[1]), jax.tree.map(lambda v: v[1].reshape(v.shape[1:] if v.shape[-1] > 1 else ()), q))
     one = nvfp4jax.quantize(w[1].astype(jnp.bfloat16))
     same(quantize_weight(w[1]), one)
+
+
+@pytest.mark.parametrize("kind", [None, "mae"])
+def test_transposed_weights_are_weights(key, kind):
+    """Of one shape or not, with a global scale for all of them; NaN spoils its own row."""
+    for lead, widths in (((), (32,)), ((3,), (16, 16)), ((2, 3), (8, 3, 1))):
+        ws = [jax.random.normal(jax.random.fold_in(key, i), (*lead, 48, n)) * 4.0**i for i, n in enumerate(widths)]
+        ws[-1] = ws[-1].at[..., 5, 0].set(jnp.nan)
+        rows = jnp.concatenate([jnp.swapaxes(w, -1, -2) for w in ws], -2)
+        q = ops.quantize_transposed(ws, four_over_six=kind)
+        same(q, ops.quantize_weight(rows, four_over_six=kind))
+        assert np.isnan(np.asarray(q.scale, np.float32)).any(-1).sum(-1).tolist() == np.ones(lead).tolist()
+
+
+def test_transposed_weights_that_do_not_fit(unchecked):
+    for ws, message in (
+        (jnp.ones((16, 4)), "ws: .* a sequence of arrays"), ([], "a sequence of arrays"), ([jnp.ones((16, 4)), jnp.ones((32, 4))], "share no leading"),
+        ([jnp.ones((2, 16, 4)), jnp.ones((16, 4))], "share no leading"), ([jnp.ones((24, 16))], r"weight of shape \(24, 16\): .* K=24"),
+        ([jnp.ones((16, 4), jnp.int32)], "int32"), ([jnp.ones(16)], "K, N"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            ops.quantize_transposed(ws)

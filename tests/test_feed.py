@@ -183,7 +183,8 @@ def test_an_activation_of_one_backend_is_read_by_another(key):
 def test_gradients_reach_floats_through_quantize(key):
     """Straight through: the gradient is that of the value itself, whatever was rounded."""
     w, c = jax.random.normal(key, (16, 64)), jax.random.normal(jax.random.fold_in(key, 1), (16, 64))
-    for f in (lambda w: nvfp4jax.quantize(w), lambda w: nvfp4jax.quantize(w, "token"), lambda w: ops.quantize_weight(w)):
+    for f in (lambda w: nvfp4jax.quantize(w), lambda w: nvfp4jax.quantize(w, "token"), lambda w: ops.quantize_weight(w),
+              lambda w: ops.quantize_transposed([w[:4].T, w[4:].T])):
         for compiled in (lambda g: g, jax.jit):
             grad = compiled(jax.grad(lambda w, f=f: (f(w).dequantize() * c).sum()))(w)
             np.testing.assert_array_equal(grad, c)

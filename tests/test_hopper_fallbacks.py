@@ -56,6 +56,16 @@ def test_k_off_64(key, caplog, dtype, scaling):
         jax.eval_shape(lambda x: products(x, *given, scaling, "hopper"), x)
 
 
+@pytest.mark.parametrize("k, n, dtype", [(80, 32, BF16), (64, 33, BF16), (64, 32, F32)])
+def test_transposed_weights_that_no_kernel_reads_in_place(caplog, k, n, dtype):
+    """They are copied in front of the kernel for [N, K], which is told; float32 is rounded, not transposed."""
+    hopper._log_transposed.cache_clear()
+    f = lambda *ws: ops.quantize_transposed(ws, implementation="hopper")  # noqa: E731
+    q = jax.eval_shape(f, struct(3, k, n, dtype=dtype), struct(3, k, n, dtype=dtype))
+    assert q.shape == (3, 2 * n, k) and q.global_scale.shape == (3, 1, 1)
+    assert any("a transposed copy is written" in r.message for r in caplog.records) == (dtype == BF16)
+
+
 def test_packed_activations_of_k_off_64(key):
     x, w = (weight(jax.random.fold_in(key, i), rows, 80) for i, rows in enumerate((4, 48)))
     ours, xla = (jax.jit(lambda x, w, name=name: ops.matmul(x, w, implementation=name))(x, w) for name in (ORDER, "xla"))

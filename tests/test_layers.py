@@ -254,7 +254,7 @@ def test_rules(key, unchecked):
                            (dict(module_path="head", implementation="hoper"), "implementation='hoper': one of xla, hopper")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             Rule(**wrong)
-    with pytest.raises(ValueError, match=r"layers/0 of shape \(8, 24\): the contraction axis K=24"):
+    with pytest.raises(ValueError, match=r"layers/0 of shape \(24, 8\): the contraction axis K=24"):
         nvfp4jax.quantize_model(nnx.Sequential(nnx.Linear(24, 8, rngs=nnx.Rngs(0))), [Rule(".*")])
 
 
@@ -336,7 +336,7 @@ def test_weights_that_are_not_finite_are_refused(key):
     for bad in (jnp.nan, jnp.inf):
         net = Net(nnx.Rngs(key))
         net.experts.down_proj[...] = net.experts.down_proj[...].at[1, 2, 3].set(bad)
-        with pytest.raises(ValueError, match=r"experts: down: the weight of shape \(4, 64, 32\) holds NaN or infinity"):
+        with pytest.raises(ValueError, match=r"experts: down: the weight of shape \(4, 32, 64\) holds NaN or infinity"):
             nvfp4jax.quantize_model(net, RULES)
 
 

@@ -59,6 +59,15 @@ def test_quantize_weight(key):
             same_bits(f("hopper"), f("xla"))
 
 
+def test_quantize_transposed(key):
+    """In place, and, K or N being odd to the kernel, behind a copy; float32 is rounded in front."""
+    for shape, dtype in (((6, 192, 96), BF16), ((192, 96), jnp.float32), ((3, 208, 96), BF16), ((3, 64, 33), BF16)):
+        ws = [jax.random.normal(jax.random.fold_in(key, i), shape, dtype) for i in range(2)]
+        for kind in (None, "mse"):
+            f = lambda name: jax.jit(lambda ws: ops.quantize_transposed(ws, four_over_six=kind, implementation=name))(ws)  # noqa: B023
+            same_bits(f("hopper"), f("xla"))
+
+
 @pytest.mark.parametrize("scaling", [None, "tensor", "tensor_pow2", "token"])
 def test_matmul(key, scaling):
     x = jax.random.normal(key, (3, 11, 448), BF16)

@@ -101,7 +101,7 @@ def test_splits_that_are_refused(decoders, axes, message, unchecked):
 
 def test_shards_narrower_than_a_block(unchecked):
     with jax.set_mesh(mesh_of(AxisType.Explicit)):
-        with pytest.raises(ValueError, match=r"the/layer of shape \(32, 16\): fsdp cuts K=16 into 2 shards, within the blocks of 16"):
+        with pytest.raises(ValueError, match=r"the/layer of shape \(16, 32\): fsdp cuts K=16 into 2 shards, within the blocks of 16"):
             nvfp4jax.NVFP4Linear.from_float(nnx.Linear(16, 32, rngs=nnx.Rngs(0), kernel_metadata={"out_sharding": ("fsdp", None)}), name="the/layer")
         q = nvfp4jax.NVFP4Linear.from_float(nnx.Linear(16, 32, rngs=nnx.Rngs(0)), name="the/layer")
         x = jax.device_put(np.ones((4, 16), np.float32), NamedSharding(mesh_of(AxisType.Explicit), P(None, ("fsdp", "tp"))))

@@ -17,7 +17,7 @@ from jax import lax
 
 from nvfp4jax import fp8, numerics
 from nvfp4jax.array import NVFP4Array, QuantizedActivation
-from nvfp4jax.backends.operands import global_scale, options
+from nvfp4jax.backends.operands import global_scale, options, rows_of
 from nvfp4jax.backends.xla import Operand
 from nvfp4jax.fp8 import FP8Array
 from nvfp4jax.kernels.hopper import attention as attention_kernels
@@ -58,6 +58,19 @@ def quantize(x: jax.Array, request: Request) -> NVFP4Array:
 
 def quantize_weight(w: jax.Array, four_over_six: str | None) -> NVFP4Array:
     return NVFP4Array(*quantizer.quantize_weight(w.astype(jnp.bfloat16), four_over_six=four_over_six))
+
+
+@functools.cache
+def _log_transposed(reason: str) -> None:
+    log.warning("%s; a transposed copy is written in front of the kernel; the bits are the same", reason)
+
+
+def quantize_transposed(ws: tuple[jax.Array, ...], four_over_six: str | None) -> NVFP4Array:
+    try:
+        return NVFP4Array(*quantizer.quantize_transposed([w.astype(jnp.bfloat16) for w in ws], four_over_six=four_over_six))
+    except NotImplementedError as error:
+        _log_transposed(str(error))
+        return quantize_weight(rows_of(ws), four_over_six)
 
 
 def activation(x: jax.Array, request: Request | None, route: Routing | None = None) -> Operand:

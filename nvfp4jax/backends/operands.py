@@ -1,5 +1,7 @@
 """What the kernels of every GPU are handed alike."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +13,12 @@ def options(request: Request) -> dict:
     """A request as the quantizing kernels take it."""
     scaling = "token" if request.per_row else "tensor_pow2" if request.pow2 else "tensor"
     return dict(scaling=scaling, four_over_six=request.four_over_six, amax=request.amax, global_scale=request.global_scale, valid=request.valid)
+
+
+def rows_of(ws: Sequence[jax.Array]) -> jax.Array:
+    """Weights [..., K, N] transposed, their rows one after another: [..., sum of N, K]."""
+    rows = [jnp.swapaxes(w, -1, -2) for w in ws]
+    return rows[0] if len(rows) == 1 else jnp.concatenate(rows, -2)
 
 
 def global_scale(w: NVFP4Array, axes: int) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 
 from nvfp4jax.array import NVFP4Array, QuantizedActivation
 from nvfp4jax.backends import xla
-from nvfp4jax.backends.operands import global_scale, options
+from nvfp4jax.backends.operands import global_scale, options, rows_of
 from nvfp4jax.backends.xla import Operand
 from nvfp4jax.kernels.triton import call, dense, grouped
 from nvfp4jax.kernels.triton import combine as combiner
@@ -32,6 +32,11 @@ def quantize(x: jax.Array, request: Request) -> NVFP4Array:
 
 def quantize_weight(w: jax.Array, four_over_six: str | None) -> NVFP4Array:
     return NVFP4Array(*quantizer.quantize_weight(w.astype(jnp.bfloat16), four_over_six=four_over_six))
+
+
+def quantize_transposed(ws: tuple[jax.Array, ...], four_over_six: str | None) -> NVFP4Array:
+    """XLA transposes in front of the kernel."""
+    return quantize_weight(rows_of(ws), four_over_six)
 
 
 def activation(x: jax.Array, request: Request | None, route: Routing | None = None) -> Operand:

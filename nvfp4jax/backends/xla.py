@@ -15,6 +15,7 @@ from jaxtyping import Array
 from nvfp4jax import array as nvfp4_array
 from nvfp4jax import fp8, numerics, routing
 from nvfp4jax.array import NVFP4Array, QuantizedActivation
+from nvfp4jax.backends.operands import rows_of
 from nvfp4jax.fp8 import FP8Array
 from nvfp4jax.numerics import compiled
 from nvfp4jax.routing import Routing
@@ -33,6 +34,11 @@ def quantize(x: Array, request: Request) -> NVFP4Array:
 def quantize_weight(w: Array, four_over_six: str | None) -> NVFP4Array:
     """w [..., N, K], one global scale a matrix."""
     return nvfp4_array.quantize_weight(w, four_over_six=four_over_six)
+
+
+def quantize_transposed(ws: tuple[Array, ...], four_over_six: str | None) -> NVFP4Array:
+    """ws [..., K, N], the rows of all of them one after another, one global scale a matrix."""
+    return quantize_weight(rows_of(ws), four_over_six)
 
 
 @compiled

@@ -19,7 +19,7 @@ from nvfp4jax.layers.state import (
     is_abstract,
     metadata_of,
     note,
-    quantize_weight,
+    quantize_transposed,
     require,
     scaling_of,
     set_scaling,
@@ -160,9 +160,9 @@ class NVFP4Experts(nnx.Module):
 
     def quantize_params(self, params: Mapping[tuple[str, ...], Array]) -> dict[tuple[str, ...], Array]:
         """The float layer's arrays [E, K, N] -> this layer's, by name. Pure."""
-        gate, up, down = (jnp.swapaxes(params[n], -1, -2) for n in self.float_names())
-        both = quantize_weight(jnp.concatenate([gate, up], -2), self.weight_four_over_six, f"{self.name}: gate_up")
-        down = quantize_weight(down, self.weight_four_over_six, f"{self.name}: down")
+        gate, up, down = (params[n] for n in self.float_names())
+        both = quantize_transposed((gate, up), self.weight_four_over_six, f"{self.name}: gate_up")
+        down = quantize_transposed((down,), self.weight_four_over_six, f"{self.name}: down")
         halves = lambda v: v.reshape(*v.shape[:-2], 2, v.shape[-2] // 2, v.shape[-1])  # noqa: E731
         return {
             ("gate_up_packed",): halves(both.packed),
@@ -246,7 +246,7 @@ class NVFP4Weight(Decoded, nnx.Module):
         return {(): self.shape}
 
     def quantize_params(self, params: Mapping[tuple[str, ...], Array]) -> dict[tuple[str, ...], Array]:
-        w = quantize_weight(jnp.swapaxes(params[()], -1, -2), self.weight_four_over_six, self.name)
+        w = quantize_transposed((params[()],), self.weight_four_over_six, self.name)
         return {("kernel_packed",): w.packed, ("kernel_scale",): w.scale, ("kernel_global_scale",): w.global_scale[..., 0, 0]}
 
     def set_sources(self, params: Mapping[tuple[str, ...], Array]) -> None:

@@ -21,6 +21,7 @@ from nvfp4jax.layers.state import (
     NVFP4Source,
     metadata_of,
     note,
+    quantize_transposed,
     quantize_weight,
     refuse,
     require,
@@ -75,7 +76,7 @@ class NVFP4Linear(nnx.Module):
         self.kernel_shape = tuple(kernel.shape[lead:])
         n_axes, k_axes = ([lead + a for a in axes] for axes in self._kernel_axes())
         meta = metadata_of(kernel, (*((a,) for a in range(lead)), tuple(n_axes), tuple(k_axes)))
-        w = quantize_weight(shapes_or_values(self._matrix, kernel.get_value()), weight_four_over_six, name)
+        w = self._quantize(kernel.get_value())
         self.kernel_packed = NVFP4Param(w.packed, **meta)
         self.kernel_scale = NVFP4Param(w.scale, **meta)
         self.kernel_global_scale = NVFP4Param(squeeze(w.global_scale, lead), **scalar_metadata(meta))
@@ -129,6 +130,15 @@ class NVFP4Linear(nnx.Module):
         """The axes of the float kernel that make N, and K, in that order."""
         return (1,), (0,)
 
+    def _quantize(self, kernel: Array) -> NVFP4Array:
+        """The float kernel [(stack), ...] -> [(stack), N, K]; one whose contracted axes come first is quantized as it lies."""
+        n_axes, k_axes = self._kernel_axes()
+        if (*k_axes, *n_axes) != tuple(range(len(k_axes) + len(n_axes))):
+            return quantize_weight(shapes_or_values(self._matrix, kernel), self.weight_four_over_six, self.name)
+        lead, (n, k) = len(kernel.shape) - len(k_axes) - len(n_axes), self.matrix_shape
+        columns = shapes_or_values(lambda kernel: kernel.reshape(*kernel.shape[:lead], k, n), kernel)
+        return quantize_transposed((columns,), self.weight_four_over_six, self.name)
+
     def _matrix(self, kernel: Array) -> Array:
         """The float kernel [(stack), ...] -> [(stack), N, K]."""
         n_axes, k_axes = self._kernel_axes()
@@ -179,7 +189,7 @@ class NVFP4Linear(nnx.Module):
         """The float layer's arrays -> this layer's, by name. Pure."""
         kernel = params[("kernel",)]
         lead = kernel.ndim - len(self._kernel_axes()[0]) - len(self._kernel_axes()[1])
-        w = quantize_weight(self._matrix(kernel), self.weight_four_over_six, self.name)
+        w = self._quantize(kernel)
         out = {("kernel_packed",): w.packed, ("kernel_scale",): w.scale, ("kernel_global_scale",): squeeze(w.global_scale, lead)}
         if self.bias is not None:
             out[("bias",)] = params[("bias",)]

@@ -1,6 +1,7 @@
 """What a layer keeps: its variables, its mode, and the making of its weights."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -135,6 +136,14 @@ def is_abstract(*values) -> bool:
 
 
 _quantize_weight = jax.jit(ops.quantize_weight, static_argnames="four_over_six")
+
+
+@functools.partial(jax.jit, static_argnames="four_over_six")
+def _quantize_transposed(ws: tuple[Array, ...], *, four_over_six: str | None) -> NVFP4Array:
+    """Without a source, which would be a transposed copy; the layers have their own."""
+    return dataclasses.replace(ops.quantize_transposed(ws, four_over_six=four_over_six), source=None)
+
+
 _any_nan = jax.jit(lambda scale: jnp.isnan(scale).any())
 
 
@@ -142,12 +151,26 @@ def quantize_weight(w: Float[Array, "... N K"], four_over_six: str | None, name:
     """`ops.quantize_weight` compiled, shapes only for an abstract w; errors name the layer."""
     nvfp4_array.check_k(w.shape[-1], name, w.shape)
     nvfp4_array.check_shards(w, name)
-    if is_abstract(w):
-        return jax.eval_shape(lambda w: _quantize_weight(w, four_over_six=four_over_six), w)  # traced once a shape
-    quantized = _quantize_weight(w, four_over_six=four_over_six)  # no name: layers of one shape share a program
+    return _quantized(_quantize_weight, w, four_over_six, name)
+
+
+def quantize_transposed(ws: Sequence[Float[Array, "... K _"]], four_over_six: str | None, name: str) -> NVFP4Array:
+    """`ops.quantize_transposed`, as `quantize_weight` above."""
+    for w in ws:
+        nvfp4_array.check_k(w.shape[-2], name, w.shape)
+        nvfp4_array.check_shards(w, name, -2)
+    return _quantized(_quantize_transposed, tuple(ws), four_over_six, name)
+
+
+def _quantized(compiled: Callable, w: Any, four_over_six: str | None, name: str) -> NVFP4Array:
+    leaves = jax.tree.leaves(w)
+    if is_abstract(*leaves):
+        return jax.eval_shape(lambda w: compiled(w, four_over_six=four_over_six), w)  # traced once a shape
+    quantized = compiled(w, four_over_six=four_over_six)  # no name: layers of one shape share a program
     # A row that holds NaN or infinity has NaN scales: there is no need to read the weight again.
-    if not isinstance(w, jax.core.Tracer) and bool(_any_nan(quantized.scale)):
-        raise ValueError(f"{name}: the weight of shape {tuple(w.shape)} holds NaN or infinity; NVFP4 would spread it over whole rows")
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) and bool(_any_nan(quantized.scale)):
+        shapes = " and ".join(str(tuple(leaf.shape)) for leaf in leaves)
+        raise ValueError(f"{name}: the weight of shape {shapes} holds NaN or infinity; NVFP4 would spread it over whole rows")
     return quantized
 
 

@@ -11,7 +11,16 @@ from nvfp4jax.ops.attending import SHARED_STEP, AttentionPlan, SharedRows, atten
 from nvfp4jax.ops.choice import BACKENDS, Activation, Backend, Implementation, check_implementation
 from nvfp4jax.ops.mixture import check_routed, choose_and_route, choose_experts, experts, experts_carrying, ragged_dot, top_k_experts
 from nvfp4jax.ops.products import float_matmul, grouped_matmul, grouped_swiglu, matmul, matmuls
-from nvfp4jax.ops.quantizing import check_valid, norm, quantize, quantize_activation, quantize_weight, rms_norm, silu_mul
+from nvfp4jax.ops.quantizing import (
+    check_valid,
+    norm,
+    quantize,
+    quantize_activation,
+    quantize_transposed,
+    quantize_weight,
+    rms_norm,
+    silu_mul,
+)
 
 __all__ = [
     "Activation",
@@ -38,6 +47,7 @@ __all__ = [
     "norm",
     "quantize",
     "quantize_activation",
+    "quantize_transposed",
     "quantize_weight",
     "ragged_dot",
     "rms_norm",

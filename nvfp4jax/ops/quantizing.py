@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,7 @@ from nvfp4jax import arguments, counting, numerics
 from nvfp4jax import array as nvfp4_array
 from nvfp4jax import scaling as scaling_modes
 from nvfp4jax.array import NVFP4Array, QuantizedActivation
+from nvfp4jax.backends.operands import rows_of
 from nvfp4jax.ops.choice import Implementation, check_implementation, first_of
 from nvfp4jax.scaling import Name, Observed, Scaling, Static, Tensor, Token
 
@@ -72,6 +74,32 @@ def quantize_weight(
     value = lax.stop_gradient(w)
     q = first_of(name, check_implementation(implementation), lambda backend: backend.quantize_weight(value, four_over_six))
     return dataclasses.replace(q, source=traced(w))
+
+
+def quantize_transposed(
+    ws: Sequence[Float[Array, "... K _"]],
+    *,
+    four_over_six: str | None = None,
+    implementation: Implementation = None,
+    name: str = "weight",
+) -> NVFP4Array:
+    """`quantize_weight` of weights that lie transposed, as trainers hold them; Hopper's kernel reads them where they lie.
+
+    ws: one or several [..., K, N] of the same leading axes and K, whose rows come one after another and share a global scale, as an
+    expert's gate and up do. -> NVFP4Array [..., sum of N, K], the bits of transposing first.
+    """
+    if not isinstance(ws, Sequence) or not ws:
+        raise ValueError(f"{name}: ws: {arguments.shown(ws)}; a sequence of arrays [..., K, N] is needed")
+    for w in ws:
+        arguments.array(name, w, "float", ("...", "K", "N"))
+        if w.shape[:-1] != ws[0].shape[:-1]:
+            raise ValueError(f"{name}: weights of shapes {tuple(ws[0].shape)} and {tuple(w.shape)} share no leading axes and K")
+        nvfp4_array.check_k(w.shape[-2], name, w.shape)
+        nvfp4_array.check_shards(w, name, -2)
+    scaling_modes.check_four_over_six(four_over_six, f"{name}: four_over_six")
+    values = tuple(lax.stop_gradient(w) for w in ws)
+    q = first_of(name, check_implementation(implementation), lambda backend: backend.quantize_transposed(values, four_over_six))
+    return dataclasses.replace(q, source=rows_of(ws) if any(traced(w) is not None for w in ws) else None)
 
 
 def quantize_activation(

@@ -343,7 +343,7 @@ def test_fifty_reloads_retrace_nothing_and_keep_memory_flat(tmp_path):
     reader = Reader(tmp_path, live)
     expected = {seed: np.asarray(forward(nnx.state(packed(seed)), tokens)) for seed in (1, 2)}
     reader.from_memory(0, floats(1))
-    traces, compiled = forward._cache_size(), layer_state._quantize_weight._cache_size()
+    traces, compiled = forward._cache_size(), layer_state._quantize_transposed._cache_size()
     live_arrays = []
     for step in range(1, 51):
         seed = 1 + step % 2
@@ -359,7 +359,7 @@ def test_fifty_reloads_retrace_nothing_and_keep_memory_flat(tmp_path):
         if step in (10, 50):
             gc.collect()  # another test's arrays may still wait for it
             live_arrays.append(sum(x.nbytes for x in jax.live_arrays() if not x.is_deleted()))
-    assert forward._cache_size() == traces and layer_state._quantize_weight._cache_size() == compiled
+    assert forward._cache_size() == traces and layer_state._quantize_transposed._cache_size() == compiled
     assert live_arrays[1] <= live_arrays[0]
 
 
