@@ -8,6 +8,7 @@ combine. "matmuls" is the time of the two grouped kernels within the same calls.
 """
 
 import argparse
+import dataclasses
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -113,13 +114,14 @@ def bench_linear(rows):
 
 
 def bench_requantize(rows):
-    """One layer's experts and attention, times 48; as a checkpoint has them [N, K], and as a trainer does [K, N]."""
+    """One layer's experts and attention, times 48; as a checkpoint has them [N, K], and as a trainer does [K, N], gate and up apart."""
     key = jax.random.key(0)
     shapes = [(E, 2 * I, H), (E, H, I), (5120, H), (H, 4096)]
     kept = [jax.random.normal(key, s, BF16) for s in shapes]
-    turned = [jnp.swapaxes(w, -1, -2).copy() for w in kept]
+    turned = [tuple(jnp.swapaxes(w, -1, -2).copy() for w in (jnp.split(weight, 2, -2) if i == 0 else [weight])) for i, weight in enumerate(kept)]
     cases = [("[N, K]", ops.quantize_weight, [(w,)], 6) for w in kept]
-    cases += [("[K, N]", lambda w: ops.quantize_weight(jnp.swapaxes(w, -1, -2)), [(w,)], 6) for w in turned]
+    # Its source, the transposed floats, would be written out with the result.
+    cases += [("[K, N]", lambda *ws: dataclasses.replace(ops.quantize_transposed(ws), source=None), [ws], 6) for ws in turned]
     measured = list(profiles(cases))
     moved = 48 * sum(w.size * (2 + 0.5625) for w in kept)
     for name in ("[N, K]", "[K, N]"):

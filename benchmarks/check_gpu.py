@@ -50,6 +50,10 @@ def checks(backend):
     def weight():
         return same_bits(ops.quantize_weight(w, implementation=backend), on_cpu(ops.quantize_weight, w))
 
+    def transposed():
+        ws = [w.T, w.T * 3]
+        return same_bits(ops.quantize_transposed(ws, implementation=backend), on_cpu(ops.quantize_transposed, ws))
+
     def matmul(scaling):
         q = on_cpu(ops.quantize_weight, w)
         expected = on_cpu(ops.matmul, x, q, scaling=scaling, out_dtype=F32)
@@ -80,6 +84,7 @@ def checks(backend):
     for scaling in ("token", "tensor", "tensor_pow2"):
         yield f"quantize, {scaling}: bits", lambda scaling=scaling: quantize(scaling)
     yield "quantize_weight: bits", weight
+    yield "quantize_transposed: bits", transposed
     for scaling in ("token", "tensor", None):
         yield f"matmul, {scaling}", lambda scaling=scaling: matmul(scaling)
     yield "a row's bits at other batch sizes", rows

@@ -156,7 +156,12 @@ def _fetch(t, group):
     return columns.fetch(t, group) if t.spec.columns else fetch(t, group)
 
 
-def _amax_of_tile(t, tile, following_tile, raw):
+def _first_group(t, there):
+    """Of a tile that is not there the last group alone, which fetches what follows."""
+    return select(there, 0, t.plan.tile - 1)
+
+
+def _amax_of_tile(t, tile, there, following_tile, raw):
     """-> the largest finite magnitude that this warp meets in a tile (of columns `marked`), and the first raw registers of the following
     tile."""
     size, kinds = t.plan.tile, 2 if t.spec.columns else 1
@@ -167,12 +172,12 @@ def _amax_of_tile(t, tile, following_tile, raw):
         found = zip(*(block_maxima(t, raw[i:i + 8])[-kinds:] for i in range(0, len(raw), 8)))
         return [*(maximum([b, *values]) for b, values in zip(best, found)), *following]
 
-    out = loop(0, size, 1, [*[i32(0)] * kinds, *raw], amax_of_group)
+    out = loop(_first_group(t, there), size, 1, [*[i32(0)] * kinds, *raw], amax_of_group)
     best, raw = out[:kinds], out[kinds:]
     return columns.marked(*best) if t.spec.columns else asm(ptx.WARP_MAX, best), raw
 
 
-def _quantize_tile(t, tile, following_tile, raw, scaled):
+def _quantize_tile(t, tile, there, following_tile, raw, scaled):
     """-> the first raw registers of the following tile."""
     size = t.plan.tile
 
@@ -185,7 +190,7 @@ def _quantize_tile(t, tile, following_tile, raw, scaled):
             quantize_group(t, group, list(raw), parity, scaled)
         return [parity ^ 1, *following]
 
-    _, *raw = loop(0, size, 1, [i32(0), *raw], quantize_one)
+    _, *raw = loop(_first_group(t, there), size, 1, [i32(0), *raw], quantize_one)
     return raw
 
 
@@ -213,7 +218,7 @@ def draw_tiles(t: Thread) -> None:
         words = []  # the amax of each tile of the matrix; used after the loads of x are on their way
         for i in range(0, per, WARP):
             words.append(_amax_word(t, base + (t.lane + i), begun & (t.lane + i < per)))
-        best, raw = _amax_of_tile(t, d, q, raw)
+        best, raw = _amax_of_tile(t, d, d < tiles, q, raw)
         slots, draw_slot = t.cta_slots + parity * (4 * (plan.warps + 2)), draw_slots + parity * (4 * (plan.warps + 2))
         store_shared(slots + t.warp * 4, [best], t.lane == 0)
         store_shared(draw_slot, [pending], first)
@@ -232,7 +237,7 @@ def draw_tiles(t: Thread) -> None:
         scaled = scales_of(t, amax) + poisoned
         owner = first & begun & (q % per == 0)
         store_global(gmem_element(t.refs["global_scale"], matrix, 1, 0, 4), scaled[:1], owner)
-        raw = _quantize_tile(t, q, following, raw, scaled)
+        raw = _quantize_tile(t, q, begun, following, raw, scaled)
         return [following, parity ^ 1, pending, *raw]
 
     store_shared(draw_slots, [_draw(t, first)], first)

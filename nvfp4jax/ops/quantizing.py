@@ -86,7 +86,8 @@ def quantize_transposed(
     """`quantize_weight` of weights that lie transposed, as trainers hold them; Hopper's kernel reads them where they lie.
 
     ws: one or several [..., K, N] of the same leading axes and K, whose rows come one after another and share a global scale, as an
-    expert's gate and up do. -> NVFP4Array [..., sum of N, K], the bits of transposing first.
+    expert's gate and up do. -> NVFP4Array [..., sum of N, K], the bits of transposing first. Made inside a trace it has a source, the
+    transposed floats: a jitted function that returns it writes them out, one that returns `dataclasses.replace(array, source=None)` not.
     """
     if not isinstance(ws, Sequence) or not ws:
         raise ValueError(f"{name}: ws: {arguments.shown(ws)}; a sequence of arrays [..., K, N] is needed")

@@ -508,7 +508,7 @@ def test_no_spills_and_few_instructions():
     for name, (f, *args) in cases.items():
         for kernel in aot.compile(f, *args):
             assert kernel.spills == 0 and kernel.stack == 0 and not kernel.warnings, (name, kernel.spills, kernel.stack, kernel.warnings)
-            limit = 184 if name == "four over six, transposed" else 168  # its tiles leave room in the L2 for two CTAs an SM
+            limit = 224 if name == "four over six, transposed" else 168  # its tiles leave room in the L2 for two CTAs an SM
             assert kernel.registers <= limit, (name, kernel.registers)
             if name in LOOP and kernel.sass:  # the last kernel of two: the one that quantizes
                 per_element = sum(kernel.loop("FFMA").values()) / 64
