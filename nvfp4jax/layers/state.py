@@ -1,7 +1,6 @@
 """What a layer keeps: its variables, its mode, and the making of its weights."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -135,15 +134,13 @@ def is_abstract(*values) -> bool:
     return any(isinstance(v, jax.ShapeDtypeStruct) for v in values)
 
 
-_quantize_weight = jax.jit(ops.quantize_weight, static_argnames="four_over_six")
+def _without_source(op: Callable) -> Callable:
+    """`op` compiled. Its source would be one more result, a copy of the floats; the layers have their own (`set_sources`)."""
+    f = lambda w, four_over_six: dataclasses.replace(op(w, four_over_six=four_over_six), source=None)  # noqa: E731
+    return jax.jit(f, static_argnames="four_over_six")
 
 
-@functools.partial(jax.jit, static_argnames="four_over_six")
-def _quantize_transposed(ws: tuple[Array, ...], *, four_over_six: str | None) -> NVFP4Array:
-    """Without a source, which would be a transposed copy; the layers have their own."""
-    return dataclasses.replace(ops.quantize_transposed(ws, four_over_six=four_over_six), source=None)
-
-
+_quantize_weight, _quantize_transposed = _without_source(ops.quantize_weight), _without_source(ops.quantize_transposed)
 _any_nan = jax.jit(lambda scale: jnp.isnan(scale).any())
 
 
