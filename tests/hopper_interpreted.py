@@ -144,14 +144,9 @@ class Wide(Interpreted, dense_wide.Wide):
         pass
 
     def multiply(self, acc, addresses, sm, stage, scales, unit, wg):
-        own, slots = pl.ds(wg * 64, 64), [stage * 4 + c for c in range(4 * self.by_chunk)]
-        for slot in slots:
-            plgpu.barrier_wait(sm.x.arriving(slot))
+        own = pl.ds(wg * 64, 64)
         tokens = sm.x_sm[stage].transpose(1, 0, 2).reshape(self.tokens, STEP)
-        acc = acc + multiply(sm.w_sm[stage, own], scales[own, pl.ds(unit * 4, 4)], tokens)
-        for slot in slots:
-            sm.x.release(slot)
-        return acc
+        return acc + multiply(sm.w_sm[stage, own], scales[own, pl.ds(unit * 4, 4)], tokens)
 
     def finish(self, acc, factor, row, channel, slot, refs, sm):
         p = self.product

@@ -196,7 +196,7 @@ def _codes_of(chunk, codes_at):
     return [load_shared(at, 0, 2) for at in codes_at[2 * chunk:2 * chunk + 2]]
 
 
-def _multiply(acc, selector, scale0, scale1, *rest, first, chunks, tokens, scale_row, running, ahead):
+def _multiply(acc, selector, scale0, scale1, *rest, first, chunks, tokens, scale_row, running):
     *codes_at, w, s, x, unit = rest
     selector, = settled([selector])
     unit = unit * 16
@@ -221,26 +221,25 @@ def _multiply(acc, selector, scale0, scale1, *rest, first, chunks, tokens, scale
             codes = _codes_of(first + c + 1, codes_at)
         for q in (0, 2):  # with effects: in this place
             left = [[asm(DECODE_STEP[step], word) for word in words] for step in range(q, q + 2)]
-            in_flight = running if (c, q) == (chunks - 1, 2) else ahead
+            in_flight = running if (c, q) == (chunks - 1, 2) else 1
             sums = _wgmma(sums, left, descriptor, tokens, tokens_at[c][q:q + 2], in_flight)
     return np.array(sums, object).reshape(acc.shape)
 
 
 def multiply_decoded(acc, addresses: Addresses, w_ref, s_ref, x_ref, unit, *, first: int, chunks: int, tokens: int, scale_row: int,
-                     running: int = 0, ahead: int = 1):
+                     running: int = 0):
     """acc f32 (64, tokens) + decoded weights times tokens over 64-chunks first .. first + chunks - 1 of 256 codes.
 
     The weights are A of wgmma, from registers, times 2**-7. w_ref: i32 [rows, 32], ROWS_128: 256 codes a row. s_ref: the scales of
     the same rows, `scale_row` bytes a row, `scale_rows`. unit: which 16 bytes of a row of scales belong to these codes (i32).
     x_ref: bf16 [>= chunks * tokens, 64], ROWS_128: the 64-chunks of the tokens, one behind the other. running: 1 leaves the last
-    wgmmas running, while the next call decodes; the last call must say 0. ahead: 0 waits for a group's wgmmas before the next is decoded,
-    which then takes their operands' registers.
+    wgmmas running, while the next call decodes; the last call must say 0.
 
         decode steps 0 1 | wgmmas 0 1 start | decode 2 3 | wait for 0 1 | wgmmas 2 3 start | decode 0 1 of the next chunk ...
 
     The wgmmas go in groups of two k16 steps, with the decode of the next two behind each: a warp that has issued wgmmas
     cannot decode before the last of them has begun.
     """
-    program = functools.partial(_multiply, first=first, chunks=chunks, tokens=tokens, scale_row=scale_row, running=running, ahead=ahead)
+    program = functools.partial(_multiply, first=first, chunks=chunks, tokens=tokens, scale_row=scale_row, running=running)
     return inline(program, acc, addresses.selector, *addresses.scales, *addresses.codes, Memory(w_ref, ROWS_128),
                   Memory(s_ref, scale_rows(scale_row)), Memory(x_ref, ROWS_128), unit, returns=(64, tokens))

@@ -23,10 +23,8 @@ from nvfp4jax.kernels.hopper.dense_split import Split
 from nvfp4jax.kernels.hopper.dense_wide import Wide
 from nvfp4jax.kernels.hopper.machine import SMS
 
-# Time of a tile of `Wide` by warpgroups, tokens and pairing, in some unit: tiles of sliced sums run in waves over the SMs. The first three are
-# measured, the others predicted (benchmarks/NOTES.md).
-_TILE_TIMES = {(1, 32, False): 46, (1, 64, False): 60, (2, 64, False): 92, (2, 128, False): 117, (2, 128, True): 108, (2, 176, False): 165,
-               (2, 176, True): 143, (3, 112, False): 140, (3, 112, True): 133, (4, 64, False): 130, (4, 64, True): 124}
+# Measured time of a tile of `Wide` by warpgroups and tokens, in some unit: tiles of sliced sums run in waves over the SMs.
+_TILE_TIMES = {(1, 32): 46, (1, 64): 60, (2, 64): 92, (2, 128): 130, (2, 176): 168}
 
 
 # --- rules: from the shape to the schedule --------------------------------------------------------------------------
@@ -102,8 +100,8 @@ def plan_of(n: int | tuple[int, ...], k: int, m: int, count: int | None = None) 
     tokens = _tokens(m, 32)
     if m <= 32 or m <= 64 and count == 8:
         return Split, dict(slices=count, wgs=1 if n * count <= 16384 else 2, tokens=tokens)
-    wgs, most, paired = min(_TILE_TIMES, key=lambda tile: _waves(widths, m, *tile) * _TILE_TIMES[tile])
-    return Wide, dict(slices=count, wgs=wgs, tokens=_tokens(m, most), paired=paired)
+    wgs, most = min(_TILE_TIMES, key=lambda tile: _waves(widths, m, *tile, False) * _TILE_TIMES[tile])
+    return Wide, dict(slices=count, wgs=wgs, tokens=_tokens(m, most), paired=False)
 
 
 # --- the operation --------------------------------------------------------------------------------------------------

@@ -4,13 +4,12 @@ A CTA an SM walks over tiles of 64 * warpgroups weight rows by `tokens` tokens:
 
     warpgroup 0 .. wgs - 1    consumers: warpgroup g owns weight rows 64 g .. 64 g + 63 of the tile, decodes them in its registers and
                               shares the tokens with the others
-    warpgroup wgs             the producer: TMA into rings
+    warpgroup wgs             the producer: TMA into three rings
 
     ring      a stage holds                                        filled            released
     steps     w i32 [rows, 32], x bf16 [4, tokens, 64]: 256 of K   a step of K       when a warpgroup's wgmmas of the step are through
     scales    s i32 [rows, 32]: 2048 of K (`blocked`)              every 8 steps     with the last of its steps
     row       f32 [tokens], the row scales of a tile (`per_row`)   a tile            when the tile's results are scaled
-    x         the tokens of a 64-chunk of a step (`by_chunk`)      a 64-chunk of K   when a warpgroup's wgmmas of the chunk are through
 
 Of several weights that read the same tokens, a CTA walks over its tiles of each in turn, and the rings go on: the first steps of a
 weight are fetched while the last tile of the one before is computed, and only the last wave of all tiles leaves SMs idle.
@@ -67,7 +66,6 @@ class _Shared:
     steps: Ring
     scales: Ring
     row: Ring
-    x: Ring
     x_free: Any
 
 
@@ -131,12 +129,6 @@ class Wide(Hardware):
         return self.tokens <= 32
 
     @property
-    def by_chunk(self) -> bool:
-        """Whether a step's tokens are filled and released 64-chunk by 64-chunk, so that most of the next but one are under way when the
-        step is through: shared memory holds two steps, and one of two accumulators' small tile takes hardly longer than its copies."""
-        return self.slices > 1 and chunks_at_once(self.tokens) == 1
-
-    @property
     def scale_row(self) -> int:
         """Bytes of a row of scales in shared memory."""
         return 128 if self.blocked else 16
@@ -187,25 +179,16 @@ class Wide(Hardware):
             sm.scales.fill(block)
             plgpu.copy_gmem_to_smem(refs.s.at[(*layer, own, pl.ds(i * 4, 32))], sm.s_sm.at[slot], sm.scales.arriving(slot))
 
-    def both_released(self, sm, ring, use, stage):
-        """The CTAs of a pair."""
-        if self.paired:
-            @pl.when(use >= ring.stages)
+    def fetch_tokens(self, refs, sm, tile, i, use, stage):
+        if self.paired:  # both CTAs must have released the stage
+            @pl.when(use >= self.stages)
             def _():
                 plgpu.barrier_arrive(sm.x_free.at[stage])
                 plgpu.barrier_wait(sm.x_free.at[stage])
 
-    def fetch_tokens(self, refs, sm, tile, i, use, stage):
-        if not self.by_chunk:
-            self.both_released(sm, sm.steps, use, stage)
         for c in range(STEP // CHUNK):
-            arriving = sm.steps.arriving(stage)
-            if self.by_chunk:
-                slot = sm.x.fill(use * (STEP // CHUNK) + c)
-                self.both_released(sm, sm.x, use * (STEP // CHUNK) + c, slot)
-                arriving = sm.x.arriving(slot)
             source = refs.x.at[pl.ds(tile.token_tile * self.tokens, self.tokens), pl.ds(i * STEP + c * CHUNK, CHUNK)]
-            plgpu.copy_gmem_to_smem(source, sm.x_sm.at[stage, c], arriving, collective_axes="pair" if self.paired else None)
+            plgpu.copy_gmem_to_smem(source, sm.x_sm.at[stage, c], sm.steps.arriving(stage), collective_axes="pair" if self.paired else None)
 
     def fetch_tile(self, refs, sm, tile):
         layer = (refs.layer[0],) if self.product.stacked else ()
@@ -217,15 +200,12 @@ class Wide(Hardware):
             use = tile.number * steps + i
             if self.blocked:
                 self.fetch_scales(refs, sm, layer, own, tile, i)
-            if self.by_chunk:  # the tokens first: their places are free before the last of the step before is through
-                self.fetch_tokens(refs, sm, tile, i, use, sm.steps.stage(use))
             stage = sm.steps.fill(use)
             full = sm.steps.arriving(stage)
             plgpu.copy_gmem_to_smem(refs.w.at[(*layer, own, pl.ds(i * (STEP // 8), STEP // 8))], sm.w_sm.at[stage], full)
             if not self.blocked:
                 plgpu.copy_gmem_to_smem(refs.s.at[(*layer, own, pl.ds(i * 4, 4))], sm.s_sm.at[stage], full)
-            if not self.by_chunk:
-                self.fetch_tokens(refs, sm, tile, i, use, stage)
+            self.fetch_tokens(refs, sm, tile, i, use, stage)
 
         if self.product.per_row:  # last, for they are used last
             sm.row.fill(tile.number)
@@ -237,8 +217,6 @@ class Wide(Hardware):
 
     def drain_rings(self, sm, number):
         self.drain(sm.steps, number * self.product.steps)
-        if self.by_chunk:
-            self.drain(sm.x, number * (self.product.steps * STEP // CHUNK))
         if self.product.per_row:
             self.drain(sm.row, number)
         if self.blocked:
@@ -251,15 +229,9 @@ class Wide(Hardware):
 
     def multiply(self, acc, addresses, sm, stage, scales, unit, wg):
         chunks = chunks_at_once(self.tokens)
-        ahead = 0 if self.wgs == 4 and self.slices > 1 else 1  # two accumulators, and 112 registers
         for c in range(0, STEP // CHUNK, chunks):
-            slot = stage * (STEP // CHUNK) + c
-            if self.by_chunk:
-                plgpu.barrier_wait(sm.x.arriving(slot))
             acc = multiply_decoded(acc, addresses, sm.w_sm.at[stage], scales, sm.x_sm.at[stage, pl.ds(c, chunks)], unit, first=c,
-                                   chunks=chunks, tokens=self.tokens, scale_row=self.scale_row, ahead=ahead)
-            if self.by_chunk:
-                sm.x.release(slot)
+                                   chunks=chunks, tokens=self.tokens, scale_row=self.scale_row)
         return acc
 
     def add_step(self, acc, addresses, sm, tile, i, wg):
@@ -334,14 +306,11 @@ class Wide(Hardware):
             x_sm=plgpu.SMEM((stages, STEP // CHUNK, self.tokens, CHUNK), jnp.bfloat16, transforms=ROWS_128),
             r_sm=plgpu.SMEM((2, self.scale_pitch), jnp.float32),
             r_full=plgpu.Barrier(num_barriers=2), r_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=2),
-            full=plgpu.Barrier(num_arrivals=(0 if self.by_chunk else STEP // CHUNK) + (1 if self.blocked else 2), num_barriers=stages),
+            full=plgpu.Barrier(num_arrivals=STEP // CHUNK + (1 if self.blocked else 2), num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
             s_full=plgpu.Barrier(num_barriers=2), s_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=2))
-        slots = stages * STEP // CHUNK if self.by_chunk else stages
-        if self.by_chunk:
-            out |= dict(x_full=plgpu.Barrier(num_barriers=slots), x_empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=slots))
         if self.paired:
-            out["x_free"] = plgpu.ClusterBarrier(collective_axes=("pair",), num_barriers=slots)
+            out["x_free"] = plgpu.ClusterBarrier(collective_axes=("pair",), num_barriers=stages)
         return out
 
     def build(self):
@@ -357,11 +326,11 @@ def _ctas(kernels) -> int:
     return min(SMS // kernels[0].width, sum(kernel.tiles for kernel in kernels))
 
 
-def walk(kernels, refs, *, full, empty, s_full, s_empty, r_full, r_empty, x_full=None, x_empty=None, x_free=None, **shared):
+def walk(kernels, refs, *, full, empty, s_full, s_empty, r_full, r_empty, x_free=None, **shared):
     """A CTA's work: its share of the tiles of each weight. The kernels differ in N and the bias alone."""
     common, ctas, before, shares = kernels[0], _ctas(kernels), 0, []
     sm = _Shared(steps=Ring(full, empty, common.stages), scales=Ring(s_full, s_empty, 2), row=Ring(r_full, r_empty, 2),
-                 x=Ring(x_full, x_empty, common.stages * STEP // CHUNK), x_free=x_free, **shared)
+                 x_free=x_free, **shared)
     wg, index = lax.axis_index("wg"), lax.axis_index("sm")
     for kernel in kernels:  # the CTA after that of a weight's last tile begins the next weight
         shares.append(_Share(lax.rem(index + -before % ctas, jnp.int32(ctas)), ctas))
