@@ -62,7 +62,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Checkpoints bring Orbax with them: they are imported where they are first asked for. The version is pyproject.toml's."""
     if name == "__version__":
-        return importlib.metadata.version("nvfp4jax")
+        try:
+            return importlib.metadata.version("nvfp4jax")
+        except importlib.metadata.PackageNotFoundError:
+            raise AttributeError("nvfp4jax.__version__: the package is not installed, only its folder is on the path") from None
     if name in ("CheckpointError", "load_model", "save_model"):
         return getattr(importlib.import_module("nvfp4jax.checkpoint"), name)
     raise AttributeError(f"module 'nvfp4jax' has no attribute {name!r}")
