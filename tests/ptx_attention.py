@@ -175,6 +175,11 @@ def _cache_maps(*arrays):
     return [ptx_hopper.TensorMap(a.reshape(-1, *a.shape[3:]), (64, 128, 1), 128) for a in arrays]
 
 
+def _in_turn(*pairs):
+    """Keys of all pairs that there are, then values: as a producer first names them."""
+    return [pair[i] for i in range(2) for pair in pairs if pair]
+
+
 def _run_warpgroups(kernel, loaded, stored, maps, grid, seed):
     before, ptx_hopper._Run = ptx_hopper._Run, _Run
     try:
@@ -184,26 +189,27 @@ def _run_warpgroups(kernel, loaded, stored, maps, grid, seed):
 
 
 def run_prefill(kernel, inputs, out, *, grid, seed=None):
-    """The PTX of a prefill on numpy inputs (q, keys, values, layer, starts, counts, and shared keys, values, slots where rows share),
-    written to `out`."""
+    """The PTX of a prefill on numpy inputs (q, keys, values, layer, starts, counts, and shared keys, values, slots where rows share, and
+    keys and values in front of these), written to `out`."""
     q, keys, values, layer, starts, counts, *shared = inputs
+    shared, front = shared[:3], shared[3:]
     tokens = q.swapaxes(1, 2)  # what a copy has one of comes last; an axis of 1 is left out
     maps = [ptx_hopper.TensorMap(tokens if len(q) > 1 else tokens[0], (64, 64, 1, 1)[:3 + (len(q) > 1)], 128)]
-    maps += _cache_maps(*[a for pair in zip(shared[:2], (keys, values)) for a in pair] if shared else (keys, values))
+    maps += _cache_maps(*_in_turn(front, shared[:2], (keys, values)))
     _run_warpgroups(kernel, [starts, counts, layer.reshape(1), *shared[2:]], [out], maps, grid, seed)
 
 
 def run_shared(kernel, inputs, padded, each, outs, *, grid, seed=None):
-    """The PTX of `attention_shared` on numpy inputs (q, keys, values, layer, slots, table), written to `outs`. A copy of q has `each` rows
-    of `padded` queries."""
-    q, keys, values, layer, slots, table = inputs
+    """The PTX of `attention_shared` on numpy inputs (q, keys, values, layer, slots, table, and keys and values of a prefix), written to
+    `outs`. A copy of q has `each` rows of `padded` queries."""
+    q, keys, values, layer, slots, table, *front = inputs
     rows, heads, d = keys.shape[1], keys.shape[2], q.shape[-1]
     q = q.reshape(rows, len(q) // rows, heads, -1, d)
     q = np.pad(q, ((0, 0),) * 3 + ((0, padded - q.shape[3]), (0, 0))).swapaxes(1, 2)
     box = [size for size, axis in zip((64, padded, each, 1, 1), q.shape[::-1]) if (size, axis) != (1, 1)]
     maps = [ptx_hopper.TensorMap(q.reshape([axis for size, axis in zip((1, 1, each, padded, 64), q.shape) if (size, axis) != (1, 1)]),
                                  tuple(box), 128)]
-    _run_warpgroups(kernel, [table, slots, layer.reshape(1)], outs, maps + _cache_maps(keys, values), grid, seed)
+    _run_warpgroups(kernel, [table, slots, layer.reshape(1)], outs, maps + _cache_maps(*_in_turn(front, (keys, values))), grid, seed)
 
 
 def compiled_text(f, *structs, donate=()):

@@ -18,17 +18,20 @@ from nvfp4jax.kernels.hopper import attention_plan, attention_shared
 from nvfp4jax.kernels.hopper.attention_decode import MOST_COLUMNS, decode
 from nvfp4jax.kernels.hopper.attention_plan import Plan
 from nvfp4jax.kernels.hopper.attention_prefill import prefill
+from nvfp4jax.kernels.hopper.attention_sums import PIECE
 
 HEAD_DIMS = 64, 128
 
 
 class Shared(NamedTuple):
     """keys, values: bf16 [(L,) N, Hkv, P, D]. slots: i32 [B], multiples of 128: row b begins with so many slots of row b // (B / N) here,
-    as many as the other rows that begin with it; its own are those that follow."""
+    as many as the other rows that begin with it; its own are those that follow. prefix: None, or keys and values bf16 [(L,) 1, Hkv, F, D]
+    of slots, a multiple of 128, that stand in front of every row here: slots[b] counts them."""
 
     keys: jax.Array
     values: jax.Array
     slots: jax.Array
+    prefix: tuple[jax.Array, jax.Array] | None = None
 
 
 def _few(tokens, group):
@@ -55,7 +58,7 @@ def plan(starts, q, keys, *, window: int | None = None, shared=None) -> Plan | N
         return attention_plan.plan(starts, tokens=tokens, heads=heads, capacity=capacity, window=window)
     slots = shared.slots.astype(jnp.int32)
     own = attention_plan.plan(starts, tokens=tokens, heads=heads, capacity=capacity, window=window, shared=slots)
-    return own._replace(shared=attention_shared.units(slots, attention_shared.shape_of(q, shared.keys)))
+    return own._replace(shared=attention_shared.units(slots, attention_shared.shape_of(q, shared.keys, shared.prefix)))
 
 
 def attention(q, keys, values, starts, *, layer=None, scale=None, window=None, soft_cap=None, counts=None, plan=None, shared=None, scales=None):
@@ -87,7 +90,7 @@ def attention(q, keys, values, starts, *, layer=None, scale=None, window=None, s
         keys, values, layer = keys[None], values[None], 0
         scales = scales if scales is None else tuple(a[None] for a in scales)
         if shared is not None and scales is None:
-            shared = Shared(shared.keys[None], shared.values[None], shared.slots)
+            shared = Shared(*jax.tree.map(lambda a: a[None], tuple(shared)))._replace(slots=shared.slots)
     if q.ndim != 4 or keys.ndim != 5 or layer is None or keys.shape != values.shape:
         raise ValueError(f"attention: q {q.shape}, keys {keys.shape} and values {values.shape}; they should be [B, T, Hq, D] "
                          "and [B, Hkv, S, D], or [L, B, Hkv, S, D] with `layer`")
@@ -118,20 +121,22 @@ def attention(q, keys, values, starts, *, layer=None, scale=None, window=None, s
         if scales is not None:
             raise NotImplementedError(f"attention on Hopper: {tokens} queries a row of an FP8 cache; prefill reads bfloat16")
         counts = jnp.full((rows,), tokens, jnp.int32) if counts is None else counts.astype(jnp.int32)
-        return prefill(q, keys, values, layer, starts, counts, shared=() if shared is None else tuple(shared), **options)
+        of_shared = () if shared is None else (*shared[:3], *(shared.prefix or ()))
+        return prefill(q, keys, values, layer, starts, counts, shared=of_shared, **options)
     if plan is None:
         plan = make_plan(starts, q, keys, window=window, shared=shared)
     if shared is not None:
         slots, capped = shared.slots.astype(jnp.int32), dict(scale=scale, soft_cap=soft_cap)
         of = jnp.int32(0) if one_layer else layer
-        options |= dict(shared=attention_shared.shared_sums(q, shared.keys, shared.values, of, slots, plan.shared, **capped))
+        arrays = shared.keys, shared.values, of, slots, plan.shared, *(shared.prefix or ())
+        options |= dict(shared=attention_shared.shared_sums(q, *arrays, **capped))
     return decode(q, keys, values, layer, plan, **options, scales=tuple(scales or ()))
 
 
 make_plan = plan  # `attention` has an argument of its name
 
 
-def _check_shared(shape, shared_keys, shared_values, slots, window):
+def _check_shared(shape, shared_keys, shared_values, slots, prefix, window):
     """shape: of the keys."""
     layers, rows, heads, _, d = shape
     fits = shared_keys.ndim == 5 and (*shared_keys.shape[:1], *shared_keys.shape[2::2]) == (layers, heads, d)
@@ -140,5 +145,9 @@ def _check_shared(shape, shared_keys, shared_values, slots, window):
                          f"{shape}; they should be [L, N, Hkv, P, D], N a divisor of the rows, and [B]")
     if {shared_keys.dtype, shared_values.dtype} != {jnp.dtype(jnp.bfloat16)}:
         raise NotImplementedError(f"attention on Hopper: shared keys {shared_keys.dtype}, values {shared_values.dtype}; only bfloat16")
+    front = () if prefix is None else prefix
+    if {(a.shape[:3], a.shape[3] % PIECE, a.shape[4], a.dtype) for a in front} - {((layers, 1, heads), 0, d, shared_keys.dtype)}:
+        raise ValueError(f"attention: a prefix {[f'{a.dtype}{a.shape}' for a in front]} in front of shared keys {shared_keys.shape}; it should be "
+                         f"[L, 1, Hkv, F, D] with F a multiple of {PIECE}")
     if window is not None:
         raise NotImplementedError("attention on Hopper: a window over slots that rows share")

@@ -45,7 +45,8 @@ def _span(start, count, first_token, s: Shape):
 
 def _kernel(q, keys, values, layer, starts, counts, *refs, q_sm, k_sm, v_sm, state, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             s: Shape, ctas):
-    *shared, out = refs  # of what rows share: keys, values, slots; or nothing
+    *shared, out = refs  # of what rows share: keys, values, slots, and keys and values in front of these; or nothing
+    front = shared[3:]
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     halves = s.d // HALF
     own_tiles = lax.div(s.rows * s.heads * s.group * s.tiles - cta + (ctas - 1), jnp.int32(ctas))
@@ -62,6 +63,7 @@ def _kernel(q, keys, values, layer, starts, counts, *refs, q_sm, k_sm, v_sm, sta
             kv = (layer[0] * s.rows + row) * s.heads + kv_head
             if shared:
                 before = lax.div(shared[2][row], jnp.int32(PIECE))
+                front_kv = layer[0] * s.heads + kv_head
                 shared_kv = (layer[0] * s.shared + lax.div(row, jnp.int32(s.rows // s.shared))) * s.heads + kv_head
             for w in range(CONSUMERS):
                 pl.when(i > 0)(lambda w=w: plgpu.barrier_wait(q_empty.at[w]))
@@ -82,7 +84,11 @@ def _kernel(q, keys, values, layer, starts, counts, *refs, q_sm, k_sm, v_sm, sta
                     if not shared:
                         load(array, kv, p, sm, full)
                         continue
-                    pl.when(p < before)(lambda i=i, sm=sm, full=full: load(shared[i], shared_kv, p, sm, full))
+                    behind = p < before
+                    if front:
+                        pl.when(behind & (p < s.front))(lambda i=i, sm=sm, full=full: load(front[i], front_kv, p, sm, full))
+                        behind &= p >= s.front
+                    pl.when(behind)(lambda i=i, sm=sm, full=full: load(shared[i], shared_kv, p - s.front, sm, full))
                     pl.when(p >= before)(lambda array=array, sm=sm, full=full: load(array, kv, p - before, sm, full))
                 return it + 1
 
@@ -155,12 +161,14 @@ def _kernel(q, keys, values, layer, starts, counts, *refs, q_sm, k_sm, v_sm, sta
 
 def prefill(q, keys, values, layer, starts, counts, *, scale, window=None, soft_cap=None, shared=(), ctas=SMS):
     """q bf16 [B, T, Hq, D], keys and values bf16 [L, B, Hkv, S, D], layer i32 [], starts and counts i32 [B] -> q's
-    shape. shared: keys and values bf16 [L, N, Hkv, P, D] that the rows begin with, and i32 [B], how many slots of them."""
+    shape. shared: keys and values bf16 [L, N, Hkv, P, D] that the rows begin with, and i32 [B], how many slots of them; perhaps also keys
+    and values bf16 [L, 1, Hkv, F, D] in front of all of these, which that number counts."""
     rows, tokens, query_heads, d = q.shape
     _, _, heads, capacity, _ = keys.shape
-    s = Shape(rows, tokens, heads, query_heads // heads, d, capacity, scale, window, soft_cap, shared[0].shape[1] if shared else 0)
+    s = Shape(rows, tokens, heads, query_heads // heads, d, capacity, scale, window, soft_cap, shared[0].shape[1] if shared else 0,
+              shared[3].shape[3] // PIECE if shared[3:] else 0)
     kernel = lambda *refs, **scratch: _kernel(*refs, **scratch, s=s, ctas=ctas)
-    flat, shared_flat = ([a.reshape(-1, *a.shape[3:]) for a in pair] for pair in ((keys, values), shared[:2]))
+    flat, shared_flat, front = ([a.reshape(-1, *a.shape[3:]) for a in pair] for pair in ((keys, values), shared[:2], shared[3:]))
     run = launch(kernel, jax.ShapeDtypeStruct(q.shape, q.dtype), (d // HALF * ROWS,), d, ctas,
                  state=plgpu.SMEM((CONSUMERS, ROWS * (d + 4)), jnp.float32))
-    return run(q, *flat, layer.reshape(1), starts, counts, *shared_flat, *shared[2:])
+    return run(q, *flat, layer.reshape(1), starts, counts, *shared_flat, *shared[2:3], *front)

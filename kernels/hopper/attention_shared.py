@@ -4,6 +4,9 @@ A unit is a group of 1024 slots (`attention_sums`) of a shared row and key head,
 and as many of its rows as have 128 queries. A persistent CTA walks over units (`attention_cta`). A unit's sums go to memory, where
 `attention_decode` goes on from them: pieces are folded to groups, whole groups to the row, and a last one that is not whole is the
 beginning of the row's own group.
+
+What all shared rows begin with, whole pieces, may lie in arrays of its own: the producer takes a piece from there or from the shared row,
+and nothing else follows from it.
 """
 import dataclasses
 
@@ -25,7 +28,7 @@ FEW = SMS // 2  # units that leave CTAs idle
 
 @dataclasses.dataclass(frozen=True)
 class Shape(part.Shape):
-    """tokens: rows of a shared row, one query each; rows: shared rows."""
+    """tokens: rows of a shared row, one query each; rows: shared rows; capacity: their slots, those in front of them included."""
 
     @property
     def unit(self):
@@ -52,10 +55,12 @@ class Shape(part.Shape):
         return -(-self.capacity // (self.unit * PIECE))
 
 
-def shape_of(q, keys, scale=None, soft_cap=None) -> Shape:
-    """q [B, 1, Hq, D], keys [(L,) N, Hkv, P, D]: arrays, or what has their shapes."""
+def shape_of(q, keys, prefix=(), scale=None, soft_cap=None) -> Shape:
+    """q [B, 1, Hq, D], keys [(L,) N, Hkv, P, D], prefix: nothing, or keys and values [(L,) 1, Hkv, F, D]: arrays, or what has their shapes."""
     rows, heads, capacity, d = keys.shape[-4:]
-    return Shape(rows, q.shape[0] // rows, heads, q.shape[2] // heads, d, capacity, scale, None, soft_cap)
+    front = prefix[0].shape[-2] if prefix else 0
+    tokens, group = q.shape[0] // rows, q.shape[2] // heads
+    return Shape(rows, tokens, heads, group, d, front + capacity, scale, None, soft_cap, front=front // PIECE)
 
 
 def units(slots: jax.Array, s: Shape) -> jax.Array:
@@ -67,8 +72,9 @@ def units(slots: jax.Array, s: Shape) -> jax.Array:
         jnp.arange(some.size, dtype=jnp.int32), mode="drop")
 
 
-def _kernel(q, keys, values, layer, slots, table, sums, marks_out, *, q_sm, k_sm, v_sm, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+def _kernel(q, keys, values, layer, slots, table, *refs, q_sm, k_sm, v_sm, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             s: Shape, ctas):
+    *prefix, sums, marks_out = refs  # of what lies in front of all shared rows: keys, values; or nothing
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     halves = s.d // HALF
     per_group = s.heads * s.tiles
@@ -93,12 +99,21 @@ def _kernel(q, keys, values, layer, slots, table, sums, marks_out, *, q_sm, k_sm
                     plgpu.copy_gmem_to_smem(source, q_sm.at[w, half], q_full.at[w])
 
             def piece(p, it):
-                slot = lax.rem(it, jnp.int32(STAGES))
-                for array, sm, full, empty in ((keys, k_sm, k_full, k_empty), (values, v_sm, v_full, v_empty)):
-                    pl.when(it >= STAGES)(lambda empty=empty: plgpu.barrier_wait(empty.at[slot]))
+                slot, p = lax.rem(it, jnp.int32(STAGES)), number * s.unit + p
+
+                def load(array, at, p, sm, full):
                     for half in range(halves):
-                        source = array.at[kv, pl.ds((number * s.unit + p) * PIECE, PIECE), pl.ds(half * HALF, HALF)]
+                        source = array.at[at, pl.ds(p * PIECE, PIECE), pl.ds(half * HALF, HALF)]
                         plgpu.copy_gmem_to_smem(source, sm.at[slot, pl.ds(half * PIECE, PIECE)], full.at[slot])
+
+                for i, (array, sm, full, empty) in enumerate(((keys, k_sm, k_full, k_empty), (values, v_sm, v_full, v_empty))):
+                    pl.when(it >= STAGES)(lambda empty=empty: plgpu.barrier_wait(empty.at[slot]))
+                    if not prefix:
+                        load(array, kv, p, sm, full)
+                        continue
+                    front_kv = layer[0] * s.heads + head
+                    pl.when(p < s.front)(lambda i=i, sm=sm, full=full: load(prefix[i], front_kv, p, sm, full))
+                    pl.when(p >= s.front)(lambda array=array, sm=sm, full=full: load(array, kv, p - s.front, sm, full))
                 return it + 1
 
             return lax.fori_loop(0, pieces, piece, it)
@@ -149,19 +164,20 @@ def _kernel(q, keys, values, layer, slots, table, sums, marks_out, *, q_sm, k_sm
     divide(wg, produce, consume)
 
 
-def shared_sums(q, keys, values, layer, slots, table, *, scale, soft_cap=None, ctas=SMS):
-    """q bf16 [B, 1, Hq, D], keys and values bf16 [L, N, Hkv, P, D], layer i32 [], slots i32 [B], table: of `units` -> sums f32
-    [units, B, Hq, D] and marks f32 [units, B, Hq, MARKS], those of units that are there, and a unit's pieces."""
+def shared_sums(q, keys, values, layer, slots, table, *prefix, scale, soft_cap=None, ctas=SMS):
+    """q bf16 [B, 1, Hq, D], keys and values bf16 [L, N, Hkv, P, D], layer i32 [], slots i32 [B], table: of `units`, prefix: nothing, or
+    keys and values bf16 [L, 1, Hkv, F, D] of slots in front of all shared rows, which `slots` counts -> sums f32 [units, B, Hq, D] and
+    marks f32 [units, B, Hq, MARKS], those of units that are there, and a unit's pieces."""
     batch, _, query_heads, d = q.shape
-    layers, rows, heads, capacity, _ = keys.shape
-    s = shape_of(q, keys, scale, soft_cap)
+    rows, heads = keys.shape[1:3]
+    s = shape_of(q, keys, prefix, scale, soft_cap)
     kernel = lambda *refs, **scratch: _kernel(*refs, **scratch, s=s, ctas=ctas)
     kernel.__name__ = "shared_attention"
-    flat = [a.reshape(layers * rows * heads, capacity, d) for a in (keys, values)]
+    flat, front = ([a.reshape(-1, *a.shape[3:]) for a in pair] for pair in ((keys, values), prefix))
     q = q.reshape(rows, batch // rows, heads, s.group, d)
     if s.padded > s.group:
         q = jnp.pad(q, ((0, 0),) * 3 + ((0, s.padded - s.group), (0, 0)))
     single = lambda last: jax.ShapeDtypeStruct((s.units, batch, query_heads, last), jnp.float32)
     run = launch(kernel, (single(d), single(MARKS)), (d // HALF, s.each, s.padded), d, ctas)
-    found = run(q, *flat, layer.reshape(1), slots, table)
+    found = run(q, *flat, layer.reshape(1), slots, table, *front)
     return *found, s.unit

@@ -34,6 +34,7 @@ class Shape:
     window: int | None
     soft_cap: float | None
     shared: int = 0  # rows that others begin with
+    front: int = 0  # pieces that lie in front of all of these
 
     @property
     def tiles(self):

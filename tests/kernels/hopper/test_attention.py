@@ -206,11 +206,18 @@ def divide(rng, keys, values, slots, rows, room):
     return whole, own
 
 
-def ptx_shared_decode(monkeypatch, q, own, shared, slots, layer, starts, *, ctas, soft_cap=None, scales=()):
-    """slots: of each row. scales: of their own keys and values, where these are FP8."""
+def cut_off(front, *caches):
+    """Caches [L, N, H, S, D] whose rows are made to begin with the same `front` slots -> what lies behind these, and these, [L, 1, H, F, D]."""
+    for a in caches:
+        a[:, :, :, :front] = a[:, :1, :, :front]
+    return [a[:, :, :, front:] for a in caches], tuple(a[:, :1, :, :front] for a in caches) if front else ()
+
+
+def ptx_shared_decode(monkeypatch, q, own, shared, front, slots, layer, starts, *, ctas, soft_cap=None, scales=()):
+    """slots: of each row. front: nothing, or a prefix. scales: of their own keys and values, where these are FP8."""
     heads, scale = shared[0].shape[2], q.shape[3]**-0.5
-    s = attention_shared.shape_of(q, shared[0], scale, soft_cap)
-    args = q, *shared, layer, slots, np.array(attention_shared.units(slots, s))
+    s = attention_shared.shape_of(q, shared[0], front, scale, soft_cap)
+    args = q, *shared, layer, slots, np.array(attention_shared.units(slots, s)), *front
     f = lambda *a: attention_shared.shared_sums(*a, scale=scale, soft_cap=soft_cap, ctas=ctas)[:2]
     kernel, = aot.compile(f, *(jax.ShapeDtypeStruct(np.shape(a), a.dtype) for a in args))
     outs = [np.full((s.units, *q.shape[:1], q.shape[2], last), np.nan, np.float32) for last in (q.shape[3], attention_shared.MARKS)]
@@ -230,6 +237,10 @@ SHARED = {
                                       soft_cap=5.0, few=0),
     "pieces apart": dict(shape=(4, 2, 1, 8, 64), slots=[1408, 256], own=[0, 700, 20, 130], room=800, ctas=3, kind=0),
     "two consumers, D 128": dict(shape=(6, 1, 1, 16, 128), slots=[256], own=range(6), room=20, ctas=2, kind=0, few=0),
+    "a prefix, a piece more, no more": dict(shape=(4, 2, 2, 8, 64), front=1, slots=[256, 128], own=[0, 100, 20, 30], room=120, ctas=2, kind=0, few=0),
+    "a prefix into a group, a cap": dict(shape=(3, 1, 1, 5, 64), front=9, slots=[1408], own=[7, 130, 2], room=140, ctas=2, kind=0, few=0,
+                                         soft_cap=5.0),
+    "a prefix of pieces apart": dict(shape=(6, 3, 1, 4, 128), front=2, slots=[384, 256, 0], own=[0, 3, 20, 30, 5, 129], room=130, ctas=3, kind=0),
 }
 
 
@@ -243,12 +254,13 @@ def test_shared_ptx(monkeypatch, case, in_codes):
     case = dict(SHARED[case])
     rows, shared_rows, heads, group, d = case.pop("shape")
     rng, kind, room, ctas = np.random.default_rng(), case.pop("kind"), case.pop("room"), case.pop("ctas")
-    few = case.pop("few", attention_shared.FEW)
+    few, front = case.pop("few", attention_shared.FEW), case.pop("front", 0) * 128
     of_row = np.repeat(case.pop("slots"), rows // shared_rows).astype(np.int32)
     starts = (of_row + np.array(case.pop("own"))).astype(np.int32)
     sizes = case.pop("sizes", attention_plan.SIZES)
-    capacity = max(128, of_row.max())
+    capacity = max(128, of_row.max(), front + 16)
     _, keys, values, layer, _, _ = inputs(rng, shared_rows, 1, heads, group, d, capacity, [capacity - 1] * shared_rows)
+    shared, prefix = cut_off(front, keys, values)
     q, counts = rng.normal(size=(rows, 1, heads * group, d)).astype(BF16), np.ones(rows, np.int32)
     whole, own = divide(rng, keys, values, of_row[::rows // shared_rows], rows, room)
     scales = ()
@@ -261,7 +273,8 @@ def test_shared_ptx(monkeypatch, case, in_codes):
     with monkeypatch.context() as m:
         m.setattr(attention_plan, "SIZES", sizes)
         m.setattr(attention_shared, "FEW", few)
-        out, kinds = ptx_shared_decode(m, q, codes if in_codes else own, (keys, values), of_row, layer, starts, ctas=ctas, scales=scales, **case)
+        own = codes if in_codes else own
+        out, kinds = ptx_shared_decode(m, q, own, shared, prefix, of_row, layer, starts, ctas=ctas, scales=scales, **case)
     assert kind in kinds and (bits(out) == bits(alone)).all()
     assert error(out, reference(q, whole[0][1], whole[1][1], starts, **case), counts) < TOLERANCE
 
@@ -269,14 +282,16 @@ def test_shared_ptx(monkeypatch, case, in_codes):
 @pytest.mark.aot
 @pytest.mark.slow
 @needs_aot
-def test_shared_prefill_ptx():
-    """Two rows of a prefill behind 128 slots that they share, one that shares none."""
-    rng, layer, of_row = np.random.default_rng(), np.int32(1), np.array([128, 128, 0, 0], np.int32)
-    _, keys, values, _, _, _ = inputs(rng, 2, 1, 1, 2, 64, 140, [139, 139])
+@pytest.mark.parametrize("slots, front", [([128, 0], 0), ([256, 128], 128)], ids=["alone", "behind a prefix"])
+def test_shared_prefill_ptx(slots, front):
+    """Two rows of a prefill behind 128 slots that they share, two that share none; and so behind 128 slots of all."""
+    rng, layer, of_row = np.random.default_rng(), np.int32(1), np.repeat(slots, 2).astype(np.int32)
+    _, keys, values, _, _, _ = inputs(rng, 2, 1, 1, 2, 64, 140 + front, [139 + front] * 2)
+    shared, prefix = cut_off(front, keys, values)
     q = rng.normal(size=(4, 30, 2, 64)).astype(BF16)
     whole, own = divide(rng, keys, values, of_row[::2], 4, 50)
     starts, counts = of_row + np.array([0, 20, 5, 11], np.int32), np.array([30, 10, 30, 30], np.int32)
-    out = ptx_prefill(q, *own, layer, starts, counts, keys, values, of_row, ctas=2)
+    out = ptx_prefill(q, *own, layer, starts, counts, *shared, of_row, *prefix, ctas=2)
     alone = ptx_prefill(q, *whole, layer, starts, counts, ctas=2)
     some = np.arange(30) < counts[:, None]
     assert (bits(out)[some] == bits(alone)[some]).all()
@@ -326,17 +341,20 @@ def test_fp8_decode_compiles(shape, options, registers, main_loop):
 
 @pytest.mark.aot
 @needs_aot
-@pytest.mark.parametrize("shape, shared_rows, capacity, main_loop", [
-    ((1024, 1, 4, 8, 128, 640), 64, 1024, 700), pytest.param((48, 1, 2, 7, 64, 200), 4, 2000, 1250, marks=pytest.mark.slow),
-    pytest.param((8, 300, 4, 8, 128, 640), 1, 1024, None, marks=pytest.mark.slow)])
-def test_shared_compiles(shape, shared_rows, capacity, main_loop):
+@pytest.mark.parametrize("shape, shared_rows, capacity, front, main_loop", [
+    ((1024, 1, 4, 8, 128, 640), 64, 1024, 0, 700), ((1008, 1, 4, 8, 128, 640), 63, 232, 768, 700),
+    *(pytest.param(*x, marks=pytest.mark.slow) for x in (
+        ((48, 1, 2, 7, 64, 200), 4, 2000, 0, 1250), ((48, 1, 2, 7, 64, 260), 4, 100, 256, 1250), ((8, 300, 4, 8, 128, 640), 1, 1024, 0, None),
+        ((8, 300, 4, 8, 128, 640), 2, 300, 768, None)))])
+def test_shared_compiles(shape, shared_rows, capacity, front, main_loop):
     """Decode fetches a unit's first sums in the main loop, those of single pieces in more instructions."""
     def f(q, keys, values, starts, layer, shared):
         return attention.attention(q, keys, values, starts, layer=layer, shared=shared)
 
     q, keys, values, starts, layer = structs(*shape)
     shared = [jax.ShapeDtypeStruct((*a.shape[:1], shared_rows, *a.shape[2:3], capacity, a.shape[4]), a.dtype) for a in (keys, values)]
-    kernels = aot.compile(lambda *a: f(*a[:5], attention.Shared(*a[5:])), q, keys, values, starts, layer, *shared, starts)
+    prefix = tuple(jax.ShapeDtypeStruct((*a.shape[:1], 1, *a.shape[2:3], front, a.shape[4]), a.dtype) for a in (keys, values)) if front else ()
+    kernels = aot.compile(lambda *a: f(*a[:5], attention.Shared(*a[5:8], a[8:] or None)), q, keys, values, starts, layer, *shared, starts, *prefix)
     assert [k.registers <= limit for k, limit in zip(kernels, (168, 200), strict=shape[1] == 1)] == [True] * len(kernels)
     assert not any(k.spills or k.warnings for k in kernels)
     assert not kernels[-1].sass or main_loop is None or sum(kernels[-1].loop("HMMA").values()) <= main_loop
@@ -363,16 +381,17 @@ def test_prefill_compiles(shape, options):
 def test_a_loop_over_layers_copies_no_cache(tokens):
     """The compiled program of a scan over layers: nothing in it has the size of a layer's keys but the cache itself, and what rows share."""
     args = structs(4, tokens, 2, 8, 128, 600, layers=3)
-    shared = [jax.ShapeDtypeStruct((3, 2, 2, 300, 128), jnp.bfloat16)] * 2
+    shared = [jax.ShapeDtypeStruct((3, rows, 2, slots, 128), jnp.bfloat16) for rows, slots in ((2, 300), (2, 300), (1, 256), (1, 256))]
 
     def f(q, keys, values, starts, *shared):
-        shared = attention.Shared(*shared, starts // 256 * 128)
+        shared = attention.Shared(*shared[:2], starts // 256 * 128, shared[2:])
         plan = attention.plan(starts, q, keys, shared=shared)
         return jax.lax.fori_loop(0, 3, lambda i, q: attention.attention(q, keys, values, starts, layer=i, plan=plan, shared=shared), q)
 
     text = ptx_attention.compiled_text(f, *args[:4], *shared)
     assert "custom-call" in text and "bf16[3,4,2,600,128]" in text and "bf16[3,2,2,300,128]" in text
     sizes = "3,4,2,600,128", "4,2,600,128", "1,4,2,600,128", "24,600,128", "3,2,2,300,128", "2,2,300,128", "1,2,2,300,128", "12,300,128"
+    sizes += "3,1,2,256,128", "1,2,256,128", "1,1,2,256,128", "6,256,128"
     made = [line for line in text.splitlines() if "=" in line and any(f" = bf16[{size}]" in line for size in sizes)]
     allowed = "parameter(", "get-tuple-element(", "bitcast("
     assert made and all(any(a in line for a in allowed) for line in made), made
