@@ -88,6 +88,9 @@ def test_attention_against_the_oracle(options, key):
         rows = ops.SharedRows(*common, jnp.asarray(slots))
         found = ops.attention(q, keys, values, starts + slots, shared=rows, **options)
         np.testing.assert_allclose(found, oracle(q, *whole, starts + slots, **options), atol=2e-6)
+        behind = jax.tree.map(lambda x: x[:, :, :12], common)  # the first row's 128 slots as a prefix
+        rows = ops.SharedRows(*behind, jnp.asarray(slots), tuple(jax.tree.map(lambda x: x[:1, :, :128], common)))
+        np.testing.assert_allclose(ops.attention(q, keys, values, starts + slots, shared=rows, **options), found, atol=2e-6)
 
 
 def test_written_once(key):
@@ -191,8 +194,10 @@ def test_bits_on_hopper(key):
         alone = attend(turned[2:3, t:t + 1], at(t, 1), *jax.tree.map(lambda x: x[2:3], kv))
         np.testing.assert_array_equal(_bits(alone), whole[2:3, t:t + 1])
     own, common = (jax.tree.map(lambda x, part=part: x[part], kv) for part in (np.s_[:, :, 256:], np.s_[:1, :, :256]))
-    for held in (common, [x.dequantize(jnp.bfloat16) for x in common]):
-        shared = ops.SharedRows(*held, at(256))
+    common = [common, [x.dequantize(jnp.bfloat16) for x in common]]
+    parts = [tuple(jax.tree.map(lambda x: x[:, :, part], held) for part in (slice(128, None), slice(128))) for held in common]
+    for held, prefix in [*((held, None) for held in common), *((held, tuple(first)) for held, first in parts)]:
+        shared = ops.SharedRows(*held, at(256), prefix)
         np.testing.assert_array_equal(_bits(attend(turned[:, 600:601], at(600), *own, shared=shared)), whole[:, 600:601])
         np.testing.assert_array_equal(_bits(attend(turned[:, 256:600], at(256), *own, shared=shared)), whole[:, 256:600])
 

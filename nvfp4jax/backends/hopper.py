@@ -202,9 +202,9 @@ def attention(q, keys, values, starts, layer, scale, window, soft_cap, counts, p
     is_decode = attention_kernels.is_decode(q, keys, shared)
     if shared is not None and (isinstance(shared.keys, FP8Array) or not is_decode):
         _log_decoded("keys and values that rows share")
-        shared = attention_kernels.Shared(_layer(shared.keys, layer), _layer(shared.values, layer), shared.slots)
+        shared = shared.of([_layer(x, layer) for x in shared.arrays])
     elif shared is not None and layer is None:
-        shared = attention_kernels.Shared(shared.keys[None], shared.values[None], shared.slots)
+        shared = shared.of([x[None] for x in shared.arrays])
     if is_decode:
         scales = keys.scale, values.scale
         return _attention(q, keys.qvalue, values.qvalue, starts, layer=layer, shared=shared, scales=scales, **how)

@@ -190,8 +190,11 @@ def attention_plan(starts: Array, q: jax.ShapeDtypeStruct, keys: jax.ShapeDtypeS
     """Nothing that the layers of a step could share."""
 
 
-def _joined(own: Array, shared: Array, slots: Array) -> Array:
-    """own [B, H, S, D] behind the first slots[b] of the shared row of row b, [N, H, P, D] -> [B, H, P + S, D]."""
+def _joined(own: Array, shared: Array, slots: Array, prefix: Array | None) -> Array:
+    """own [B, H, S, D] behind the first slots[b] of the shared row of row b, [N, H, P, D], and of the prefix in front of it, [1, H, F, D]
+    -> [B, H, (F +) P + S, D]."""
+    if prefix is not None:
+        shared = jnp.concatenate([jnp.repeat(prefix, shared.shape[0], axis=0), shared], axis=2)
     shared = shared.astype(own.dtype)  # bfloat16 beside FP8 that was decoded to q's dtype
     first = jnp.pad(jnp.repeat(shared, own.shape[0] // shared.shape[0], axis=0), ((0, 0), (0, 0), (0, own.shape[2]), (0, 0)))
     place = (jnp.arange(first.shape[2], dtype=jnp.int32)[None] - slots[:, None])[:, None, :, None]
@@ -211,9 +214,11 @@ def attention(q, keys, values, starts, layer, scale, window, soft_cap, counts, p
         return x.dequantize(q.dtype) if isinstance(x, FP8Array) else x
 
     keys, values = of_layer(keys), of_layer(values)
-    shared = None if shared is None else shared._replace(keys=of_layer(shared.keys), values=of_layer(shared.values))
     if shared is not None:
-        keys, values = lax.optimization_barrier(tuple(_joined(*x, shared.slots) for x in ((keys, shared.keys), (values, shared.values))))
+        shared_keys, shared_values, *prefix = (of_layer(x) for x in shared.arrays)
+        first_keys, first_values = prefix or (None, None)
+        pairs = (keys, shared_keys, shared.slots, first_keys), (values, shared_values, shared.slots, first_values)
+        keys, values = lax.optimization_barrier(tuple(_joined(*x) for x in pairs))
     batch, steps, heads, head_dim = q.shape
     kv_heads, slots = keys.shape[1:3]
     keys, values = keys.astype(q.dtype), values.astype(q.dtype)

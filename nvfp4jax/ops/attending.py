@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -22,11 +23,25 @@ class SharedRows(NamedTuple):
 
     Row b begins with the first slots[b] slots, a multiple of SHARED_STEP, of row b // (B / N) here, as many as the other rows that do;
     its own keys and values are those from slot slots[b] on.
+
+    prefix: None, or keys [*L, 1, Hkv, F, D] and values [*L, 1, Hkv, F, Dv] of slots that stand in front of those of each row here, of
+    their dtype; F is a multiple of SHARED_STEP, and slots[b] counts them.
     """
 
     keys: Float[Array, "*L N Hkv P D"] | FP8Array
     values: Float[Array, "*L N Hkv P Dv"] | FP8Array
     slots: Int[Array, "B"]
+    prefix: tuple[Any, Any] | None = None
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """Keys and values, and those of the prefix."""
+        return (self.keys, self.values, *(self.prefix or ()))
+
+    def of(self, arrays: Sequence[Any]) -> "SharedRows":
+        """With others in place of `arrays`."""
+        keys, values, *prefix = arrays
+        return SharedRows(keys, values, self.slots, (prefix[0], prefix[1]) if prefix else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +109,21 @@ def _attention_bwd(how, saved, dy):
     _no_fp8_gradients("attention", keys)
 
     def exact(q, keys, values, of_shared):
-        rows = None if shared is None else SharedRows(*of_shared, shared.slots)
+        rows = None if shared is None else shared.of(of_shared)
         return xla.attention(q, keys, values, starts, layer, how.scale, how.window, how.soft_cap, None, None, rows)
 
-    dq, dkeys, dvalues, dshared = jax.vjp(exact, q, keys, values, None if shared is None else shared[:2])[1](dy)
-    dshared = None if shared is None else SharedRows(*dshared, no_cotangent(shared.slots))
+    dq, dkeys, dvalues, dshared = jax.vjp(exact, q, keys, values, None if shared is None else shared.arrays)[1](dy)
+    dshared = None if shared is None else shared.of(dshared)._replace(slots=no_cotangent(shared.slots))
     return dq, dkeys, dvalues, *(no_cotangent(x) for x in (starts, layer, counts, plan)), dshared
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _stands_in_front(shared: SharedRows) -> bool:
+    slots = shared.prefix[0].shape[-2] if shared.prefix else 0
+    wanted = [((*x.shape[:-4], 1, x.shape[-3], slots, x.shape[-1]), x.dtype) for x in shared.arrays[:2]]
+    return slots > 0 and slots % SHARED_STEP == 0 and [(x.shape, x.dtype) for x in shared.arrays[2:]] == wanted
 
 
 def attention(
@@ -134,7 +155,7 @@ def attention(
     ValueError for shapes that do not fit together. On Hopper a query's bits depend on its row alone: on no batch, no capacity, no
     number of queries beside it, and not on how much of the row is shared.
     """
-    coded, shared_coded = ({isinstance(x, FP8Array) for x in pair} for pair in ((keys, values), () if shared is None else shared[:2]))
+    coded, shared_coded = ({isinstance(x, FP8Array) for x in pair} for pair in ((keys, values), () if shared is None else shared.arrays))
     if len(coded) > 1 or len(shared_coded) > 1 or True in shared_coded - coded:
         raise ValueError("attention: keys and values are both FP8Arrays or neither is; shared ones only beside FP8Arrays")
     if q.ndim != 4 or keys.ndim != 4 + (layer is not None) or keys.shape[:-1] != values.shape[:-1]:
@@ -149,6 +170,10 @@ def attention(
         if shapes != other or shared.keys.shape[:-1] != shared.values.shape[:-1] or rows % shared.keys.shape[-4] or shared.slots.shape != (rows,):
             raise ValueError(f"attention: shared keys {shared.keys.shape}, values {shared.values.shape} and slots {shared.slots.shape} beside keys "
                              f"{keys.shape}: [N, Hkv, P, D] is needed, with N a divisor of the rows, and a number of slots for each row")
+        if shared.prefix is not None and not _stands_in_front(shared):
+            first = [f"{x.dtype}{x.shape}" for x in shared.prefix]
+            raise ValueError(f"attention: a prefix of keys and values {first} in front of shared keys {shared.keys.dtype}{shared.keys.shape} and values "
+                             f"{shared.values.shape}: one row of them, of their dtype, with a multiple of {SHARED_STEP} slots is needed")
     how = _AttentionHow(q.shape[-1] ** -0.5 if scale is None else float(scale), window, soft_cap, check_implementation(implementation))
     return _attention(how, q, keys, values, starts, layer, counts, plan, shared)
 

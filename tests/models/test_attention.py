@@ -61,12 +61,42 @@ def test_rows_that_share(key):
     assert all(np.abs(g[0, :, :128]).min() > 0 and not np.asarray(g[0, :, 128:]).any() and not np.asarray(g[1]).any() for g in grads)
 
 
+def test_rows_that_share_behind_a_prefix(key):
+    """128 slots of all rows, then 128 of the first shared row, none of the second's; rows of a third have but a part of the prefix, as an
+    empty place of a queue does. Gradients reach the prefix."""
+    shapes = [(6, 2, 6, 8), (6, 2, 12, 8), (6, 2, 12, 5), (3, 2, 140, 8), (3, 2, 140, 5), (1, 2, 128, 8), (1, 2, 128, 5)]
+    q, keys, values, *shared = (jax.random.normal(jax.random.fold_in(key, i), s) for i, s in enumerate(shapes))
+    slots = np.asarray([256, 256, 128, 128, 0, 0], np.int32)
+    starts = slots + np.asarray([0, 7, 10, 3, 0, 1], np.int32)
+    whole = []
+    for own, common, first in ((keys, shared[0], shared[2]), (values, shared[1], shared[3])):
+        rows = [np.concatenate([np.concatenate([first[0], common[b // 2]], 1)[:, :slots[b]], own[b], np.zeros((2, 256 - slots[b], own.shape[-1]))], 1)
+                for b in range(6)]  # fmt: skip
+        whole.append(np.stack(rows))
+
+    def call(q, *arrays, layer=None):
+        rows = ops.SharedRows(*arrays[2:4], jnp.asarray(slots), arrays[4:])
+        return ops.attention(q, *arrays[:2], jnp.asarray(starts), layer=layer, shared=rows, soft_cap=3.0)
+
+    expected = oracle(q, *whole, starts, soft_cap=3.0)
+    np.testing.assert_allclose(call(q, keys, values, *shared), expected, atol=2e-6)
+    stacks = [jnp.stack([x + 1, x]) for x in (keys, values, *shared)]
+    np.testing.assert_allclose(call(q, *stacks, layer=jnp.int32(1)), expected, atol=2e-6)
+    grads = jax.grad(lambda *a: (call(*a) ** 2).sum(), argnums=(3, 4, 5, 6))(q, keys, values, *shared)
+    assert all(np.abs(g[0, :, :128]).min() > 0 and not np.asarray(g[:, :, 128:]).any() and not np.asarray(g[1:]).any() for g in grads)
+
+
 def test_shared_rows_that_do_not_fit(unchecked):
     q, keys, starts = jnp.zeros((4, 1, 2, 8)), jnp.zeros((4, 2, 12, 8)), jnp.zeros(4, jnp.int32)
     for shape, slots in (((3, 2, 128, 8), starts), ((2, 1, 128, 8), starts), ((2, 2, 128, 4), starts), ((2, 2, 128, 8), starts[:2])):
         shared = ops.SharedRows(jnp.zeros(shape), jnp.zeros(shape), slots)
         with pytest.raises(ValueError, match=r"attention: shared keys \("):
             ops.attention(q, keys, keys, starts, shared=shared)
+    shared = jnp.zeros((2, 2, 128, 8))
+    for shape, dtype in (((2, 2, 128, 8), jnp.float32), ((1, 2, 100, 8), jnp.float32), ((1, 1, 128, 8), jnp.float32), ((1, 2, 128, 8), jnp.bfloat16)):
+        first = jnp.zeros(shape, dtype)
+        with pytest.raises(ValueError, match="attention: a prefix of keys and values"):
+            ops.attention(q, keys, keys, starts, shared=ops.SharedRows(shared, shared, starts, (first, first)))
 
 
 def test_blocks_of_queries(monkeypatch, key):

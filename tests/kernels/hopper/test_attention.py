@@ -494,7 +494,11 @@ def test_bits_of_rows_that_share(rows, shared_rows, heads, group, d, capacity, r
     def call(q, keys, values, starts, layer, shared):
         return attention.attention(q, keys, values, starts, layer=layer, shared=shared, **options)
 
-    assert (bits(call(q, *own, starts, layer, shared)) == bits(run(q, *whole, layer, starts, **options))).all()
+    alone = bits(run(q, *whole, layer, starts, **options))
+    assert (bits(call(q, *own, starts, layer, shared)) == alone).all()
+    if shared_rows == 1:  # its first slots as a prefix
+        behind, prefix = cut_off(256, keys, values)
+        assert (bits(call(q, *own, starts, layer, attention.Shared(*behind, of_row, prefix))) == alone).all()
     few, tokens = slice(0, rows // shared_rows * min(2, shared_rows)), 70
     some = attention.Shared(*(a[:, :min(2, shared_rows)] for a in (keys, values)), of_row[few])
     q = rng.normal(size=(len(of_row[few]), tokens, heads * group, d)).astype(BF16)
@@ -527,6 +531,10 @@ def test_refusals():
     for wrong in (dict(keys=keys[:, :, :1]), dict(values=values[:, :1]), dict(slots=starts[:1]), dict(keys=keys[:1], values=values[:1])):
         with pytest.raises(ValueError, match="attention: shared keys"):
             attention.attention(q, keys, values, starts, layer=layer, shared=attention.Shared(keys, values, starts)._replace(**wrong))
+    front = jnp.zeros((*keys.shape[:1], 1, *keys.shape[2:3], 128, *keys.shape[4:]), keys.dtype)
+    for wrong in (front[:, :, :1], front[..., :100, :], front[:1], front.astype(jnp.float32)):
+        with pytest.raises(ValueError, match="attention: a prefix"):
+            attention.attention(q, keys, values, starts, layer=layer, shared=attention.Shared(keys, values, starts, (front, wrong)))
     for bad in (dict(q=q[:1]), dict(q=q[:, :, :3]), dict(values=values[:, :, :, :5]), dict(layer=None), dict(starts=starts[:1])):
         arguments = dict(q=q, keys=keys, values=values, starts=starts, layer=layer) | bad
         with pytest.raises(ValueError, match="attention: q"):
