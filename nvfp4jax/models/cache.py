@@ -69,11 +69,16 @@ def init_cache(
 @dataclasses.dataclass(frozen=True)
 class SharedCache:
     """A cache of B rows of which several begin alike: row b's first slots[b] slots, a multiple of ops.SHARED_STEP, are those of row
-    b // (B / N) of `shared`, a cache of N rows; `own` has each row's slots from slots[b] on. `own` may be FP8 where `shared` is not."""
+    b // (B / N) of `shared`, a cache of N rows; `own` has each row's slots from slots[b] on. `own` may be FP8 where `shared` is not.
+
+    prefix: None, or a cache of one row, of whole steps of ops.SHARED_STEP, which stands in front of each row of `shared`: what all B rows
+    begin with is held once, what several of them go on with once for these.
+    """
 
     own: Cache
     shared: Cache
     slots: Int[Array, "B"]
+    prefix: Cache | None = None
 
 
 def arrays(cache: Any) -> list[CacheArray]:
@@ -125,18 +130,20 @@ def take_rows(x: jax.Array, axis: int, rows: Int[Array, "n"]) -> jax.Array:
 
 def put(cache: Any, rows: Int[Array, "n"], new: Any, shared_rows: Int[Array, "m"] | None = None) -> Any:
     """The cache with n rows of a like one, of as many slots or fewer, in these of its rows: see `put_rows`. shared_rows: where those that
-    `new` shares go; None: what is shared stays."""
+    `new` shares go; None: what is shared stays. A prefix stays."""
     if isinstance(cache, SharedCache):
         shared = cache.shared if shared_rows is None else put(cache.shared, shared_rows, new.shared)
-        return SharedCache(put(cache.own, rows, new.own), shared, put_rows(cache.slots, -1, rows, new.slots))
+        own, slots = put(cache.own, rows, new.own), put_rows(cache.slots, -1, rows, new.slots)
+        return dataclasses.replace(cache, own=own, shared=shared, slots=slots)
     values = iter(arrays(new))
     return _map(lambda x: put_rows(x.value, x.batch, rows, next(values).value), cache)
 
 
-def share(cache: Cache, lengths: Int[Array, "N"], times: int, slots: int) -> SharedCache:
+def share(cache: Cache, lengths: Int[Array, "N"], times: int, slots: int, prefix: Cache | None = None) -> SharedCache:
     """Each row `times` times in a row, as `repeat` does it, its whole steps of SHARED_STEP slots held once: the given cache, of which
     nothing is copied but a row's last step; of an FP8 cache it is the decoded one (see `decoded`). lengths: the slots in use; slots: room
-    for more, of each row."""
+    for more, of each row; prefix: a cache of one row that the given one goes on from."""
+    held = 0 if prefix is None else length(prefix) or 0
     whole = lengths // ops.SHARED_STEP * ops.SHARED_STEP
 
     def rest(x: CacheArray) -> jax.Array:
@@ -146,7 +153,8 @@ def share(cache: Cache, lengths: Int[Array, "N"], times: int, slots: int) -> Sha
         part = jnp.repeat(jnp.take_along_axis(x.value, at.reshape(sizes), axis), times, rows)
         return jnp.pad(part, [(0, slots if a == axis else 0) for a in range(x.value.ndim)])
 
-    return SharedCache(_map(rest, cache), decoded(cache), jnp.repeat(whole, times))
+    front = None if prefix is None else decoded(prefix)
+    return SharedCache(_map(rest, cache), decoded(cache), jnp.repeat(whole + jnp.int32(held), times), front)
 
 
 def decoded(cache: Cache) -> Cache:
@@ -177,17 +185,6 @@ def is_fp8(cache: Any) -> bool:
     return any(x.value.dtype == fp8.DTYPE for x in arrays(cache))
 
 
-def whole(cache: SharedCache) -> Cache:
-    """The rows with all their slots, where all share as many as `shared` has, and it is of the dtype of `own`."""
-
-    def join(own: CacheArray, shared: CacheArray) -> CacheArray:
-        rows, axis = own.value.ndim + own.batch, own.value.ndim + own.slots
-        first = jnp.repeat(shared.value, own.value.shape[rows] // shared.value.shape[rows], rows)
-        return dataclasses.replace(own, value=jnp.concatenate([first, own.value], axis))
-
-    return jax.tree.map(join, cache.own, cache.shared, is_leaf=lambda x: isinstance(x, CacheArray))
-
-
 def extend(cache: Any, slots: int) -> Any:
     """The cache with room for `slots` slots a row, the new ones zero."""
 
@@ -204,24 +201,28 @@ def extend(cache: Any, slots: int) -> Any:
 def parts(cache: Cache | SharedCache) -> list["LayerCache"]:
     """One for each entry of `model.layers`."""
     if isinstance(cache, SharedCache):
-        return [LayerCache(dict(own), None, dict(shared), cache.slots) for own, shared in zip(cache.own, cache.shared, strict=True)]
+        fronts = [None] * len(cache.own) if cache.prefix is None else [dict(x) for x in cache.prefix]
+        entries = zip(cache.own, cache.shared, fronts, strict=True)
+        return [LayerCache(dict(own), None, dict(shared), cache.slots, prefix) for own, shared, prefix in entries]
     return [LayerCache(dict(own)) for own in cache]
 
 
 class LayerCache(NamedTuple):
     """One layer's part of a cache: its arrays, or the arrays of its whole stack and its place in it; of a SharedCache also what its
-    rows share."""
+    rows share, and the prefix where it has one."""
 
     arrays: dict[str, CacheArray]
     layer: Int[Array, ""] | None = None
     shared: dict[str, CacheArray] | None = None
     shared_slots: Int[Array, "B"] | None = None
+    prefix: dict[str, CacheArray] | None = None
 
     def shared_rows(self, keys: str, values: str, view: Callable[[Any], Any] = lambda x: x) -> ops.SharedRows | None:
         """What `ops.attention` reads besides: arrays by name, viewed as keys and values."""
         if self.shared is None:
             return None
-        return ops.SharedRows(view(_named(self.shared, keys)), view(_named(self.shared, values)), self.shared_slots)
+        pair = lambda arrays: (view(_named(arrays, keys)), view(_named(arrays, values)))  # noqa: E731
+        return ops.SharedRows(*pair(self.shared), self.shared_slots, None if self.prefix is None else pair(self.prefix))
 
     def write(self, starts: Int[Array, "B"], **new: jax.Array) -> "LayerCache":
         """The part after T tokens of each row were written from slot starts[b] of `arrays` on; tokens past the last one are dropped.

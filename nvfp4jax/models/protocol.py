@@ -75,5 +75,6 @@ class Decoder(Protocol):
             computed for it is read by nobody; it must be finite. None: all are valid.
         last: the logits of that one of the T tokens in each row are wanted, the others' are not.
         A mixture of experts may take `return_experts=True` and then fill `Output.experts`. A model with an attribute
-        `takes_shared_cache` that is true may be given a `models.cache.SharedCache` too, and gives one back.
+        `takes_shared_cache` that is true may be given a `models.cache.SharedCache` too, with a prefix or without,
+        and gives one back.
         """

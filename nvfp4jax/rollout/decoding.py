@@ -34,7 +34,7 @@ class Settings:
 
     repeats: how many rows of the caller's, one after the other, each prompt stands for; all have num_samples. For models that take a
     cache.SharedCache: share_prompts, a prompt's keys and values are held once for all its samples; prefix, slots, a multiple of
-    ops.SHARED_STEP, that all prompts begin with and go beyond: they run once.
+    ops.SHARED_STEP, that all prompts begin with and go beyond: they run once and are held once; of several samples each prompt is too.
     """
 
     new_tokens: int
@@ -240,10 +240,13 @@ def _for_samples(prompts: Any, lengths: Int[Array, "B"], settings: Settings) -> 
     """The cache of all samples, with room for their tokens."""
     if settings.prefix and settings.samples == 1:
         return dataclasses.replace(prompts, shared=cache.decoded(prompts.shared))
-    prompts = cache.whole(prompts) if settings.prefix else prompts
+    room = settings.cache_length - settings.prefix
+    if settings.prefix:  # the prompts' own parts become what their samples share
+        behind = lengths - jnp.int32(settings.prefix)
+        return cache.share(prompts.own, behind, settings.samples, room - cache.length(prompts.own), prompts.shared)
     if not settings.share_prompts:
-        return cache.extend(cache.repeat(prompts, settings.samples), settings.cache_length)
-    return cache.share(prompts, lengths, settings.samples, settings.cache_length - cache.length(prompts))
+        return cache.extend(cache.repeat(prompts, settings.samples), room)
+    return cache.share(prompts, lengths, settings.samples, room - cache.length(prompts))
 
 
 def decode(

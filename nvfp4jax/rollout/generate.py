@@ -202,9 +202,9 @@ def generate(
         the places of rows that have ended, some at a time (`queue.REFILLS`), so that short answers do not wait for long ones, and any number
         of prompts fits: those of one filling run together, not all. A place is a prompt with all its samples, and all its repetitions in
         a row where they fit: the number is rounded down to a multiple of that, to one place at least. A row's tokens are the same as without; so are the logprobs' bits on Hopper
-        where no scale spans rows. Newer weights are also taken when places are filled, and run what all prompts begin with again;
-        `on_tokens` is also called then, sees rows that wait with a length of 0, and may end them, too: then they have no token, and a
-        prompt whose rows have all been ended does not run. Layers in mode "delayed" have one call for each filling, for all its prompts. Results
+        where no scale spans rows. Newer weights are also taken when places are filled, and run what all prompts begin with again:
+        rows in flight go on behind that, too. `on_tokens` is also called then, sees rows that wait with a length of 0, and may end them, too:
+        then they have no token, and a prompt whose rows have all been ended does not run. Layers in mode "delayed" have one call for each filling, for all its prompts. Results
         are gathered on the host.
     progress: a bar on stderr, of rows that have ended and tokens a second; brought up to date as `on_tokens` is called.
 

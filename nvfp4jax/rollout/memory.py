@@ -52,12 +52,12 @@ def _caches(model: nnx.Module, prompts: int, steps: int, settings: Settings) -> 
     held = functools.partial(_held, model, settings=settings)
     if settings.prefix and settings.samples == 1:  # in place
         return held(1, settings.prefix, shared=True) + held(rows, room - settings.prefix), 0
-    behind = held(prompts, steps - settings.prefix) if settings.prefix else 0
-    if settings.share_prompts:
-        whole, decoded = held(prompts, steps), held(prompts, steps, shared=True)
-        return decoded + held(rows, room - steps + ops.SHARED_STEP), behind + (whole if decoded != whole else 0)
-    in_place = not behind and rows == prompts and steps == room
-    return held(rows, room), behind + (0 if in_place else held(prompts, steps))
+    if settings.share_prompts or settings.prefix:
+        parts = [(prompts, steps - settings.prefix), *([(1, settings.prefix)] if settings.prefix else [])]
+        made, kept = (sum(held(*part, shared=shared) for part in parts) for shared in (False, True))
+        return kept + held(rows, room - steps + ops.SHARED_STEP), made if kept != made else 0  # of floats the same arrays
+    in_place = rows == prompts and steps == room
+    return held(rows, room), 0 if in_place else held(prompts, steps)
 
 
 def _host() -> tuple[int, int] | None:

@@ -98,16 +98,17 @@ def _present(pool: DecodeState, axes: Mapping[str, int]) -> list[tuple[str, int,
 
 
 def _shares_prefix(settings: Settings) -> bool:
-    """Whether all rows share one prefix; else what is shared is a unit's own."""
+    """Whether what rows share is the prefix of all; else it is a unit's own, behind a prefix where there is one."""
     return settings.prefix > 0 and settings.samples == 1
 
 
+def _with_prefix(kv: cache.SharedCache, first: Output, settings: Settings) -> cache.SharedCache:
+    """A pool's cache with this prefix: a copy of its own, for the pool will be donated."""
+    held = jax.tree.map(jnp.copy, cache.decoded(first.cache))
+    return dataclasses.replace(kv, **{"shared" if _shares_prefix(settings) else "prefix": held})
+
+
 # keep_unused: the pool is to lie where the params do.
-def _shared(first: Output) -> cache.Cache:
-    """The prefix as a pool holds it: a copy of its own, for the pool will be donated."""
-    return jax.tree.map(jnp.copy, cache.decoded(first.cache))
-
-
 @functools.partial(jax.jit, static_argnames=("units", "width", "settings"), keep_unused=True)
 def _empty(
     graphdef: Any,
@@ -135,10 +136,11 @@ def _empty(
     shapes = jax.eval_shape(fresh, *args, seen=seen, limits=ints(rows), first=first)
     keys = jnp.broadcast_to(key.reshape(-1)[:1], (rows,))
     pool = jax.tree.unflatten(trees[0], [keys if x.dtype == key.dtype else jnp.zeros(x.shape, x.dtype) for x in shapes])
-    if first is not None and _shares_prefix(settings):
-        # All rows share as many slots and write behind them, in an empty place too.
+    if first is not None:
+        # All rows share as many slots at least and write behind them, in an empty place too.
         held = jnp.full(rows, settings.prefix, jnp.int32)
-        pool = dataclasses.replace(pool, cache=cache.SharedCache(pool.cache.own, _shared(first), held), position=jnp.copy(held))
+        kv = dataclasses.replace(_with_prefix(pool.cache, first, settings), slots=held)
+        pool = dataclasses.replace(pool, cache=kv, position=jnp.copy(held))
     seen = jax.tree.unflatten(jax.tree.structure(pool.seen), [jnp.copy(x) for x in jax.tree.leaves(seen)])
     return dataclasses.replace(pool, done=jnp.ones(rows, bool), prompt_experts=None, seen=seen)
 
@@ -221,7 +223,7 @@ def _shrink(pool: DecodeState, places: Int[Array, "n"], settings: Settings) -> D
         return dataclasses.replace(small, cache=take(kv, rows))
     shared = kv.shared if _shares_prefix(settings) else take(kv.shared, places)
     slots = _take_rows(kv.slots, axis=-1, rows=rows)
-    return dataclasses.replace(small, cache=cache.SharedCache(take(kv.own, rows), shared, slots))
+    return dataclasses.replace(small, cache=dataclasses.replace(kv, own=take(kv.own, rows), shared=shared, slots=slots))
 
 
 def _next_size(size: int, settings: Settings) -> int:
@@ -310,9 +312,8 @@ def run(
             params, version = newer
             first, noted = _first(job, params, pool.seen)
             pool = dataclasses.replace(pool, seen=noted)
-            if _shares_prefix(settings):
-                kv = dataclasses.replace(pool.cache, shared=_shared(first))
-                pool = dataclasses.replace(pool, cache=kv)
+            if first is not None:
+                pool = dataclasses.replace(pool, cache=_with_prefix(pool.cache, first, settings))
         while len(waiting) and (unit < 0).sum() >= min(job.few, len(waiting)):
             pool = _begin(job, params, pool, first, waiting[: job.few], unit, found)
             waiting = waiting[job.few :]

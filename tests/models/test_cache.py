@@ -1,5 +1,7 @@
 """Caches of key-value and latent arrays, single and stacked, against numpy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +71,7 @@ def test_rows_put_and_taken(depths):
 
 
 def test_rows_that_share():
-    """Two rows a unit: both kinds of rows go to their places; what all share stays."""
+    """Two rows a unit: both kinds of rows go to their places; what all share stays, and so does a prefix."""
     def made(units, slots, seed):
         own, shared = (drawn(cache.init_cache(SHAPES[:1], (2,), rows, slots, jnp.float32)) for rows in (2 * units, units))
         return cache.SharedCache(own, shared, jnp.full(2 * units, 128 * seed, jnp.int32))
@@ -82,6 +84,9 @@ def test_rows_that_share():
             a, b, c = (np.asarray(getattr(kv, part)[0][name].value) for kv in (found, old, new))
             np.testing.assert_array_equal(a[:, places], c)
             np.testing.assert_array_equal(a[:, others], b[:, others])
+    first = drawn(cache.init_cache(SHAPES[:1], (2,), 1, 128, jnp.float32))
+    behind = cache.put(dataclasses.replace(old, prefix=first), jnp.asarray([2, 3]), dataclasses.replace(new, prefix=found.own), jnp.asarray([1]))
+    assert behind.prefix is first
     assert cache.put(made(2, 6, 1), jnp.asarray([2, 3]), made(1, 6, 2)).slots.tolist() == [128, 128, 256, 256]
 
 

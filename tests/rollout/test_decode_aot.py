@@ -87,20 +87,21 @@ def compiled(f, *args, donate=()):
         return jax.jit(f, donate_argnums=donate).lower(*args).compile().as_text()
 
 
-@pytest.mark.parametrize("prompts", [0, 3])
-def test_an_fp8_cache_is_never_copied(prompts):
+@pytest.mark.parametrize("prompts, prefix", [(0, 0), (3, 0), pytest.param(3, 256, marks=pytest.mark.slow)])
+def test_an_fp8_cache_is_never_copied(prompts, prefix):
     """Written by `rope_write` and read by `attention`, codes and scales, in a scan over layers in a loop over steps; so is what prompts
-    share, decoded."""
+    share, decoded, and what stands in front of that."""
     layers, rows, heads, slots, d = 3, 6, 2, 300, 128
     own, of_prompts = fp8_cache(layers, rows, heads, slots, d), fp8_cache(layers, prompts or 1, heads, 200, d)
     q, k = (jax.ShapeDtypeStruct((rows, 1, n * heads, d), jnp.bfloat16) for n in (4, 1))
     angle = jax.ShapeDtypeStruct((rows, 1, d // 2), jnp.float32)
 
     def step(own, q, k, angle, starts, shared):
-        (part,) = caches.parts(caches.SharedCache(own, shared, jnp.full(rows, 128, jnp.int32)) if prompts else own)
+        shared, front = shared
+        (part,) = caches.parts(caches.SharedCache(own, shared, jnp.full(rows, prefix + 128, jnp.int32), front) if prompts else own)
         keys, common = part["keys"], part.shared_rows("keys", "values")
         assert isinstance(keys, FP8Array)
-        places = starts if common is None else starts - 128
+        places = starts if common is None else starts - (prefix + 128)
         plan = ops.attention_plan(starts, q, jax.ShapeDtypeStruct(keys.shape, keys.dtype), shared=common, implementation="hopper")
 
         def layer(carry, index):
@@ -117,9 +118,10 @@ def test_an_fp8_cache_is_never_copied(prompts):
         again = lambda carry: (*step(carry[0], carry[1], k, angle, carry[2], carry[3]), carry[2] + 1, carry[3])
         return lax.while_loop(lambda carry: carry[2][0] < slots, again, (own, q, starts, shared))
 
-    args = own, q, k, angle, jax.ShapeDtypeStruct((rows,), jnp.int32), jax.eval_shape(caches.decoded, of_prompts)
+    front = jax.eval_shape(caches.decoded, fp8_cache(layers, 1, heads, prefix, d)) if prefix else None
+    args = own, q, k, angle, jax.ShapeDtypeStruct((rows,), jnp.int32), (jax.eval_shape(caches.decoded, of_prompts), front)
     text = compiled(steps, *args, donate=(0, 5))
-    shape = rf"(f8e4m3fn|u8|bf16|f32)\[({layers},|1,)?({rows},{heads},{slots}|{prompts},{heads},200)(,{d})?\]"
+    shape = rf"(f8e4m3fn|u8|bf16|f32)\[({layers},|1,)?({rows},{heads},{slots}|{prompts},{heads},200|1,{heads},{prefix})(,{d})?\]"
     made = [line for line in instructions(text) if re.match(rf"\s*(ROOT )?%\S+ = {shape}", line)]
     moved = [line for line in made if not re.search(r" (parameter|get-tuple-element|bitcast)\(|output_to_operand_aliasing", line)]
     assert made and not moved, moved

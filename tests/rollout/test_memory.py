@@ -65,12 +65,9 @@ def test_the_cache_of_a_pool_and_of_a_refill(model, samples, prefix):
     first = queue._run_prefix(graphdef, params, jnp.zeros((1, prefix), jnp.int32), settings, nnx.State({}))[0] if prefix else None
     pool = queue._empty(graphdef, params, first, nnx.State({}), jax.random.key(0), controls, size, steps, settings)
     held = sum(x.nbytes for x in jax.tree.leaves(pool.cache) if x.dtype == jnp.bfloat16)
-    refill = few * (steps - prefix if samples == 1 else 2 * steps - prefix + 2 * 128 if prefix else steps + 2 * 128)
-    if samples == 1 and not prefix:
-        refill = few * steps
-    extra = prefix if samples == 1 and prefix else 0  # the refill's view of the prefix
+    refill = few * (steps - prefix + (samples * 128 if samples > 1 else 0))
     found = memory.predict(model, size, steps, settings, 64, queue.refill_settings(settings, steps), few)
-    assert found.cache == held + slot_bytes(model) * (refill + 2 * prefix + extra)
+    assert found.cache == held + slot_bytes(model) * (refill + 3 * prefix)  # with the refill's view of the prefix
     assert found.logits == 4 * size * samples * 64 * 4
 
 

@@ -3,6 +3,7 @@
 Most of it on a model of integers, whose sums are exact in any order: no batch, no place and no number of slots may change a bit.
 """
 
+import dataclasses
 import functools
 import importlib
 
@@ -55,6 +56,9 @@ class Integers(nnx.Module):
                 total = jnp.where(seen[..., None], own[:, None], jnp.float32(0)).sum(2)
                 if shared:
                     first = pick(part.shared["read"].value)
+                    if part.prefix is not None:
+                        front = pick(part.prefix["read"].value)
+                        first = jnp.concatenate([jnp.repeat(front, len(first), axis=0), first], 1)
                     first = jnp.repeat(first, len(tokens) // len(first), axis=0)
                     held = jnp.arange(first.shape[1])[None] < slots[:, None]
                     total = total + jnp.where(held[..., None], first, jnp.float32(0)).sum(1)[:, None]
@@ -65,7 +69,7 @@ class Integers(nnx.Module):
         experts = jnp.stack([(tokens + positions + jnp.int32(n))[..., None] % jnp.arange(5, 7, dtype=jnp.int32)[None, None] for n in range(3)])
         if last is not None:
             row = jnp.take_along_axis(row, last[:, None], axis=1)
-        kv = cache.SharedCache(written, kv.shared, kv.slots) if shared else written
+        kv = dataclasses.replace(kv, own=written) if shared else written
         return models.Output(self.table[...][row], kv, experts if return_experts else None)
 
 
@@ -225,13 +229,14 @@ def test_weights_that_come_between_chunks():
     assert set(np.unique(other.weight_versions)) <= {-2, -1}
 
 
-def test_new_weights_run_the_prefix_again():
+@pytest.mark.parametrize("samples", [1, 2])
+def test_new_weights_run_the_prefix_again(samples):
     ids, mask = prompts(np.arange(260, 266), 130)
     new = nnx.state(Integers(1))
-    options = dict(max_new_tokens=4, temperature=1.0, key=jax.random.key(0))
-    found = generate(nnx.clone(integers()), ids, mask, weights=Scripted({2: (5, new)}), rows_in_flight=2, **options)
+    options = dict(max_new_tokens=4, temperature=1.0, key=jax.random.key(0), num_samples=samples)
+    found = generate(nnx.clone(integers()), ids, mask, weights=Scripted({2: (5, new)}), rows_in_flight=2 * samples, **options)
     begun = found.weight_versions[:, 0] == 5
-    assert begun.sum() >= 3
+    assert begun.sum() >= 3 * samples
     expected = generate(nnx.merge(nnx.graphdef(integers()), new), ids, mask, **options)
     np.testing.assert_array_equal(np.asarray(found.tokens)[begun], np.asarray(expected.tokens)[begun])
 
@@ -304,36 +309,40 @@ def test_a_second_call_compiles_nothing():
     assert [f._cache_size() for f in programs] == sizes
 
 
-def test_empty_places_write_behind_the_prefix():
+@pytest.mark.parametrize("samples", [1, 2])
+def test_empty_places_write_behind_the_prefix(samples):
     """A row's slot in its own part of the cache is its position less what it shares, and a kernel does not look whether that is negative."""
     graphdef, params = nnx.split(integers())
-    settings = decoding.Settings(16, 176, prefix=128)
+    settings = decoding.Settings(16, 176, samples, share_prompts=samples > 1, prefix=128)
     controls = decoding.Controls(jnp.float32(1), jnp.float32(1), jnp.zeros(0, jnp.int32))
     first, _ = queue._run_prefix(graphdef, params, jnp.zeros((1, 128), jnp.int32), settings, nnx.State({}))
     pool = queue._empty(graphdef, params, first, nnx.State({}), jax.random.key(0), controls, 5, 160, settings)
-    assert pool.cache.slots.tolist() == pool.position.tolist() == [128] * 5 and pool.done.all()
+    assert pool.cache.slots.tolist() == pool.position.tolist() == [128] * 5 * samples and pool.done.all()
     found = queue._chunk(graphdef, params, pool, np.int32(3), np.int32(5), controls, settings)
     assert found.step == 0  # no step without a row that lives
 
 
-@pytest.mark.parametrize("share", [False, True], ids=["own", "shared"])
-def test_the_pool_is_never_copied(share, unchecked):
+@pytest.mark.parametrize("share, prefix", [(False, 0), (True, 0), pytest.param(True, 128, marks=pytest.mark.slow)], ids=["own", "shared", "prefix"])
+def test_the_pool_is_never_copied(share, prefix, unchecked):
     """A chunk and a refill write into the donated cache: nothing of its shapes is made but what is written in place."""
     model = loading.load("qwen3-tiny", scan_layers=True)
     graphdef, params = nnx.split(model)
     samples, places, few, width = 2, 6, 3, 144
-    settings = decoding.Settings(16, width + 16, samples, share_prompts=share)
+    settings = decoding.Settings(16, width + 16, samples, share_prompts=share, prefix=prefix)
     controls = decoding.Controls(jnp.float32(1), jnp.float32(1), jnp.zeros(0, jnp.int32))
     ints = lambda *shape: jnp.zeros(shape, jnp.int32)
-    pool = queue._empty(graphdef, params, None, nnx.State({}), jax.random.key(0), controls, places, width, settings)
+    first = queue._run_prefix(graphdef, params, jnp.zeros((1, prefix), jnp.int32), settings, nnx.State({}))[0] if prefix else None
+    pool = queue._empty(graphdef, params, first, nnx.State({}), jax.random.key(0), controls, places, width, settings)
     shapes = {x.value.shape for part in ((pool.cache.own, pool.cache.shared) if share else (pool.cache,)) for x in cache.arrays(part)}
+    kept = {x.value.shape for x in cache.arrays(pool.cache.prefix)} if prefix else set()  # what stays is not written either
     chunk = queue._chunk.lower(graphdef, params, pool, ints(), ints(), controls, settings)
     refill = queue._refill.lower(
-        graphdef, params, pool, None, ints(few, width), ints(few), jax.random.key(0), ints(few), ints(few * samples), ints(few), controls, settings)  # fmt: skip
+        graphdef, params, pool, first, ints(few, width), ints(few), jax.random.key(0), ints(few), ints(few * samples), ints(few), controls, settings)  # fmt: skip
     for lowered in (chunk, refill):
         program = outside_fusions(lowered.compile().as_text())
         made = [op for op, _, shape in program if shape in shapes and op not in FREE]
         assert made and "copy" not in made and len(made) <= 2 * len(shapes), made
+        assert not [op for op, _, shape in program if shape in kept and op not in FREE]
 
 
 def close(a, b):
@@ -439,8 +448,8 @@ def test_an_fp8_cache_and_telemetry(samples):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cache_dtype, common", [(None, 140), (jnp.float8_e4m3fn, 0)])
-def test_bits_on_a_gpu(cache_dtype, common):
+@pytest.mark.parametrize("cache_dtype, common, samples", [(None, 140, 1), (jnp.float8_e4m3fn, 0, 1), (None, 140, 2), (jnp.float8_e4m3fn, 300, 2)])
+def test_bits_on_a_gpu(cache_dtype, common, samples):
     """Hopper's kernels: tokens and logprobs of a prompt, to the bit, through a queue and alone."""
     config = dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3", vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=3,
                   num_attention_heads=8, num_key_value_heads=2, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False)  # fmt: skip
@@ -452,11 +461,12 @@ def test_bits_on_a_gpu(cache_dtype, common):
     mask = np.arange(counts.max()) < counts[:, None]
 
     def run(rows, **more):
-        return generate(model, ids[rows], mask[rows], max_new_tokens=limits[rows], temperature=1.0, key=keys[rows], cache_dtype=cache_dtype, **more)
+        return generate(model, ids[rows], mask[rows], max_new_tokens=limits[rows], temperature=1.0, key=keys[rows], num_samples=samples,
+                        cache_dtype=cache_dtype, **more)  # fmt: skip
 
-    queued = run(slice(9), rows_in_flight=3)
-    np.testing.assert_array_equal(queued.lengths, limits)
+    queued = run(slice(9), rows_in_flight=3 * samples)
+    np.testing.assert_array_equal(queued.lengths, limits.repeat(samples))
     for row in range(9):
-        alone, made = run(slice(row, row + 1)), slice(0, limits[row])
-        np.testing.assert_array_equal(alone.tokens[0, made], queued.tokens[row, made])
-        np.testing.assert_array_equal(alone.logprobs[0, made], queued.logprobs[row, made])
+        alone, made, rows = run(slice(row, row + 1)), slice(0, limits[row]), slice(row * samples, (row + 1) * samples)
+        np.testing.assert_array_equal(alone.tokens[:, made], queued.tokens[rows, made])
+        np.testing.assert_array_equal(alone.logprobs[:, made], queued.logprobs[rows, made])

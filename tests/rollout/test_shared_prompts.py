@@ -16,7 +16,7 @@ from nvfp4jax import models
 from nvfp4jax.models import cache
 from nvfp4jax.rollout import Controls, Sampling, Settings, decode, prefill, row_keys
 from nvfp4jax.rollout.generate import _split
-from nvfp4jax.rollout.prompts import common, pack, repeats
+from nvfp4jax.rollout.prompts import bucket, common, pack, repeats
 
 generating = importlib.import_module("nvfp4jax.rollout.generate")  # the package's `generate` is the function
 
@@ -66,6 +66,49 @@ def test_bits_of_a_rollout_that_repeats_them(name, scan, quantize):
     assert rows(shared.cache.shared) == {4} and rows(shared.cache.own) == {4 * SAMPLES} and cache.length(shared.cache.own) == 128 + NEW
 
 
+def repeated(kv):
+    """A SharedCache as one that holds all slots of each row; as long as its parts together, so that XLA sums alike."""
+    slots = np.asarray(kv.slots)
+
+    def whole(own, shared, first):
+        rows, axis = own.value.ndim + own.batch, own.value.ndim + own.slots
+        front = lambda x: np.moveaxis(np.asarray(x.value), (rows, axis), (0, 1))
+        own_rows, shared_rows, first_rows = front(own), front(shared), front(first)
+        length, out = own_rows.shape[1] + shared_rows.shape[1] + first_rows.shape[1], []
+        for b, row in enumerate(own_rows):
+            held = np.concatenate([first_rows[0], shared_rows[b // (len(own_rows) // len(shared_rows))]])[:slots[b]]
+            row = np.concatenate([held, row])
+            out.append(np.concatenate([row, np.zeros((length - len(row), *row.shape[1:]), row.dtype)]))
+        return dataclasses.replace(own, value=jnp.asarray(np.moveaxis(np.stack(out), (0, 1), (rows, axis))))
+
+    return jax.tree.map(whole, kv.own, kv.shared, kv.prefix, is_leaf=lambda x: isinstance(x, cache.CacheArray))
+
+
+@pytest.mark.parametrize("name, scan, lengths, prefix", [
+    ("qwen3-tiny", True, [257, 384, 200, 129], 128), pytest.param("qwen3-tiny", False, [300, 257], 256, marks=pytest.mark.slow),
+    pytest.param("deepseek-v3-tiny", True, [150, 130, 270], 128, marks=pytest.mark.slow)])
+def test_bits_behind_what_all_prompts_begin_with(name, scan, lengths, prefix):
+    """Held once, each prompt's part behind it once; the samples decode as behind copies of both. Prompts of which nothing but the prefix, a
+    step and one token more, whole steps alone."""
+    model = loading.load(name, jnp.float32, scan_layers=scan)
+    graphdef, params, seen = _split(model)
+    ids, lengths = prompts(lengths)
+    steps = ids.shape[1]
+    ids = ids.at[:, :prefix].set(ids[:1, :prefix])
+    settings = Settings(NEW, steps + NEW, SAMPLES, Sampling(greedy=False), share_prompts=True, prefix=prefix)
+    controls = Controls(jnp.float32(1), jnp.float32(1), jnp.zeros(0, jnp.int32))
+    start, go_on = compiled()
+    state = start(graphdef, params, ids, lengths, row_keys(jax.random.key(3), len(ids), SAMPLES), controls, settings, seen)
+    kv = state.cache
+    np.testing.assert_array_equal(kv.slots, np.repeat(lengths // 128 * 128, SAMPLES))
+    sizes = [{(x.value.shape[x.batch], x.value.shape[x.slots]) for x in cache.arrays(part)} for part in (kv.prefix, kv.shared, kv.own)]
+    assert sizes == [{(1, prefix)}, {(len(ids), steps - prefix)}, {(len(ids) * SAMPLES, 128 + NEW)}]
+    copied = dataclasses.replace(state, cache=repeated(kv))
+    found, expected = (go_on(graphdef, params, s, jnp.int32(NEW), controls, settings) for s in (state, copied))
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.logprobs, expected.logprobs)
+
+
 class NothingNew:
     active_step = 3
 
@@ -85,24 +128,28 @@ def assert_near(a, b):
     np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
 
 
-@pytest.mark.parametrize("samples, weights", [(1, None), pytest.param(2, NothingNew(), marks=pytest.mark.slow)])
-def test_what_all_prompts_begin_with_runs_once(monkeypatch, samples, weights):
-    """150 tokens in common, of which 128 are shared; padding on the left, which the prompts' own lengths do not follow."""
+@pytest.mark.parametrize("samples, weights, common, lengths, held", [
+    (1, None, 150, (190, 151, 160), 128), *(pytest.param(*x, marks=pytest.mark.slow) for x in (
+        (2, NothingNew(), 150, (190, 151, 160), 128), (3, None, 256, (256, 257, 300), 128), (2, None, 256, (257, 258), 256),
+        (2, None, 100, (190, 151, 160), 0)))])  # fmt: skip
+def test_what_all_prompts_begin_with_runs_once(monkeypatch, samples, weights, common, lengths, held):
+    """Of the tokens in common whole steps of 128 are, one prompt's last token none of them; padding on the left, which the prompts' own
+    lengths do not follow."""
     model = loading.load("qwen3-moe-tiny", scan_layers=True)
-    rng = np.random.default_rng()
-    ids = rng.integers(1, 500, (3, 190))
-    lengths = np.array([190, 151, 160])
-    mask = np.arange(190) >= 190 - lengths[:, None]
-    first = rng.integers(1, 500, 150)
+    rng, longest = np.random.default_rng(), max(lengths)
+    ids = rng.integers(1, 500, (len(lengths), longest))
+    mask = np.arange(longest) >= longest - np.array(lengths)[:, None]
+    first = rng.integers(1, 500, common)
     for row, length in zip(ids, lengths, strict=True):
-        row[190 - length:][:150] = first
+        row[longest - length:][:common] = first
     options = dict(max_new_tokens=4, temperature=1.0, key=jax.random.key(1), num_samples=samples, return_experts=True)
     plain = unshared(model, monkeypatch, ids, mask, **options)
     calls = []
     inner = type(model).__call__
     monkeypatch.setattr(type(model), "__call__", lambda self, tokens, *a, **k: calls.append(tokens.shape) or inner(self, tokens, *a, **k))
     assert_near(nvfp4jax.generate(model, ids, mask, weights=weights, **options), plain)
-    assert calls[:2] == [(1, 128), (3, 64)] and (np.asarray(plain.prompt_experts)[:, mask] >= 0).all()
+    expected = [(1, held), (len(ids), bucket(longest) - held)] if held else [(len(ids), bucket(longest))]
+    assert calls[:len(expected)] == expected and (np.asarray(plain.prompt_experts)[:, mask] >= 0).all()
 
 
 @pytest.mark.slow
@@ -167,8 +214,8 @@ def test_bits_on_a_gpu(monkeypatch, scan):
     ids = np.asarray(ids).copy()
     ids[:, :150] = ids[0, :150]
     mask = np.arange(270) < np.array([160, 256, 200, 270])[:, None]
-    for samples in (1, 3):
-        options = dict(max_new_tokens=9, temperature=1.0, key=jax.random.key(1), num_samples=samples)
+    for samples, dtype in ((1, None), (3, None), (3, jnp.float8_e4m3fn)):
+        options = dict(max_new_tokens=9, temperature=1.0, key=jax.random.key(1), num_samples=samples, cache_dtype=dtype)
         out, plain = nvfp4jax.generate(model, ids, mask, **options), unshared(model, monkeypatch, ids, mask, **options)
         np.testing.assert_array_equal(out.tokens, plain.tokens)
         np.testing.assert_array_equal(out.logprobs, plain.logprobs)
