@@ -20,7 +20,7 @@ average. Prefill is counted in both; "ms" is the time for a step of all rows. Wi
 prompts, each with a key of its own, in batches of so many and through a queue with so many in flight, the prefix held once.
 XLA_PYTHON_CLIENT_MEM_FRACTION=.95 gives them the memory. --reload 64x1024: what it costs a rollout of so many rows that bfloat16 weights are
 quantized and taken while it runs.
-"memory" is arguments and temporaries of the compiled step. --profile splits a step by kernel, by jax's profiler.
+"memory" is arguments and temporaries of the compiled step; of `generate` and --reload, the process' peak so far. --profile splits a step by kernel, by jax's profiler.
 """
 
 import argparse
@@ -43,7 +43,9 @@ from jax import lax
 
 import nvfp4jax
 from nvfp4jax import Rule
+from nvfp4jax.layers import NVFP4Param
 from nvfp4jax.models import build, cache, stack_layers
+from nvfp4jax.models.stacking import depths
 from nvfp4jax.rollout import Controls, DecodeState, Sampling, Settings, decode, prefill, row_keys
 from nvfp4jax.rollout.generate import _split
 from nvfp4jax.scaling import Static
@@ -77,7 +79,7 @@ GEOMETRIES = {
                               num_key_value_heads=2, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64),
 }  # fmt: skip
 # What a kernel's name in a profile starts with or has in it -> what it is counted to.
-KINDS = (("attention", ("table_counters", "attention", "flash", "_prefill", "_lambda_")), ("bf16 matmul", ("float_dense",)), ("quantize", ("operand", "packed_scale", "partials")),
+KINDS = (("attention", ("table_counters", "attention", "flash", "_prefill", "_lambda_")), ("bf16 matmul", ("float_dense",)), ("quantize", ("operand", "packed_scale", "partials", "weight_values")),
          ("route and combine", ("expert_ids", "row_of_slot", "logits_weights")), ("rope and cache write", ("q_k_v_cos", "scatter", "write")),
          ("FP4 matmul", ("body_mosaic", "kernel_mosaic", "dense", "grouped")), ("bf16 matmul", ("gemm", "dot", "cutlass", "nvjet", "xmma")),
          ("copy", ("memcpy", "Memcpy", "copy", "dynamic_slice")))  # fmt: skip
@@ -308,10 +310,10 @@ def samples(config: dict, model: nnx.Module, prompts: int, number: int, length: 
         ms=times[1] * 1e3 / (new - 1) / (prompts // turn), tokens_per_s=prompts * number * new / times.sum(), prefill_s=times[0],
         floor_ms=floor_of_samples(config, model, turn, number, length, new, share) * 1e3, memory_gb=used / 1e9, compile_s=compile_s,
     )  # fmt: skip
-    if profile:  # of a late step: the rows' own slots are nearly full
-        state = run_prefill(graphdef, params, ids[:turn], lengths, keys, controls, seen=seen)
-        state = jax.block_until_ready(run_decode(graphdef, params, state, jnp.int32(new - 9), controls))
-        found |= profiled(lambda: jax.block_until_ready(run_decode(graphdef, params, state, jnp.int32(new - 1), controls).tokens), 8)
+    if profile:  # of late steps: the rows' own slots are nearly full
+        first, state = max(1, new - 9), run_prefill(graphdef, params, ids[:turn], lengths, keys, controls, seen=seen)
+        state = jax.block_until_ready(run_decode(graphdef, params, state, jnp.int32(first), controls))
+        found |= profiled(lambda: jax.block_until_ready(run_decode(graphdef, params, state, jnp.int32(new), controls).tokens), new - first)
     return found
 
 
@@ -366,9 +368,11 @@ class _Trainer:
 
 def reload(config: dict, model: nnx.Module, batch: int, length: int, new: int = 96) -> dict:
     """What new weights cost a rollout that runs: bfloat16 ones, as a Flax trainer holds them, quantized and taken between two chunks."""
-    state = nnx.state(random_model(config, "bf16", True, seed=1))
+    state = nnx.state(random_model(config, "bf16", any(depths(model)), seed=1))
     requantize = jax.jit(lambda state: nvfp4jax.quantize_params(state, model))
     jax.block_until_ready(requantize(state))
+    packed = [x.nbytes for x in jax.tree.leaves(nnx.state(model, NVFP4Param))]
+    moved = sum(packed) * (1 + 2 / 0.5625)  # read once, two bytes an element for 4.5 bits that are written
     ids = np.random.default_rng(0).integers(0, config["vocab_size"], (batch, length))
 
     def run(wanted: int) -> float:
@@ -390,7 +394,7 @@ def reload(config: dict, model: nnx.Module, batch: int, length: int, new: int = 
         alone.append(time.time() - start)
     return dict(
         kind="new weights in a rollout", batch=batch, context=length, ms=float(np.median([b - a for a, b in pairs])) * 1e3, requantize_ms=float(np.median(alone)) * 1e3,
-        tokens_per_s=batch * new / kept, tokens_per_s_with=batch * new / taken, floor_ms=sum(x.nbytes for x in jax.tree.leaves(state)) * 2 / MEMORY * 1e3,
+        tokens_per_s=batch * new / kept, tokens_per_s_with=batch * new / taken, floor_ms=moved / MEMORY * 1e3,
         memory_gb=(jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9, compile_s=0.0,
     )  # fmt: skip
 
@@ -473,7 +477,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         model = random_model(config, scaling, not options.unrolled)
         for cell in options.prefill:
             keep(scaling, prompt, *map(int, cell.split("x")), options.profile)
-        for cell in options.reload:
+        for cell in options.reload if scaling != "bf16" else ():
             keep(scaling, reload, *map(int, cell.split("x")))
         for context in options.contexts:
             for batch in options.batches:

@@ -67,6 +67,15 @@ def test_rollout_through_a_queue(tmp_path):
 
 
 @pytest.mark.slow
+def test_new_weights_in_a_rollout(tmp_path):
+    file = tmp_path / "found.json"
+    argv = ["--geometry", "tiny", "--unrolled", "--scalings", "token", "bf16", "--batches", "--reload", "2x16", "--json", str(file)]
+    subprocess.run([sys.executable, str(FOLDER / "bench_rollout.py"), *argv], check=True)
+    (found,) = json.loads(file.read_text())  # nothing to quantize in bfloat16
+    assert found["kind"] == "new weights in a rollout" and found["requantize_ms"] > 0 and found["floor_ms"] > 0
+
+
+@pytest.mark.slow
 def test_rollout_of_samples_and_of_a_prefix(tmp_path):
     file = tmp_path / "found.json"
     argv = ["--geometry", "tiny", "--layers", "1", "--scalings", "bf16", "--batches", "--prompts", "2", "--samples", "2",

@@ -149,5 +149,7 @@ def _check_shared(shape, shared_keys, shared_values, slots, prefix, window):
     if {(a.shape[:3], a.shape[3] % PIECE, a.shape[4], a.dtype) for a in front} - {((layers, 1, heads), 0, d, shared_keys.dtype)}:
         raise ValueError(f"attention: a prefix {[f'{a.dtype}{a.shape}' for a in front]} in front of shared keys {shared_keys.shape}; it should be "
                          f"[L, 1, Hkv, F, D] with F a multiple of {PIECE}")
+    if 0 in (*shared_keys.shape, *(size for a in front for size in a.shape)):
+        raise NotImplementedError(f"attention on Hopper: shared keys {shared_keys.shape} and a prefix {[a.shape for a in front]} hold no slots")
     if window is not None:
         raise NotImplementedError("attention on Hopper: a window over slots that rows share")

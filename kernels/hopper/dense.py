@@ -153,7 +153,8 @@ def _check(operand, row_scale, packed, scale, global_scale, bias, out_dtype, lay
 
 
 def matmuls(operand, row_scale, weights, *, out_dtype=jnp.bfloat16, layer=None):
-    """`matmul` with several weights [N_j, K] in one launch, but where few tokens meet weights that fill the GPU alone.
+    """`matmul` with several weights [N_j, K] in one launch; each in its own where the sums of all their rows would have one slice, and the
+    weights alone have different slices, or too few tokens meet them for `Wide`.
 
     weights: (packed, scale, global_scale, bias or None) each. -> out_dtype [M, N_j] each. All sums have the slices of one weight of all
     the rows (or each its own, where that were one slice), so a result's bits depend on the widths of the others too, and on nothing
@@ -163,7 +164,7 @@ def matmuls(operand, row_scale, weights, *, out_dtype=jnp.bfloat16, layer=None):
     count, common = slices(sum(widths), k), dict(out_dtype=out_dtype, layer=layer)
     for weight in weights:
         _check(operand, row_scale, *weight, **common)
-    whole = count == 1  # many rows: each weight fills the GPU, and keeps the slices that it has alone
+    whole = count == 1  # many rows: each weight keeps the slices that it has alone
     counts = {slices(n, k) for n in widths} if whole else {count}
     make, settings = plan_of(widths, k, m, max(counts))
     if whole and (make is not Wide or len(counts) > 1):

@@ -96,10 +96,8 @@ def amax_of(t: Thread, amax: Register, word_of, count: int) -> tuple[Register, R
 
 def _poisoned_columns(t: Thread, place: Place, poisoned: Register) -> list[Register]:
     """Whether NaN or infinity is in either of this thread's columns; poisoned: whether one is in the matrix."""
-    first = _address(t, place, i32(0))
-
     def body(i, largest):
-        row = first + i * (AT_ONCE * 2 * t.spec.columns)
+        row = _address(t, place, i * AT_ONCE)
         for word in [load_global(row + 2 * t.spec.columns * k, 1, i32(1))[0] for k in range(AT_ONCE)]:
             largest = asm(ptx.MAX_OF_PAIR, [largest, word], effects=False)
         return [largest]

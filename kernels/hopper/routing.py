@@ -190,21 +190,22 @@ def route(expert_ids, num_experts: int, valid=None) -> Routing:
 
 # --- both in one launch ----------------------------------------------------------------------------------------------
 
-LAUNCH = 1900  # operations of a scheduler, 1.4 cycles each, in the time of a launch: 1.2 us, and 0.25 between two
+# Operations of a scheduler that the launch which is saved is worth, by CTAs. Of one CTA: predicted (1.2 us, and 0.25 between two; 1.4 cycles each).
+# Of a cluster, whose turns came slower, measured: none take 0.14 us less than two launches (64 tokens), 1104 take 1.1 us more (256).
+LAUNCH = {1: 1900, CLUSTER: 700}
 
 
 def plan_of_one_launch(tokens: int, k: int, experts: int) -> tuple[int, int] | None:
     """(warps, CTAs of the one cluster) for a choice and a sort in one launch, a token a warp; None where two launches take less time.
 
     Two launches choose on all SMs. One CTA or one cluster has few schedulers, on each of which tokens take turns: one launch is worth it
-    while the turns behind the first have no more operations than a launch takes. 8 of 128 experts have 368 operations: 256 tokens, 4
-    turns, take 1104; 512 tokens would take 2576.
+    while the turns behind the first have no more operations than `LAUNCH` says. 8 of 128 experts have 368 operations: up to 128 tokens, 2 turns.
     """
     a_lane = -(-experts // WARP)
     operations = k * (5 * a_lane + 8) + 24 * a_lane + 48  # of `_choose`, of logits in one part; slow paths left out
     for cluster in (1, CLUSTER):
         turns = -(-tokens // (SCHEDULERS * cluster))
-        if 0 < SCHEDULERS * turns <= ONE_CTA and (turns - 1) * operations <= LAUNCH:
+        if 0 < SCHEDULERS * turns <= ONE_CTA and (turns - 1) * operations <= LAUNCH[cluster]:
             return SCHEDULERS * turns, cluster
     return None
 

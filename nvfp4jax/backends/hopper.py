@@ -126,7 +126,7 @@ def matmul(
 
 
 def matmuls(a: QuantizedActivation, ws: tuple[NVFP4Array, ...], biases: tuple, out_dtype: jnp.dtype) -> tuple[jax.Array, ...]:
-    """One launch, but where few tokens meet weights that fill the GPU alone."""
+    """One launch where the kernels can: see `dense.matmuls`."""
     _supported(a.operand)
     weights = [(w.packed, w.scale, global_scale(w, 0), bias) for w, bias in zip(ws, biases, strict=True)]
     return _dense_together(a.operand, _row_scale(a), weights, out_dtype=out_dtype, layer=ws[0].layer)

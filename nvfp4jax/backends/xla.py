@@ -205,7 +205,7 @@ def _joined(own: Array, shared: Array, slots: Array, prefix: Array | None) -> Ar
 @compiled(static_argnames=("scale", "window", "soft_cap"))
 def attention(q, keys, values, starts, layer, scale, window, soft_cap, counts, plan, shared) -> Array:
     """Scores and softmax in float32, the products in q's dtype. Scores are held for some queries at a time, so that a long prompt does
-    not hold T * S of them a head. What rows share is gathered for each: the sums are those of a cache of P + S slots a row. A layer's
+    not hold T * S of them a head. What rows share is gathered for each: the sums are those of a cache of F + P + S slots a row. A layer's
     FP8 keys and values are decoded first."""
     del counts, plan
 

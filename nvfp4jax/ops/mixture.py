@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from nvfp4jax import arguments, routing
+from nvfp4jax import array as nvfp4_array
 from nvfp4jax import scaling as scaling_modes
 from nvfp4jax.array import NVFP4Array, QuantizedActivation
 from nvfp4jax.backends import xla
@@ -20,6 +21,8 @@ from nvfp4jax.ops.products import How, check_weight, flat_residual, grouped_prod
 from nvfp4jax.ops.quantizing import check_valid, flat_rows, quantize_activation, resolved
 from nvfp4jax.routing import Routing
 from nvfp4jax.scaling import Name, Scaling
+
+_SPLIT = "the sort is over all tokens: replicate them, or take top_k_experts"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -79,6 +82,7 @@ def choose_and_route(
     """
     routing.check_top_k(logits, k)
     rows = logits.reshape(-1, logits.shape[-1])
+    nvfp4_array.check_unsplit(rows, range(1), "choose_and_route: logits", _SPLIT)
     weights, ids, route = _choose_and_route(k, normalize, check_implementation(implementation), rows)
     return weights.reshape(*logits.shape[:-1], k), ids.reshape(*logits.shape[:-1], k), route
 
@@ -110,6 +114,7 @@ def choose_experts(
     if kernel.ndim != 2 or x.shape[-1] != kernel.shape[0]:
         raise ValueError(f"choose_experts: x of shape {tuple(x.shape)} and a kernel of shape {tuple(kernel.shape)}; [..., K] and [K, E] are needed")
     rows = x.reshape(-1, x.shape[-1])
+    nvfp4_array.check_unsplit(rows, range(1), "choose_experts: x", _SPLIT)
     weights, ids, route = _choose_experts(k, normalize, check_implementation(implementation), rows, kernel)
     return weights.reshape(*x.shape[:-1], k), ids.reshape(*x.shape[:-1], k), route
 
@@ -182,8 +187,8 @@ def check_routed(
         check_valid(valid, x, name)
     if route is not None:
         shapes = (expert_ids.size,), expert_ids.shape, (num_experts,)
-        if not isinstance(route, Routing) or tuple(map(jnp.shape, route)) != shapes:
-            raise ValueError(f"{name}: route: {arguments.shown(route)}; a Routing of arrays of shapes {shapes} is needed")
+        if not isinstance(route, Routing) or [(jnp.shape(x), jnp.result_type(x)) for x in route] != [(shape, jnp.int32) for shape in shapes]:
+            raise ValueError(f"{name}: route: {arguments.shown(route)}; a Routing of i32 arrays of shapes {shapes} is needed")
 
 
 def experts_carrying(

@@ -83,7 +83,7 @@ def quantize_transposed(
     implementation: Implementation = None,
     name: str = "weight",
 ) -> NVFP4Array:
-    """`quantize_weight` of weights that lie transposed, as trainers hold them; Hopper's kernel reads them where they lie.
+    """`quantize_weight` of weights that lie transposed, as trainers hold them; Hopper's kernel reads them where they lie (K a multiple of 64, N even).
 
     ws: one or several [..., K, N] of the same leading axes and K, whose rows come one after another and share a global scale, as an
     expert's gate and up do. -> NVFP4Array [..., sum of N, K], the bits of transposing first. Made inside a trace it has a source, the

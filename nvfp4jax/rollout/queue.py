@@ -29,7 +29,8 @@ from nvfp4jax.rollout.prompts import bucket
 from nvfp4jax.rollout.sampling import row_keys
 
 REFILLS = 8  # a refill takes this part of the places: fewer stand empty, or more prompts run in one pass
-# A pool of more rows than this shrinks to a half, where a step takes nearly as much longer as it has more rows; a smaller one to a quarter.
+# A pool of more rows than this shrinks to a half, where a step takes nearly as much longer as it has more rows; a smaller one to a quarter, if
+# it has as many places.
 # Each size is one more program to compile, 10 s for 48 layers.
 MANY_ROWS = 256
 LEAST_ROWS = 8  # no pool shrinks below: a step of fewer rows takes as long
@@ -228,7 +229,7 @@ def _shrink(pool: DecodeState, places: Int[Array, "n"], settings: Settings) -> D
 
 def _next_size(size: int, settings: Settings) -> int:
     """The places that a pool of `size` shrinks to, 0 where it stays."""
-    smaller = size // (2 if size * settings.samples > MANY_ROWS else 4)
+    smaller = size // (2 if size < 4 or size * settings.samples > MANY_ROWS else 4)
     return smaller if smaller * settings.samples >= LEAST_ROWS else 0
 
 

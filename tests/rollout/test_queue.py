@@ -163,7 +163,7 @@ def test_the_pool_shrinks_in_the_end(samples, common, monkeypatch):
 
 @pytest.mark.parametrize("samples, size, room, smaller", [
     (1, 1209, 1.0, 604), (1, 1209, 0.4, 302), (1, 1209, 0.01, 9), (1, 1209, 0.001, 0), (1, 257, 1.0, 128), (1, 256, 1.0, 64), (1, 32, 1.0, 8), (1, 31, 1.0, 0),
-    (16, 64, 1.0, 32), (16, 16, 1.0, 4), (16, 3, 1.0, 0),
+    (16, 64, 1.0, 32), (16, 16, 1.0, 4), (16, 3, 1.0, 1), (100, 2, 1.0, 1), (64, 7, 1.0, 3), (4, 3, 1.0, 0),
 ])  # fmt: skip
 def test_to_what_a_pool_shrinks(samples, size, room, smaller, monkeypatch):
     """By halves above 256 rows, by quarters below, past those that have no room beside the pool's largest array."""

@@ -228,8 +228,8 @@ TILES = [tile for tile in dense_hopper._TILE_TIMES if tile[1] > 32]
 @pytest.mark.parametrize("n, options", [(4160, {}), (4001, dict(out_dtype=jnp.float32, bias=jnp.bfloat16, layers=(3,)))], ids=["plain", "all"])
 @pytest.mark.parametrize("_", [pytest.param(0, marks=aot_only)], ids=[""])
 def test_tiles_of_sliced_sums_compile_clean(tile, n, options, _):
-    wgs, tokens, paired = tile
-    kernel = compiled(n, 2048, 1009, per_row=True, plan=(WIDE, dict(slices=4, wgs=wgs, tokens=tokens, paired=paired)), **options)
+    wgs, tokens = tile
+    kernel = compiled(n, 2048, 1009, per_row=True, plan=(WIDE, dict(slices=4, wgs=wgs, tokens=tokens, paired=False)), **options)
     assert kernel.spills == 0 and kernel.stack == 0 and kernel.warnings == () and kernel.smem <= SHARED_MEMORY
 
 
@@ -249,7 +249,7 @@ def residual_compiled(f, n, k, m):
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("_", [pytest.param(0, marks=aot_only)], ids=[""])
 def test_a_residual_compiles_clean_in_each_tile(tile, _):
-    plan = WIDE, dict(zip(("wgs", "tokens", "paired"), tile), slices=8)
+    plan = WIDE, dict(zip(("wgs", "tokens"), tile), slices=8, paired=False)
     residual_compiled(lambda x, row_scale, *arrays: dense_hopper._matmul(
         x, row_scale, *arrays[:3], None, jnp.bfloat16, None, plan, arrays[3]), 2050, 4096, 1009)
 
@@ -453,8 +453,8 @@ def test_every_tile_gives_the_same_bits(n, k, m, per_row):
     residual = jnp.asarray(rng.normal(size=(m, n)) * 1e3, jnp.bfloat16)
     bias = jnp.asarray(rng.normal(size=(2, n)) * 100, jnp.float32)
     arrays, outs = (jnp.asarray(packed), jnp.asarray(scale), jnp.float32([0.25, 0.75]), bias), []
-    for wgs, largest, paired in TILES:
-        plan = WIDE, dict(slices=count, wgs=wgs, tokens=dense_hopper._tokens(m, largest), paired=paired)
+    for wgs, largest in TILES:
+        plan = WIDE, dict(slices=count, wgs=wgs, tokens=dense_hopper._tokens(m, largest), paired=False)
         f = jax.jit(lambda x, row_scale, residual, plan=plan: dense_hopper._matmul(
             x, row_scale, *arrays, jnp.bfloat16, jnp.int32(1), plan, residual))
         poison(m, n, jnp.bfloat16)
