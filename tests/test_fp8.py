@@ -211,18 +211,18 @@ def test_rollout_on_hopper():
     model = nvfp4jax.quantize_model(model, nvfp4jax.Rule("layers/.*_proj", scaling="token"))
     ids, keys = np.random.default_rng().integers(1, 1000, (5, 300)), jax.random.split(jax.random.key(0), 5)
 
-    def run(rows, samples, dtype=FP8):
-        return nvfp4jax.generate(model, ids[rows], max_new_tokens=40, temperature=1.0, key=keys[rows], num_samples=samples, cache_dtype=dtype)
+    def run(rows, samples):
+        return nvfp4jax.generate(model, ids[rows], max_new_tokens=40, temperature=1.0, key=keys[rows], num_samples=samples, cache_dtype=FP8)
 
-    whole, floats = run(slice(5), 2), run(slice(5), 2, None)
+    whole = run(slice(5), 2)
     for rows, samples in ((slice(3, 4), 2), (slice(1, 4), 1)):
         part = run(rows, samples)
         of_whole = lambda x: np.asarray(x).reshape(5, 2, -1)[rows, :samples].reshape(-1, x.shape[1])
         np.testing.assert_array_equal(part.tokens, of_whole(whole.tokens))
         np.testing.assert_array_equal(part.logprobs, of_whole(whole.logprobs))
-    first = np.abs(np.asarray(floats.logprobs[:, 0] - whole.logprobs[:, 0]))
-    print("first logprobs differ by", first, "rows of equal tokens", (floats.tokens == whole.tokens).all(1).mean())
-    assert np.median(first) < 0.3  # .01 to .13 where the first token is the same, .5 and more where it is not
+    # Of random weights, whose logprobs have a deviation of 1.2, FP8 keys and values change them by .23 in the median on a CPU: correlation .94.
+    coded, plain = (np.asarray(nvfp4jax.logprobs(model, ids, np.ones_like(ids), cache_dtype=dtype))[:, 1:] for dtype in (FP8, None))
+    assert np.corrcoef(coded.ravel(), plain.ravel())[0, 1] > 0.85
 
 
 def test_bytes_of_a_cache():
