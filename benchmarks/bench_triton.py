@@ -120,9 +120,9 @@ def quantize_rows(jax):
         for name, f, arguments, size in (
             ("packed token", lambda x: q.quantize(x, scaling="token"), (x,), 2.5625),
             ("packed tensor", lambda x: q.quantize(x, scaling="tensor"), (x,), 2.5625),
-            ("operand token", lambda x: q.operand(x), (x,), 4),
-            ("norm + operand token", lambda x, w: q.operand(x, w, eps=1e-6), (x, w), 4),
-            ("SwiGLU + operand token", lambda x: q.operand(x, x), (x,), 4),
+            ("operand token", lambda x: q.operand(x, scaling="token"), (x,), 4),
+            ("norm + operand token", lambda x, w: q.operand(x, w, eps=1e-6, scaling="token"), (x, w), 4),
+            ("SwiGLU + operand token", lambda x: q.operand(x, x, scaling="token"), (x,), 4),
         ):
             jobs.append(((name, m, k), f, [arguments]))
             moved[name, m, k] = size * m * k

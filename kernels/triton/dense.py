@@ -101,8 +101,8 @@ def plan(sm: int, m: int, n: int, k: int) -> dict:
         bm, bn = min(64, max(least_tokens(sm), triton.next_power_of_2(m))), 64
     else:
         bm = min(128, max(least_tokens(sm), triton.next_power_of_2(m)))
-        # 256 x 64: Triton 3.9 fails to lay out the tokens for Blackwell's matrix instruction.
-        bn = 64 if bm < 64 else 256 if bm == 64 and n >= 8192 and sm == 90 else 128
+        # 256 x 64, where its programs fill the SMs: Triton 3.9 fails to lay out the tokens for Blackwell's matrix instruction.
+        bn = 64 if bm < 64 else 256 if bm == 64 and n >= 256 * 132 and sm == 90 else 128
     return dict(BM=bm, BN=bn, SEGMENTS=segments, PARTS=segments > 1 and m <= 64, warps=8 if bn >= 128 else 4,
                 STAGES=stages(sm, bn * BK * 9 // 16 + bm * BK * 2, 4 if bn == 64 else 2) if sm >= 80 else 1)
 
