@@ -18,6 +18,7 @@ from jax.experimental.mosaic.gpu import profiler
 
 from nvfp4jax import array
 from nvfp4jax import routing as plain
+from nvfp4jax.backends import xla as xla_backend
 from nvfp4jax.kernels.hopper import quantize as q
 from nvfp4jax.kernels.hopper import routing
 from nvfp4jax.kernels.hopper.decode import permute_k
@@ -127,11 +128,6 @@ def xla_weight(w):
     return a.packed, a.scale, a.global_scale
 
 
-def xla_choose_and_route(parts, k):
-    weights, ids = plain.top_k_experts(parts[0], k, normalize=True)
-    return weights, ids, plain.route(ids, parts.shape[-1])
-
-
 def routing_cases(experts=128, k=8, hidden=2048):
     """(name, kernel, XLA version, arguments, bytes)."""
     for tokens in (1, 16, 64, 256, 1024, 8192):
@@ -144,8 +140,8 @@ def routing_cases(experts=128, k=8, hidden=2048):
         logits = jax.random.normal(key, (tokens, experts))
         choose = [functools.partial(f, k=k, normalize=True) for f in (routing.top_k_experts, plain.top_k_experts)]
         yield f"choose {k} of {experts} experts, {tokens} tokens", *choose, [logits], tokens * (experts + 2 * k) * 4
-        yield (f"choose and route, {tokens} tokens", functools.partial(routing.choose_and_route, tokens=tokens, k=k, normalize=True),
-               functools.partial(xla_choose_and_route, k=k), [logits[None]], tokens * (experts + 4 * k) * 4)
+        both = [functools.partial(f, tokens=tokens, k=k, normalize=True) for f in (routing.choose_and_route, xla_backend.choose_and_route)]
+        yield f"choose and route, {tokens} tokens", *both, [logits[None]], tokens * (experts + 4 * k) * 4
         yield (f"combine {tokens} tokens", routing.combine, plain.combine, [rows, route, weights], tokens * (k + 1) * hidden * 2)
 
 
