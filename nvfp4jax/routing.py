@@ -104,6 +104,7 @@ def combine(rows, routing: Routing, weights, *, out_dtype=jnp.bfloat16, residual
     total = jnp.zeros((weights.shape[0], rows.shape[1]), jnp.float32)
     for j in range(weights.shape[1]):
         row = routing.row_of_slot[:, j, None]
-        product = rows[jnp.maximum(row[:, 0], jnp.int32(0))].astype(jnp.float32) * weights[:, j, None].astype(jnp.float32)
-        total = jnp.where(row >= 0, total + product, total)
+        value = rows[jnp.maximum(row[:, 0], jnp.int32(0))].astype(jnp.float32)
+        value = jnp.where(row >= 0, value, jnp.float32(0))  # where no row is any expert's, row 0 may hold NaN, and a weight's gradient reads it
+        total = jnp.where(row >= 0, total + value * weights[:, j, None].astype(jnp.float32), total)
     return total.astype(out_dtype) if residual is None else residual + total.astype(out_dtype)

@@ -150,8 +150,8 @@ def top_k_experts(logits: jax.Array, k: int, normalize: bool) -> tuple[jax.Array
     return _top_k(logits, k=k, normalize=normalize)
 
 
-def route(expert_ids: jax.Array, num_experts: int) -> Routing:
-    return _route(expert_ids, num_experts=num_experts)
+def route(expert_ids: jax.Array, num_experts: int, valid: jax.Array | None) -> Routing:
+    return _route(expert_ids, num_experts=num_experts, valid=valid)
 
 
 def logits_in_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -159,8 +159,10 @@ def logits_in_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return float_dense.sums(x, kernel)
 
 
-def choose_and_route(parts: jax.Array, tokens: int, k: int, normalize: bool) -> tuple[jax.Array, jax.Array, Routing]:
-    return _choose_and_route(parts, tokens=tokens, k=k, normalize=normalize)
+def choose_and_route(
+    parts: jax.Array, tokens: int, k: int, normalize: bool, valid: jax.Array | None
+) -> tuple[jax.Array, jax.Array, Routing]:
+    return _choose_and_route(parts, tokens=tokens, k=k, normalize=normalize, valid=valid)
 
 
 def combine(rows: jax.Array, route: Routing, weights: jax.Array, out_dtype: jnp.dtype, residual: jax.Array | None) -> jax.Array:

@@ -118,8 +118,8 @@ def top_k_experts(logits: Array, k: int, normalize: bool) -> tuple[Array, Array]
 
 
 @compiled(static_argnames=("num_experts",))
-def route(expert_ids: Array, num_experts: int) -> Routing:
-    return routing.route(expert_ids, num_experts)
+def route(expert_ids: Array, num_experts: int, valid: Array | None) -> Routing:
+    return routing.route(expert_ids, num_experts, valid)
 
 
 def logits_in_parts(x: Array, kernel: Array) -> Array:
@@ -128,11 +128,11 @@ def logits_in_parts(x: Array, kernel: Array) -> Array:
 
 
 @compiled(static_argnames=("tokens", "k", "normalize"))
-def choose_and_route(parts: Array, tokens: int, k: int, normalize: bool) -> tuple[Array, Array, Routing]:
+def choose_and_route(parts: Array, tokens: int, k: int, normalize: bool, valid: Array | None) -> tuple[Array, Array, Routing]:
     """`top_k_experts` of what the parts, as of `logits_in_parts`, add up to, and `route` of its ids."""
     logits = functools.reduce(jnp.add, [part[:tokens] for part in parts])
     weights, ids = top_k_experts(logits, k, normalize)
-    return weights, ids, route(ids, parts.shape[-1])
+    return weights, ids, route(ids, parts.shape[-1], valid)
 
 
 @compiled(static_argnames=("out_dtype",))

@@ -64,14 +64,17 @@ class Experts(nnx.Module):
         residual: Float[Array, "T H"] | None = None,
         route: routing.Routing | None = None,
     ) -> Float[Array, "T H"]:
-        """valid: bool [T], tokens that count in an amax: read where a calibration notes one. residual: added to the result. route: of
-        these expert_ids, where `choose_experts` gave them; otherwise they are sorted here."""
+        """valid: bool [T]; a token where it is False goes to no expert, and counts in no amax that a calibration notes. residual: added to
+        the result. route: of these expert_ids and this mask, where `choose_experts` gave them; otherwise they are sorted here."""
         ops.check_routed(x, expert_ids, weights, valid, route, "experts", self.num_experts, self.hidden)
         if residual is not None:
             arguments.array("experts: residual", residual, "float", x.shape)
         dtype = self.dtype if self.dtype is not None else jnp.promote_types(x.dtype, self.gate_proj.dtype)
-        route = routing.route(expert_ids, self.num_experts) if route is None else route
+        route = routing.route(expert_ids, self.num_experts, valid) if route is None else route
         rows = x.astype(dtype)[route.token_of_row]
+        if valid is not None:  # what a kernel leaves in rows of no expert, in a gradient too, reaches no token
+            inside = jnp.arange(len(rows), dtype=jnp.int32) < route.group_sizes.sum(dtype=jnp.int32)
+            rows = jnp.where(inside[:, None], rows, jnp.zeros((), dtype))
         if self.gate_up_input_amax is not None:
             valid = modes.current_valid(x, "experts") if valid is None else valid
             valid = None if valid is None else valid[route.token_of_row]
@@ -197,8 +200,8 @@ class NVFP4Experts(nnx.Module):
         residual: Float[Array, "T H"] | None = None,
         route: routing.Routing | None = None,
     ) -> Float[Array, "T H"]:
-        """valid: bool [T], tokens that count in an amax. residual: added to the result, of its dtype. route: of these expert_ids, where
-        `choose_experts` gave them; otherwise they are sorted here."""
+        """valid: bool [T]; a token where it is False counts in no amax and goes to no expert. residual: added to the result, of its dtype.
+        route: of these expert_ids and this mask, where `choose_experts` gave them; otherwise they are sorted here."""
         ops.check_routed(x, expert_ids, weights, valid, route, self.name, self.num_experts, self.hidden)
         for weight in (self.gate_up_packed, self.down_packed):
             nvfp4_array.check_unsplit(weight.get_value(), range(len(weight.shape)), self.name, "keep experts whole on each device")
@@ -206,8 +209,8 @@ class NVFP4Experts(nnx.Module):
         x = x.astype(dtype)
         scaling = tuple(scaling_of(self, name) for name in self.inputs)
         y, carried = ops.experts_carrying(
-            x, expert_ids, weights, *self.weights(), scaling=scaling, valid=valid_of(self, x, valid), residual=residual, route=route,
-            out_dtype=dtype, implementation=self.implementation, name=self.name,
+            x, expert_ids, weights, *self.weights(), valid, scaling=scaling, counted=valid_of(self, x, valid), residual=residual,
+            route=route, out_dtype=dtype, implementation=self.implementation, name=self.name,
         )  # fmt: skip
         for name, state in zip(self.inputs, carried, strict=True):
             note(self, name, state)

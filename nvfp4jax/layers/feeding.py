@@ -153,9 +153,9 @@ def project(layer: nnx.Module, x: Array | QuantizedActivation) -> Float[Array, "
 
 
 def choose_experts(
-    router: nnx.Module, x: Array | QuantizedActivation, k: int, *, normalize: bool
+    router: nnx.Module, x: Array | QuantizedActivation, k: int, *, normalize: bool, valid: Bool[Array, "..."] | None = None
 ) -> tuple[Float[Array, "... k"], Int[Array, "... k"], Routing]:
-    """`ops.choose_and_route` of project(router, x): (weights, ids, route), what experts are called with."""
+    """`ops.choose_and_route` of project(router, x): (weights, ids, route), what experts are called with, beside the same `valid`."""
     if _is_product(router, x):
-        return ops.choose_experts(*_narrowed(router, x), k, normalize=normalize)
-    return ops.choose_and_route(project(router, x), k, normalize=normalize)
+        return ops.choose_experts(*_narrowed(router, x), k, normalize=normalize, valid=valid)
+    return ops.choose_and_route(project(router, x), k, normalize=normalize, valid=valid)

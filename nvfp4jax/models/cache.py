@@ -106,6 +106,25 @@ def length(cache: Any) -> int | None:
     return sizes.pop() if sizes else None
 
 
+def split(cache: Any, slots: int) -> tuple[Any, Any | None]:
+    """(the first `slots` slots of each row, those behind them or None)."""
+    part = lambda start, stop: _map(lambda x: lax.slice_in_dim(x.value, start, stop, axis=x.value.ndim + x.slots), cache)  # noqa: E731
+    size = length(cache) or slots
+    return (cache, None) if size == slots else (part(0, slots), part(slots, size))
+
+
+def begun(cache: Any, row: Any) -> Any:
+    """The cache with the slots of `row`, a like cache of one row, as the first ones of each row."""
+    values = iter(arrays(row))
+
+    def put(x: CacheArray) -> jax.Array:
+        value, axis = next(values).value, x.value.ndim + x.batch
+        shape = [x.value.shape[axis] if a == axis else size for a, size in enumerate(value.shape)]
+        return lax.dynamic_update_slice_in_dim(x.value, jnp.broadcast_to(value, shape), 0, x.value.ndim + x.slots)
+
+    return _map(put, cache)
+
+
 def repeat(cache: Any, times: int) -> Any:
     """Each row `times` times in a row: several samples of a prompt."""
     if times == 1:

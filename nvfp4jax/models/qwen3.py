@@ -88,7 +88,7 @@ class MoE(nnx.Module):
         self, norm: RMSNorm, x: Float[Array, "B T H"], valid: Bool[Array, "B T"] | None
     ) -> tuple[Float[Array, "B T H"], Int[Array, "B T k"]]:
         to_gate, h = feed_norm(norm, x, (self.gate, self.experts), valid)
-        weights, ids, route = layers.choose_experts(self.gate, to_gate, self.k, normalize=self.normalize)
+        weights, ids, route = layers.choose_experts(self.gate, to_gate, self.k, normalize=self.normalize, valid=valid)
         flat = lambda y: y.reshape(-1, y.shape[-1])  # noqa: E731
         valid = None if valid is None else valid.reshape(-1)
         y = self.experts(flat(h), flat(ids), flat(weights), valid=valid, residual=flat(x), route=route)

@@ -25,6 +25,14 @@ from nvfp4jax.scaling import Name, Scaling
 _SPLIT = "the sort is over all tokens: replicate them, or take top_k_experts"
 
 
+def _of_tokens(valid: Array | None, x: Array, name: str) -> Array | None:
+    """The mask of x's tokens, bool [T]."""
+    if valid is None:
+        return None
+    check_valid(valid, x, name)
+    return valid.reshape(-1)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _top_k_experts(k: int, normalize: bool, implementation, logits) -> tuple[Array, Array]:
     return first_of("top_k_experts", implementation, lambda backend: backend.top_k_experts(logits, k, normalize))
@@ -60,62 +68,75 @@ def top_k_experts(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _choose_and_route(k: int, normalize: bool, implementation, logits) -> tuple[Array, Array, Routing]:
-    return first_of("choose_and_route", implementation, lambda backend: backend.choose_and_route(logits[None], len(logits), k, normalize))
+def _choose_and_route(k: int, normalize: bool, implementation, logits, valid) -> tuple[Array, Array, Routing]:
+    return first_of("choose_and_route", implementation, lambda backend: backend.choose_and_route(logits[None], len(logits), k, normalize, valid))
 
 
-def _choose_and_route_fwd(k, normalize, implementation, logits):
-    out = _choose_and_route(k, normalize, implementation, logits)
+def _choose_and_route_fwd(k, normalize, implementation, logits, valid):
+    out = _choose_and_route(k, normalize, implementation, logits, valid)
     return out, (logits, out[1])
 
 
-_choose_and_route.defvjp(_choose_and_route_fwd, _top_k_experts_bwd)
+def _choose_and_route_bwd(k, normalize, implementation, saved, dy):
+    return *_top_k_experts_bwd(k, normalize, implementation, saved, dy), None
+
+
+_choose_and_route.defvjp(_choose_and_route_fwd, _choose_and_route_bwd)
 
 
 def choose_and_route(
-    logits: Float[Array, "... E"], k: int, *, normalize: bool, implementation: Implementation = None
+    logits: Float[Array, "... E"], k: int, *, normalize: bool, valid: Bool[Array, "..."] | None = None, implementation: Implementation = None
 ) -> tuple[Float[Array, "... k"], Int[Array, "... k"], Routing]:
-    """`top_k_experts`, and the sort of its ids for `experts`: (weights, ids, route). On Hopper one launch where the tokens are few.
+    """`top_k_experts`, and the sort of its ids for `experts`: (weights, ids, route). On Hopper one launch up to 128 tokens, else two.
 
-    logits: float32 [..., E], of T tokens in all. route: token_of_row i32 [T * k], row_of_slot i32 [T, k], group_sizes i32 [E].
-    ValueError for other dtypes or k > E.
+    logits: float32 [..., E], of T tokens in all. valid: bool [...]; a token where it is False is chosen for like any other, and
+    sorted to no expert. route: token_of_row i32 [T * k], row_of_slot i32 [T, k], -1 for tokens that are not valid, group_sizes
+    i32 [E]. ValueError for other dtypes, k > E, or tokens that a mesh axis splits.
     """
     routing.check_top_k(logits, k)
     rows = logits.reshape(-1, logits.shape[-1])
     nvfp4_array.check_unsplit(rows, range(1), "choose_and_route: logits", _SPLIT)
-    weights, ids, route = _choose_and_route(k, normalize, check_implementation(implementation), rows)
+    valid = _of_tokens(valid, logits, "choose_and_route")
+    weights, ids, route = _choose_and_route(k, normalize, check_implementation(implementation), rows, valid)
     return weights.reshape(*logits.shape[:-1], k), ids.reshape(*logits.shape[:-1], k), route
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _choose_experts(k: int, normalize: bool, implementation, x, kernel) -> tuple[Array, Array, Routing]:
+def _choose_experts(k: int, normalize: bool, implementation, x, kernel, valid) -> tuple[Array, Array, Routing]:
     parts = first_of("choose_experts", implementation, lambda backend: backend.logits_in_parts(x, kernel))
-    return first_of("choose_experts", implementation, lambda backend: backend.choose_and_route(parts, len(x), k, normalize))
+    return first_of("choose_experts", implementation, lambda backend: backend.choose_and_route(parts, len(x), k, normalize, valid))
 
 
-def _choose_experts_fwd(k, normalize, implementation, x, kernel):
-    out = _choose_experts(k, normalize, implementation, x, kernel)
+def _choose_experts_fwd(k, normalize, implementation, x, kernel, valid):
+    out = _choose_experts(k, normalize, implementation, x, kernel, valid)
     return out, (x, kernel, out[1])
 
 
 def _choose_experts_bwd(k, normalize, implementation, saved, dy):
     x, kernel, ids = saved
     logits, product_vjp = jax.vjp(lambda x, kernel: xla.float_matmul(x, kernel, jnp.dtype(jnp.float32)), x, kernel)
-    return product_vjp(*_top_k_experts_bwd(k, normalize, implementation, (logits, ids), dy))
+    return *product_vjp(*_top_k_experts_bwd(k, normalize, implementation, (logits, ids), dy)), None
 
 
 _choose_experts.defvjp(_choose_experts_fwd, _choose_experts_bwd)
 
 
 def choose_experts(
-    x: Float[Array, "... K"], kernel: Float[Array, "K E"], k: int, *, normalize: bool, implementation: Implementation = None
+    x: Float[Array, "... K"],
+    kernel: Float[Array, "K E"],
+    k: int,
+    *,
+    normalize: bool,
+    valid: Bool[Array, "..."] | None = None,
+    implementation: Implementation = None,
 ) -> tuple[Float[Array, "... k"], Int[Array, "... k"], Routing]:
-    """`choose_and_route` of `float_matmul(x, kernel)`, a router's kernel: two launches where the backend can."""
+    """`choose_and_route` of `float_matmul(x, kernel)`, a router's kernel: on Hopper two launches up to 128 tokens, else three."""
     if kernel.ndim != 2 or x.shape[-1] != kernel.shape[0]:
         raise ValueError(f"choose_experts: x of shape {tuple(x.shape)} and a kernel of shape {tuple(kernel.shape)}; [..., K] and [K, E] are needed")
     rows = x.reshape(-1, x.shape[-1])
     nvfp4_array.check_unsplit(rows, range(1), "choose_experts: x", _SPLIT)
-    weights, ids, route = _choose_experts(k, normalize, check_implementation(implementation), rows, kernel)
+    valid = _of_tokens(valid, x, "choose_experts")
+    weights, ids, route = _choose_experts(k, normalize, check_implementation(implementation), rows, kernel, valid)
     return weights.reshape(*x.shape[:-1], k), ids.reshape(*x.shape[:-1], k), route
 
 
@@ -156,12 +177,13 @@ def experts(
     """A mixture of gated experts after its router: sort, gate and up, SwiGLU, down, and the weighted sum over a token's experts.
 
     expert_ids: i32 [T, k]; weights: f32 [T, k]. gate_up [E, 2, I, H], gate first, one global scale an expert; down [E, H, I].
-    scaling: of both activations, x and the SwiGLU output, or a pair, one each. valid: bool [T], tokens that count in an amax.
-    The sum runs in slot order, in float32. residual: out_dtype [T, H], added to the rounded sum. route: of these expert_ids, where
+    scaling: of both activations, x and the SwiGLU output, or a pair, one each. valid: bool [T]; a token where it is False counts in no
+    amax and goes to no expert: its sum is zero. The sum runs in slot order, in float32. residual: out_dtype [T, H], added to the rounded sum. route: of these expert_ids, where
     `choose_and_route` gave them; otherwise they are sorted here.
     """
-    return experts_carrying(x, expert_ids, weights, gate_up, down, scaling=scaling, valid=valid, residual=residual, route=route,
-                            out_dtype=out_dtype, implementation=implementation, name=name)[0]  # fmt: skip
+    options = dict(out_dtype=out_dtype, implementation=implementation, name=name)
+    return experts_carrying(x, expert_ids, weights, gate_up, down, valid, scaling=scaling, counted=valid, residual=residual, route=route,
+                            **options)[0]  # fmt: skip
 
 
 def ragged_dot(
@@ -192,9 +214,9 @@ def check_routed(
 
 
 def experts_carrying(
-    x, expert_ids, weights, gate_up: NVFP4Array, down: NVFP4Array, *, scaling, valid, residual, route, out_dtype, implementation, name
+    x, expert_ids, weights, gate_up: NVFP4Array, down: NVFP4Array, valid, *, scaling, counted, residual, route, out_dtype, implementation, name
 ) -> tuple[Array, tuple[Any, Any]]:
-    """`experts`, and what the two modes carry into the next call."""
+    """`experts`, and what the two modes carry into the next call. counted: `valid` where a mode reads it."""
     modes = scaling if isinstance(scaling, tuple) else (scaling, scaling)
     if len(modes) != 2:
         raise ValueError(f"{name}: scaling: {len(modes)} modes; one is needed, or a pair")
@@ -211,14 +233,14 @@ def experts_carrying(
     how = how_of(x, out_dtype, implementation, name)
     residual = flat_residual(residual, x.shape, how)
     if route is None:
-        route = first_of(name, how.implementation, lambda backend: backend.route(expert_ids.astype(jnp.int32), gate_up.shape[0]))
-    of_rows = None if valid is None else valid[route.token_of_row]
+        route = first_of(name, how.implementation, lambda backend: backend.route(expert_ids.astype(jnp.int32), gate_up.shape[0], valid))
+    of_rows = None if counted is None else counted[route.token_of_row]
     options = dict(implementation=how.implementation, name=name, group_sizes=route.group_sizes)
     if scaling_modes.by_group(modes[0]):
         first = quantize_activation(x[route.token_of_row], modes[0], valid=of_rows, **options)
     else:
         # A token is quantized before it is copied to its experts' rows.
-        first = _routed(x, modes[0], valid, route, how)
+        first = _routed(x, modes[0], counted, route, how)
     up = swiglu_product(how, dataclasses.replace(first, carried=None), *split_source(gate_up), route.group_sizes)
     second = quantize_activation(up, modes[1], valid=of_rows, **options)
     y = grouped_product(how, dataclasses.replace(second, carried=None), *split_source(down), route.group_sizes)

@@ -126,6 +126,7 @@ def _grouped_dw(dy: Array, rows: Array, group_sizes: Array) -> Array:
     """f32 [E, N, K]: sum over a group's rows of dy^T x."""
     ids = scaling_modes.group_ids(group_sizes, dy.shape[0])
     inside = jnp.arange(dy.shape[0], dtype=ids.dtype) < group_sizes.sum().astype(ids.dtype)
+    rows = jnp.where(inside[:, None], rows, jnp.float32(0))  # those of no group may hold NaN
 
     def group(e):
         mine = jnp.where(((ids == e) & inside)[:, None], dy, jnp.float32(0))

@@ -35,6 +35,8 @@ class Settings:
     repeats: how many rows of the caller's, one after the other, each prompt stands for; all have num_samples. For models that take a
     cache.SharedCache: share_prompts, a prompt's keys and values are held once for all its samples; prefix, slots, a multiple of
     ops.SHARED_STEP, that all prompts begin with and go beyond: they run once and are held once; of several samples each prompt is too.
+    common: tokens that all prompts begin with and go beyond, 0 for no more than `prefix`: those behind it run once too, and each prompt
+    has a copy of their keys and values.
     """
 
     new_tokens: int
@@ -47,12 +49,32 @@ class Settings:
     repeats: int = 1
     share_prompts: bool = False
     prefix: int = 0
+    common: int = 0
     top_logprobs: int = 0
 
     @property
     def samples(self) -> int:
         """Of a prompt, those of its repetitions together."""
         return self.num_samples * self.repeats
+
+    @property
+    def begin(self) -> int:
+        """The tokens that run once for all prompts."""
+        return max(self.prefix, self.common)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """What the model made of the tokens that all prompts begin with, as a row of its own.
+
+    shared: the cache's first settings.prefix slots, which rows share; own: those behind them, which each row has a copy of, or None.
+    experts: i32 [L, 1, P, k], or None.
+    """
+
+    shared: Any
+    own: Any
+    experts: jax.Array | None
 
 
 @jax.tree_util.register_dataclass
@@ -147,7 +169,7 @@ def prefill(
     settings: Settings,
     seen: Mapping | None = None,
     limits: Int[Array, "R"] | None = None,
-    first: Output | None = None,
+    first: Beginning | None = None,
     real: Bool[Array, "B"] | None = None,
 ) -> DecodeState:
     """Runs the prompts (padded on the right) and samples each row's first token. keys: [B * samples].
@@ -162,7 +184,7 @@ def prefill(
     valid = positions < lengths[:, None]
     valid = valid if real is None else valid & real[:, None]
     if settings.prefix and first is None:
-        first = _run_first(model, prompt[:1, : settings.prefix], settings)
+        first = _run_first(model, prompt[:1, : settings.begin], settings)
     out = _run_prompts(model, prompt, positions, valid, lengths, first, settings)
     rows = lambda x: jnp.repeat(x, settings.samples, axis=0)  # noqa: E731
     total, new = batch * settings.samples, settings.new_tokens
@@ -198,17 +220,18 @@ def prefill(
     return _accept(state, rows(out.logits[:, -1]), controls, settings)
 
 
-def run_prefix(graphdef: Any, params: Mapping, prefix: Int[Array, "1 P"], settings: Settings, seen: Mapping) -> tuple[Output, Any]:
-    """What all prompts begin with, run as a row of its own, and the layers' InputAmax then: `prefill` goes on from its cache and its experts."""
+def run_prefix(graphdef: Any, params: Mapping, prefix: Int[Array, "1 P"], settings: Settings, seen: Mapping) -> tuple[Beginning, Any]:
+    """What all prompts begin with, run as a row of its own, and the layers' InputAmax then: `prefill` goes on from it."""
     model = _merge(graphdef, params, seen)
     return _run_first(model, prefix, settings), nnx.state(model, InputAmax)
 
 
-def _run_first(model: nnx.Module, prefix: Int[Array, "1 P"], settings: Settings) -> Output:
-    held = prefix.shape[1]
-    kv, last = model.init_cache(1, held, settings.cache_dtype), jnp.full((1,), held - 1, jnp.int32)
-    positions = jnp.arange(held, dtype=jnp.int32)[None]
-    return call(model, prefix, positions, kv, valid=jnp.ones((1, held), bool), last=last, return_experts=settings.return_experts)
+def _run_first(model: nnx.Module, prefix: Int[Array, "1 P"], settings: Settings) -> Beginning:
+    tokens = prefix.shape[1]
+    kv, last = model.init_cache(1, tokens, settings.cache_dtype), jnp.full((1,), tokens - 1, jnp.int32)
+    positions = jnp.arange(tokens, dtype=jnp.int32)[None]
+    out = call(model, prefix, positions, kv, valid=jnp.ones((1, tokens), bool), last=last, return_experts=settings.return_experts)
+    return Beginning(*cache.split(out.cache, settings.prefix), out.experts if settings.return_experts else None)
 
 
 def _run_prompts(
@@ -217,7 +240,7 @@ def _run_prompts(
     positions: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
     lengths: Int[Array, "B"],
-    first: Output | None,
+    first: Beginning | None,
     settings: Settings,
 ) -> Output:
     """The call for all prompts, behind what they have in common, which has run as a row of its own."""
@@ -227,10 +250,13 @@ def _run_prompts(
         kv = model.init_cache(batch, steps, dtype)
         return call(model, prompt, positions, kv, valid=valid, last=lengths - jnp.int32(1), **options)
     room = (steps if settings.samples > 1 else settings.cache_length) - held
-    kv = cache.SharedCache(model.init_cache(batch, room, dtype), first.cache, jnp.full((batch,), held, jnp.int32))
-    rest = (x[:, held:] for x in (prompt, positions))
-    out = call(model, *rest, kv, valid=valid[:, held:], last=lengths - jnp.int32(held + 1), **options)
-    if not settings.return_experts:
+    own = model.init_cache(batch, room, dtype)
+    own = own if first.own is None else cache.begun(own, first.own)
+    kv = cache.SharedCache(own, first.shared, jnp.full((batch,), held, jnp.int32))
+    begin = settings.begin
+    rest = (x[:, begin:] for x in (prompt, positions))
+    out = call(model, *rest, kv, valid=valid[:, begin:], last=lengths - jnp.int32(begin + 1), **options)
+    if first.experts is None:
         return out
     experts = jnp.concatenate([jnp.repeat(first.experts, batch, axis=1), out.experts], axis=2)
     return dataclasses.replace(out, experts=experts)
@@ -273,9 +299,11 @@ def decode(
 
     def step(state: DecodeState) -> DecodeState:
         model = _merge(graphdef, params, state.seen)
-        # A finished row still runs, on a slot behind its last token, and takes no part in any amax.
+        # A finished row still runs, takes no part in any amax and goes to no expert. It stands on the first slot of its own, which nobody
+        # reads any more: behind its last token attention would read all of them.
         alive = ~state.done
-        token, position = state.token[:, None], state.position[:, None]
+        front = state.cache.slots if isinstance(state.cache, cache.SharedCache) else jnp.int32(0)
+        token, position = state.token[:, None], jnp.where(alive, state.position, front)[:, None]
         out = call(
             model, token, position, state.cache, valid=alive[:, None], return_experts=settings.return_experts
         )

@@ -26,6 +26,7 @@ from nvfp4jax.rollout.sampling import row_keys
 
 log = logging.getLogger("nvfp4jax")
 
+COMMON_STEP = 16  # tokens that all prompts begin with run once by so many: each number of them is a program
 OWN_WEIGHTS = -2  # the version of tokens by weights that no step was taken for
 
 
@@ -246,6 +247,8 @@ def generate(
     if rows_in_flight is not None:  # a place holds as many repetitions as fit
         times = max(n for n in range(1, times + 1) if times % n == 0 and (n == 1 or n * ask.num_samples <= rows_in_flight))
     sharing = _sharing(model, packed, times, ask.num_samples)
+    if cache_length is None and sharing:  # what runs is what lies behind the common tokens
+        packed = packed.first(sharing["common"] + bucket(longest - sharing["common"]))
     settings = Settings(
         new_tokens=new_tokens,
         cache_length=packed.ids.shape[1] + new_tokens,
@@ -371,7 +374,8 @@ def _queued(
 
 def _sharing(model: nnx.Module, packed: Packed, times: int, samples: int) -> dict[str, Any]:
     """What is held once: fields of `Settings`."""
-    held = common(packed) // ops.SHARED_STEP * ops.SHARED_STEP
+    alike = common(packed)
+    held = alike // ops.SHARED_STEP * ops.SHARED_STEP
     several = times * samples > 1 and packed.ids.shape[1] >= ops.SHARED_STEP
     if not (held or several):
         return {}
@@ -381,7 +385,7 @@ def _sharing(model: nnx.Module, packed: Packed, times: int, samples: int) -> dic
     if held and jax.tree.leaves(nnx.state(model, AmaxHistory)):
         _log_unshared(type(model).__name__, "keeps histories of amaxes, one entry a call, so that no prefix is run by itself")
         held = 0
-    return dict(share_prompts=several, prefix=held)
+    return dict(share_prompts=several, prefix=held, common=alike // COMMON_STEP * COMMON_STEP if held else 0)
 
 
 @functools.cache

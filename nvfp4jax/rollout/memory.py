@@ -33,7 +33,7 @@ def predict(model: nnx.Module, prompts: int, steps: int, settings: Settings, voc
     """
     kept, passing = _caches(model, prompts, steps, settings)
     if refill is not None:
-        passing = sum(_caches(model, few, steps, refill)) + 2 * _held(model, 1, settings.prefix, settings)
+        passing = sum(_caches(model, few, steps, refill)) + _held(model, 1, settings.prefix + settings.begin, settings)
     rows = prompts * settings.samples
     logits = 0 if vocabulary is None else 4 * rows * vocabulary * 4  # the logits, those of the temperature, exponentials, what truncation makes of them
     return Prediction(kept + passing, logits)

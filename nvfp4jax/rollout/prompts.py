@@ -24,6 +24,10 @@ class Packed(NamedTuple):
     lengths: np.ndarray
     columns: np.ndarray
 
+    def first(self, columns: int) -> "Packed":
+        """The same in so many columns, at least the longest prompt's; as it is where it has no more."""
+        return self._replace(ids=self.ids[:, :columns], valid=self.valid[:, :columns], columns=self.columns[:, :columns])
+
     def positions(self) -> np.ndarray:
         """i32 [B, T]: a token's position is its slot."""
         return np.broadcast_to(np.arange(self.ids.shape[1], dtype=np.int32), self.ids.shape)

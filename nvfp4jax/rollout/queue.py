@@ -21,9 +21,8 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from nvfp4jax.models import cache
-from nvfp4jax.models.protocol import Output
 from nvfp4jax.rollout import decoding, memory
-from nvfp4jax.rollout.decoding import Controls, DecodeState, Settings
+from nvfp4jax.rollout.decoding import Beginning, Controls, DecodeState, Settings
 from nvfp4jax.rollout.progress import Show
 from nvfp4jax.rollout.prompts import bucket
 from nvfp4jax.rollout.sampling import row_keys
@@ -103,9 +102,9 @@ def _shares_prefix(settings: Settings) -> bool:
     return settings.prefix > 0 and settings.samples == 1
 
 
-def _with_prefix(kv: cache.SharedCache, first: Output, settings: Settings) -> cache.SharedCache:
+def _with_prefix(kv: cache.SharedCache, first: Beginning, settings: Settings) -> cache.SharedCache:
     """A pool's cache with this prefix: a copy of its own, for the pool will be donated."""
-    held = jax.tree.map(jnp.copy, cache.decoded(first.cache))
+    held = jax.tree.map(jnp.copy, cache.decoded(first.shared))
     return dataclasses.replace(kv, **{"shared" if _shares_prefix(settings) else "prefix": held})
 
 
@@ -114,7 +113,7 @@ def _with_prefix(kv: cache.SharedCache, first: Output, settings: Settings) -> ca
 def _empty(
     graphdef: Any,
     params: Mapping,
-    first: Output | None,
+    first: Beginning | None,
     seen: Any,
     key: jax.Array,
     controls: Controls,
@@ -154,7 +153,7 @@ def _refill(
     graphdef: Any,
     params: Mapping,
     pool: DecodeState,
-    first: Output | None,
+    first: Beginning | None,
     prompt: Int[Array, "n T"],
     lengths: Int[Array, "n"],
     key: jax.Array,
@@ -342,14 +341,14 @@ def run(
     return found.answers, found.versions, pool.seen
 
 
-def _first(job: _Job, params: Any, seen: Any) -> tuple[Output | None, Any]:
+def _first(job: _Job, params: Any, seen: Any) -> tuple[Beginning | None, Any]:
     """What all prompts begin with, run, None where that is nothing; and the layers' InputAmax then."""
-    held = job.settings.prefix
-    return _run_prefix(job.graphdef, params, job.prompts.ids[:1, :held], job.settings, seen) if held else (None, seen)
+    begin = job.settings.begin
+    return _run_prefix(job.graphdef, params, job.prompts.ids[:1, :begin], job.settings, seen) if begin else (None, seen)
 
 
 def _begin(
-    job: _Job, params: Any, pool: DecodeState, first: Output | None, group: np.ndarray, unit: np.ndarray, found: _Found
+    job: _Job, params: Any, pool: DecodeState, first: Beginning | None, group: np.ndarray, unit: np.ndarray, found: _Found
 ) -> DecodeState:
     """The units of `group`, a refill or fewer, in free places. Fewer are filled up with the last one again, which goes
     nowhere and counts nowhere: a program has one size."""
@@ -357,7 +356,8 @@ def _begin(
     unit[free] = group
     places = np.concatenate([free, len(unit) + np.arange(missing)]).astype(np.int32)
     filled, prompts = np.pad(group, (0, missing), mode="edge"), job.prompts
-    width = min(prompts.ids.shape[1], bucket(int(prompts.lengths[filled].max())))
+    begin = job.settings.begin
+    width = min(prompts.ids.shape[1], begin + bucket(int(prompts.lengths[filled].max()) - begin))
     callers, key = (filled[:, None] * job.settings.repeats + np.arange(job.settings.repeats)).reshape(-1), prompts.key
     if key.ndim:  # on the host: a gather on the device would be a program for each number of prompts
         data = np.asarray(jax.random.key_data(key))[callers]

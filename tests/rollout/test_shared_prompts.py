@@ -193,10 +193,10 @@ def test_what_cannot_share_says_why(monkeypatch, caplog):
         "generate: Linear takes no cache.SharedCache, so that each row holds its whole prompt"]  # fmt: skip
     two = pack(np.arange(300).reshape(1, 300).repeat(2, 0) + np.eye(2, 300, 299, int), np.ones((2, 300), bool))
     model = loading.load("qwen3-tiny", scan_layers=True)
-    assert generating._sharing(model, two, 1, 1) == dict(share_prompts=False, prefix=256)
+    assert generating._sharing(model, two, 1, 1) == dict(share_prompts=False, prefix=256, common=288)
     with caplog.at_level("INFO", "nvfp4jax"):
         delayed = nvfp4jax.quantize_model(model, nvfp4jax.Rule("layers/.*_proj", scaling="delayed"))
-        assert generating._sharing(delayed, two, 1, 2) == dict(share_prompts=True, prefix=0)
+        assert generating._sharing(delayed, two, 1, 2) == dict(share_prompts=True, prefix=0, common=0)
     assert "histories of amaxes" in caplog.records[-1].getMessage()
 
 
