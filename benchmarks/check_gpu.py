@@ -2,9 +2,11 @@
 
     python benchmarks/check_gpu.py
 
-Correctness of every backend that claims the card, against plain XLA on the CPU and float64, then a short table.
+Correctness of every backend that can run on the card, against plain XLA on the CPU and float64, then a short table. On a Hopper GPU
+that is Triton's too, where jax-triton is installed, although the library takes Hopper's kernels there.
 """
 
+import importlib.util
 import platform
 import time
 import traceback
@@ -119,14 +121,21 @@ def table(backends):
     return lines
 
 
+def backends(device):
+    """Those taken by default, and Triton's where it could run."""
+    default = choice._default_order()
+    if device.platform == "gpu" and hasattr(device, "compute_capability") and importlib.util.find_spec("jax_triton") is not None:
+        return tuple(dict.fromkeys((*default[:-1], "triton", *default[-1:])))
+    return default
+
+
 def main():
     device = jax.devices()[0]
     lines = [f"{device.device_kind}, compute capability {getattr(device, 'compute_capability', '-')}, jax {jax.__version__}, nvfp4jax "
              f"{getattr(nvfp4jax, '__version__', '')}, python {platform.python_version()}"]
     works = []
-    default = choice._default_order()
-    lines.append(f"backends taken by default: {', '.join(default)}")
-    for backend in default:
+    lines.append(f"backends taken by default: {', '.join(choice._default_order())}; checked: {', '.join(backends(device))}")
+    for backend in backends(device):
         wrong = 0
         for what, check in checks(backend):
             try:

@@ -15,11 +15,13 @@ import triton.language as tl
 
 from nvfp4jax import numerics
 from nvfp4jax.kernels.triton.call import call
-from nvfp4jax.kernels.triton.encode import bits_of, decode_e2m1, float_of, global_scales, inverse_rms, quantize_blocks, silu
+from nvfp4jax.kernels.triton.encode import bits_of, block_scales, encode_e2m1, float_of, global_scales, inverse_rms, pack, round_e2m1, silu
 
 CHUNK = 256  # K in the operand: at most 16 words of 16 codes
 MAX_K = 32768  # a row is kept in registers
 ELEMENTS = 2048  # of a program, where rows are shorter
+THREAD = 32  # elements of a thread that is one of many
+MANY = 1 << 22  # elements from which threads are many
 
 
 def permute_k(x: jax.Array) -> jax.Array:
@@ -41,36 +43,60 @@ def permute_k(x: jax.Array) -> jax.Array:
 # --- the kernels: SOURCE is x, RMSNorm ("norm", second the weight [K]) or SwiGLU's product ("silu", second the other factor) -----------
 
 @triton.jit
-def _rows(x_ptr, second_ptr, rows, k, inside, K: tl.constexpr, EPS: tl.constexpr, SOURCE: tl.constexpr):
-    """The rows to quantize, in float32, with the values they have in their own dtype."""
-    dtype = x_ptr.dtype.element_ty
-    at = rows.to(tl.int64)[:, None] * K + k[None, :]
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if SOURCE == "norm":
-        weight = tl.load(second_ptr + k, mask=k < K, other=0.0).to(dtype).to(tl.float32)
-        inverse = inverse_rms(x_ptr + tl.program_id(0).to(tl.int64) * K, EPS, K)  # one row a program
-        x = (x * inverse).to(dtype).to(tl.float32)
-        x = (x * weight[None, :]).to(dtype).to(tl.float32)
-    elif SOURCE == "silu":
-        up = tl.load(second_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        x = silu(x, dtype == tl.bfloat16).to(dtype).to(tl.float32)
-        x = (x * up).to(dtype).to(tl.float32)
-    return x
+def _inside(rows, M, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Which blocks there are, [R, B]: known without a look where a program has one row and that fills its registers."""
+    if rows.shape[0] == 1 and K == BLOCK:
+        return tl.full((1, BLOCK // 16), 1, tl.int1)
+    return (rows < M)[:, None] & (tl.arange(0, BLOCK // 16) < K // 16)[None, :]
 
 
 @triton.jit
-def _statistics(x, R: tl.constexpr, BLOCK: tl.constexpr):
-    """[R, BLOCK] -> (x with zeros in rows that hold NaN or infinity; the magnitude of each block [R, BLOCK / 16]; the largest finite
-    one of each row; whether a row holds NaN or infinity). Bits of magnitudes order like integers, NaN and infinity above all."""
-    magnitude = tl.max((bits_of(x) & 0x7FFFFFFF).reshape(R, BLOCK // 16, 16), 2)
+def _half(x_ptr, rows, inside, H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Half H of each block of 16, f32 [R, B, 8]: as two tiles of 16 bytes a thread, each block belongs to one thread."""
+    R: tl.constexpr = rows.shape[0]
+    B: tl.constexpr = BLOCK // 16
+    block = rows.to(tl.int64)[:, None] * (K // 16) + tl.arange(0, B)[None, :]
+    inside = inside[:, :, None]
+    if x_ptr.dtype.element_ty == tl.bfloat16:  # two in a word are one instruction each
+        at = block[:, :, None] * 8 + (4 * H + tl.arange(0, 4))[None, None, :]
+        pair = tl.load(x_ptr.to(tl.pointer_type(tl.int32)) + at, mask=inside, other=0)
+        return tl.join(float_of(pair << 16), float_of(pair & -65536)).reshape(R, B, 8)
+    at = block[:, :, None] * 16 + (8 * H + tl.arange(0, 8))[None, None, :]
+    return tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _rows(x_ptr, second_ptr, rows, inside, K: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, SOURCE: tl.constexpr):
+    """The halves of the rows to quantize, in float32, with the values they have in their own dtype."""
+    dtype = x_ptr.dtype.element_ty
+    x, y = _half(x_ptr, rows, inside, 0, K, BLOCK), _half(x_ptr, rows, inside, 1, K, BLOCK)
+    if SOURCE == "norm":
+        inverse = inverse_rms(x, y, EPS, K)  # one row a program
+        u, v = _half(second_ptr, rows * 0, inside, 0, K, BLOCK), _half(second_ptr, rows * 0, inside, 1, K, BLOCK)
+        x = ((x * inverse).to(dtype).to(tl.float32) * u.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+        y = ((y * inverse).to(dtype).to(tl.float32) * v.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+    elif SOURCE == "silu":
+        u, v = _half(second_ptr, rows, inside, 0, K, BLOCK), _half(second_ptr, rows, inside, 1, K, BLOCK)
+        x = (silu(x, dtype == tl.bfloat16).to(dtype).to(tl.float32) * u).to(dtype).to(tl.float32)
+        y = (silu(y, dtype == tl.bfloat16).to(dtype).to(tl.float32) * v).to(dtype).to(tl.float32)
+    return x, y
+
+
+@triton.jit
+def _statistics(x, y):
+    """Halves -> (the same with zeros in rows that hold NaN or infinity; the magnitude of each block [R, B]; the largest finite one of
+    each row; whether a row holds NaN or infinity). Bits of magnitudes order like integers, NaN and infinity above all."""
+    magnitude = tl.maximum(tl.max(bits_of(x) & 0x7FFFFFFF, 2), tl.max(bits_of(y) & 0x7FFFFFFF, 2))
     top = tl.max(magnitude, 1)
     amax, poisoned = float_of(top), top >= 0x7F800000
     if tl.max(top, 0) >= 0x7F800000:  # rare: a second look
-        bits = bits_of(x) & 0x7FFFFFFF
-        amax = float_of(tl.max(tl.where(bits < 0x7F800000, bits, 0), 1))
-        x = tl.where(poisoned[:, None], 0.0, x)
+        a, b = bits_of(x) & 0x7FFFFFFF, bits_of(y) & 0x7FFFFFFF
+        finite = tl.maximum(tl.max(tl.where(a < 0x7F800000, a, 0), 2), tl.max(tl.where(b < 0x7F800000, b, 0), 2))
+        amax = float_of(tl.max(finite, 1))
+        x = tl.where(poisoned[:, None, None], 0.0, x)
+        y = tl.where(poisoned[:, None, None], 0.0, y)
         magnitude = tl.where(poisoned[:, None], 0, magnitude)
-    return x, float_of(magnitude), amax, poisoned
+    return x, y, float_of(magnitude), amax, poisoned
 
 
 @triton.jit
@@ -78,22 +104,22 @@ def amax_kernel(x_ptr, second_ptr, M, amax_ptr, K: tl.constexpr, R: tl.constexpr
                 SOURCE: tl.constexpr):
     """amax f32 [M]: the largest finite magnitude of each row."""
     rows = tl.program_id(0) * R + tl.arange(0, R)
-    k = tl.arange(0, BLOCK)
-    x = _rows(x_ptr, second_ptr, rows, k, (rows < M)[:, None] & (k < K)[None, :], K, EPS, SOURCE)
-    _, _, amax, _ = _statistics(x, R, BLOCK)
+    inside = _inside(rows, M, K, BLOCK)
+    x, y = _rows(x_ptr, second_ptr, rows, inside, K, BLOCK, EPS, SOURCE)
+    _, _, _, amax, _ = _statistics(x, y)
     tl.store(amax_ptr + rows, amax, mask=rows < M)
 
 
 @triton.jit
-def _quantized(x_ptr, second_ptr, amax_ptr, rows, M, K: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
-               SOURCE: tl.constexpr, AMAX: tl.constexpr, PER: tl.constexpr, TOP: tl.constexpr, POW2: tl.constexpr,
-               FOUR_OVER_SIX: tl.constexpr):
-    """-> codes [R, B, 16], scale bits, scales, global scales [R], poisoned [R].
+def _scaled(x_ptr, second_ptr, amax_ptr, rows, M, K: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
+            SOURCE: tl.constexpr, AMAX: tl.constexpr, PER: tl.constexpr, TOP: tl.constexpr, POW2: tl.constexpr,
+            FOUR_OVER_SIX: tl.constexpr):
+    """-> halves that E2M1 is to round [R, B, 8], scale bits, scales, global scales [R], poisoned [R], which blocks there are.
 
     AMAX: "row", "given" or "static" (a global scale is given); entry row // PER of amax_ptr, PER 0 for a scalar."""
-    k = tl.arange(0, BLOCK)
-    x = _rows(x_ptr, second_ptr, rows, k, (rows < M)[:, None] & (k < K)[None, :], K, EPS, SOURCE)
-    x, block_amax, row_amax, poisoned = _statistics(x, R, BLOCK)
+    inside = _inside(rows, M, K, BLOCK)
+    x, y = _rows(x_ptr, second_ptr, rows, inside, K, BLOCK, EPS, SOURCE)
+    x, y, block_amax, row_amax, poisoned = _statistics(x, y)
     if AMAX == "row":
         g, global_scale, amax = global_scales(row_amax, TOP, POW2)
     else:
@@ -103,8 +129,8 @@ def _quantized(x_ptr, second_ptr, amax_ptr, rows, M, K: tl.constexpr, R: tl.cons
             g, global_scale, amax = tl.div_rn(tl.zeros_like(given) + 1.0, given), given, given * TOP
         else:
             g, global_scale, amax = global_scales(given, TOP, POW2)
-    codes, bits, scale = quantize_blocks(x.reshape(R, BLOCK // 16, 16), block_amax, g, amax, FOUR_OVER_SIX)
-    return codes, bits, scale, global_scale, poisoned
+    multiplier, bits, scale = block_scales(x, y, block_amax, g, amax, FOUR_OVER_SIX)
+    return x * multiplier[:, :, None], y * multiplier[:, :, None], bits, scale, global_scale, poisoned, inside
 
 
 @triton.jit
@@ -113,39 +139,41 @@ def packed_kernel(x_ptr, second_ptr, amax_ptr, M, packed_ptr, scale_ptr, global_
                   TOP: tl.constexpr, POW2: tl.constexpr, FOUR_OVER_SIX: tl.constexpr):
     """packed u8 [M, K/2], scale bits u8 [M, K/16], global scale f32 [M]."""
     rows = tl.program_id(0) * R + tl.arange(0, R)
-    codes, bits, _, global_scale, poisoned = _quantized(
-        x_ptr, second_ptr, amax_ptr, rows, M, K, R, BLOCK, EPS, SOURCE, AMAX, PER, TOP, POW2, FOUR_OVER_SIX)
-    low, high = tl.split(codes.reshape(R, BLOCK // 2, 2))
-    half, block = tl.arange(0, BLOCK // 2), tl.arange(0, BLOCK // 16)
-    inside = (rows < M)[:, None]
-    at = rows.to(tl.int64)[:, None]
-    tl.store(packed_ptr + at * (K // 2) + half[None, :], (low | (high << 4)).to(tl.uint8), mask=inside & (half < K // 2)[None, :])
-    bits = tl.where(poisoned[:, None], 0x7F, bits)
-    tl.store(scale_ptr + at * (K // 16) + block[None, :], bits.to(tl.uint8), mask=inside & (block < K // 16)[None, :])
+    x, y, bits, _, global_scale, poisoned, inside = _scaled(
+        x_ptr, second_ptr, amax_ptr, rows, M, K, BLOCK, EPS, SOURCE, AMAX, PER, TOP, POW2, FOUR_OVER_SIX)
+    block = tl.arange(0, BLOCK // 16)
+    at = rows.to(tl.int64)[:, None] * (K // 16) + block[None, :]
+    words = tl.join(pack(encode_e2m1(x)), pack(encode_e2m1(y)))
+    tl.store(packed_ptr.to(tl.pointer_type(tl.int32)) + at[:, :, None] * 2 + tl.arange(0, 2)[None, None, :], words, mask=inside[:, :, None])
+    tl.store(scale_ptr + at, tl.where(poisoned[:, None], 0x7F, bits).to(tl.uint8), mask=inside)
     tl.store(global_ptr + rows, global_scale, mask=rows < M)
 
 
 @triton.jit
-def _store_operand(values, copies_ptr, o_ptr, scale_ptr, row_scale, rows, M, K: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
-                   COPIES: tl.constexpr):
-    """Stores [R, BLOCK] in the order of `permute_k`; COPIES 0: as these rows, else as the rows copies[row, :] where not negative."""
-    values = values.reshape(R, BLOCK // 256, 16, 2, 2, 4)
-    values = tl.permute(values, (0, 1, 3, 5, 2, 4)).reshape(R, BLOCK)
-    k = tl.arange(0, BLOCK)
-    held = k < K
-    if K % 256:  # the last chunk has K % 256 / 16 words
-        last = k // 256 == K // 256
-        held = (k < K // 256 * 256) | (last & (k % 32 < K % 256 // 8))
-        k = tl.where(last, k // 256 * 256 + k % 256 // 32 * (K % 256 // 8) + k % 32, k)
+def _store_half(values, o_ptr, to, inside, H: tl.constexpr, K: tl.constexpr):
+    """Stores half H of the blocks, f16 [R, B, 8], in the order of `permute_k`."""
+    R: tl.constexpr = values.shape[0]
+    B: tl.constexpr = values.shape[1]
+    values = tl.permute(values.reshape(R, B, 2, 4), (0, 1, 3, 2))
+    block = tl.arange(0, B)
+    words = tl.where(block // 16 == K // 256, K % 256 // 16, 16)  # of the block's chunk
+    place = (block // 16 * 256 + block % 16 * 2)[:, None] + 2 * words[:, None] * (4 * H + tl.arange(0, 4))[None, :]
+    at = to.to(tl.int64)[:, None, None, None] * K + (place[:, :, None] + tl.arange(0, 2)[None, None, :])[None, :, :, :]
+    tl.store(o_ptr + at, values, mask=inside[:, :, None, None])
+
+
+@triton.jit
+def _store_operand(x, y, copies_ptr, o_ptr, scale_ptr, row_scale, rows, M, inside, K: tl.constexpr, COPIES: tl.constexpr):
+    """COPIES 0: as these rows, else as the rows copies[row, :] where not negative."""
     for copy in tl.static_range(1 if COPIES == 0 else COPIES):
         if COPIES == 0:
-            to = rows
-            inside = rows < M
+            to, held, stored = rows, inside, rows < M
         else:
             to = tl.load(copies_ptr + rows * COPIES + copy, mask=rows < M, other=-1)
-            inside = to >= 0
-        tl.store(o_ptr + to.to(tl.int64)[:, None] * K + k[None, :], values, mask=inside[:, None] & held[None, :])
-        tl.store(scale_ptr + to, row_scale, mask=inside)
+            held, stored = inside & (to >= 0)[:, None], to >= 0
+        _store_half(x, o_ptr, to, held, 0, K)
+        _store_half(y, o_ptr, to, held, 1, K)
+        tl.store(scale_ptr + to, row_scale, mask=stored)
 
 
 @triton.jit
@@ -154,38 +182,39 @@ def operand_kernel(x_ptr, second_ptr, amax_ptr, copies_ptr, M, o_ptr, scale_ptr,
                    TOP: tl.constexpr, POW2: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, COPIES: tl.constexpr):
     """code * scale f16, K permuted, and the global scales f32 [M]. A row with NaN or infinity is NaN."""
     rows = tl.program_id(0) * R + tl.arange(0, R)
-    codes, _, scale, global_scale, poisoned = _quantized(
-        x_ptr, second_ptr, amax_ptr, rows, M, K, R, BLOCK, EPS, SOURCE, AMAX, PER, TOP, POW2, FOUR_OVER_SIX)
-    values = (decode_e2m1(codes) * scale[:, :, None]).to(tl.float16).reshape(R, BLOCK)
-    values = tl.where(poisoned[:, None], float("nan"), values).to(tl.float16)
-    _store_operand(values, copies_ptr, o_ptr, scale_ptr, global_scale, rows, M, K, R, BLOCK, COPIES)
+    x, y, _, scale, global_scale, poisoned, inside = _scaled(
+        x_ptr, second_ptr, amax_ptr, rows, M, K, BLOCK, EPS, SOURCE, AMAX, PER, TOP, POW2, FOUR_OVER_SIX)
+    scale = tl.where(poisoned[:, None], float("nan"), scale)[:, :, None]
+    _store_operand((round_e2m1(x) * scale).to(tl.float16), (round_e2m1(y) * scale).to(tl.float16), copies_ptr, o_ptr, scale_ptr, global_scale,
+                   rows, M, inside, K, COPIES)
 
 
 @triton.jit
 def plain_kernel(x_ptr, second_ptr, scales_ptr, M, o_ptr, scale_ptr, K: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
                  EPS: tl.constexpr, SOURCE: tl.constexpr, PER: tl.constexpr):
     """Unquantized rows times a power of two that brings their amax to [2**14, 2**15), in float16, K permuted; the power of two comes
-    back in the row scale, times an entry of scales_ptr (as in `_quantized`)."""
+    back in the row scale, times an entry of scales_ptr (as in `_scaled`)."""
     rows = tl.program_id(0) * R + tl.arange(0, R)
-    k = tl.arange(0, BLOCK)
-    x = _rows(x_ptr, second_ptr, rows, k, (rows < M)[:, None] & (k < K)[None, :], K, EPS, SOURCE)
-    x, _, amax, poisoned = _statistics(x, R, BLOCK)
+    inside = _inside(rows, M, K, BLOCK)
+    x, y = _rows(x_ptr, second_ptr, rows, inside, K, BLOCK, EPS, SOURCE)
+    x, y, _, amax, poisoned = _statistics(x, y)
     exponent = tl.maximum(bits_of(amax) >> 23, 15)  # 2**(exponent - 127) <= amax
-    values = (x * float_of((268 - exponent) << 23)[:, None]).to(tl.float16)
-    values = tl.where(poisoned[:, None], float("nan"), values).to(tl.float16)
+    power = tl.where(poisoned, float("nan"), float_of((268 - exponent) << 23))[:, None, None]
     given = tl.load(scales_ptr + (rows * 0 if PER == 0 else rows // PER), mask=rows < M, other=1.0)
-    _store_operand(values, scales_ptr, o_ptr, scale_ptr, float_of((exponent - 14) << 23) * given, rows, M, K, R, BLOCK, 0)
+    _store_operand((x * power).to(tl.float16), (y * power).to(tl.float16), scales_ptr, o_ptr, scale_ptr,
+                   float_of((exponent - 14) << 23) * given, rows, M, inside, K, 0)
 
 
 # --- calls ---------------------------------------------------------------------------------------------------------------------------
 
-def plan(k: int, source: str, four_over_six: bool) -> tuple[int, int, int]:
+def plan(m: int, k: int, source: str, four_over_six: bool) -> tuple[int, int, int]:
     """(rows of a program, padded K in registers, warps). Four-over-six keeps two candidates: half the elements a thread."""
     block = max(CHUNK, triton.next_power_of_2(k))
     rows = 1 if source == "norm" else max(1, ELEMENTS // block)
     if four_over_six:
         return max(1, rows // 2), block, min(16, max(4, block // 256))
-    return rows, block, min(16, max(4, rows * block // 1024))
+    elements = THREAD if m * k >= MANY else 16  # of a thread: many share what a row costs each; few end sooner
+    return rows, block, min(16, max(1, rows * block // (32 * elements)))
 
 
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -201,7 +230,7 @@ def _check(what, x, second):
 def _launch(kernel, x, second, others, outputs, constants):
     """Runs a kernel of the rows of x."""
     source = "x" if second is None else "norm" if second.ndim == 1 else "silu"
-    (m, k), (rows, block, warps) = x.shape, plan(x.shape[1], source, constants.get("FOUR_OVER_SIX", 0) > 0)
+    (m, k), (rows, block, warps) = x.shape, plan(*x.shape, source, constants.get("FOUR_OVER_SIX", 0) > 0)
     constants = dict(K=k, R=rows, BLOCK=block, EPS=0.0, SOURCE=source) | constants
     return call(kernel, [x, x if second is None else second, *others], [m], outputs, grid=(-(-m // rows),), warps=warps,
                 constants=constants)
