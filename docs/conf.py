@@ -1,10 +1,13 @@
 """Sphinx, with MyST-NB as JAX and Flax have it: `sphinx-build -W docs docs/_build` after `pip install -e '.[docs]'`."""
 
+import ast
 import importlib.metadata
+import inspect
 import os
 import re
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 project = "nvfp4jax"
@@ -25,6 +28,7 @@ html_css_files = ["narrow.css"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
 
 # The notebooks lie beside the docs and are shown from a copy; NVFP4JAX_DOCS_EXECUTE=auto runs them for their pictures.
 nb_execution_mode = os.environ.get("NVFP4JAX_DOCS_EXECUTE", "off")
@@ -53,23 +57,45 @@ def _escaped(text: str) -> str:
     return "".join(parts)
 
 
+def _is_python(text: str) -> bool:
+    try:
+        ast.parse(textwrap.dedent(text))
+    except SyntaxError:
+        return False
+    return True
+
+
+def _parameters(obj) -> list[str]:
+    try:
+        return [*inspect.signature(obj).parameters]
+    except (TypeError, ValueError):
+        return []
+
+
 def plain_docstring(app, what, name, obj, options, lines: list[str]) -> None:
     """Our docstrings are plain text: paragraphs, `name: what it is` with hanging lines, and indented code."""
+    known = "|".join(_parameters(obj)) or "(?!)"
     out: list[str] = []
     for paragraph in re.split(r"\n\s*\n", "\n".join(lines).strip("\n")):
         rows = paragraph.split("\n")
         if all(row.startswith("    ") for row in rows):
-            out += ["::", "", *rows, ""]
+            out += [f".. code-block:: {'python' if _is_python(paragraph) else 'text'}", "", *rows, ""]
             continue
         items: list[tuple[str, str]] = []  # (name or nothing, text)
         for row in rows:
             named = re.match(r"[A-Za-z_]\w*(, \w+)*: ", row)
-            if items and (row.startswith("    ") or not (named or items[-1][0])):
+            # A sentence goes on in the next line, whatever that begins with.
+            goes_on = bool(items) and not items[-1][1].endswith((".", ":", ";", ")"))
+            if items and (goes_on or row.startswith("    ") or not (named or items[-1][0])):
                 items[-1] = items[-1][0], f"{items[-1][1]} {row.strip()}"
             else:
                 items.append((named[0][:-2], row[named.end() :]) if named else ("", row.strip()))
         for title, text in items:
-            out += [f"* **{_escaped(title)}**: {_escaped(text)}"] if title else ["", _escaped(text), ""]
+            # What is said of a second parameter in the same line is an item, too.
+            first, *others = re.split(rf"(?<=[.;]) (?=(?:{known})(?:, (?:{known}))*: )", text)
+            for head, said in [(title, first), *(other.split(": ", 1) for other in others)]:
+                said = _escaped(said.removesuffix(";"))
+                out += [f"* **{_escaped(head)}**: {said}"] if head else ["", said, ""]
         out.append("")
     lines[:] = out
 
