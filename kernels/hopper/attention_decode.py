@@ -87,6 +87,11 @@ class Shape:
         return min(6, (SHARED_MEMORY - 1024 - self.exchange) // (self.stage + self.queries))
 
     @property
+    def overlapped(self):
+        """Whether a piece's scores run beside the values of the one before: where there are stages enough that loads stay on their way."""
+        return self.fp8 and self.stages > 3
+
+    @property
     def queries(self):
         return 8 * self.tiles * self.query_row
 
@@ -326,18 +331,32 @@ def _program(refs, s: Shape):
         ahead = _advance(thread, ahead) if i else ahead
         _issue(thread, thread.ring + i * s.stage, ahead)
 
+    def arrived(pieces):
+        """Waits until so many of the stages hold a piece."""
+        mg.asm(f"cp.async.wait_group {s.stages - 1 - pieces};", outputs="")
+        mg.asm(BARRIER, outputs="")  # all warps' loads, and the last use of the piece before
+
+    def scores_at(place, cursor):
+        scores = _scores(thread, thread.ring + place, _query_place(thread, cursor[0]), cursor)
+        return [x for tile in scores for pair in tile for x in pair]
+
     def piece(_, stage, behind, *carry):
         """stage: this piece's place in the ring; behind: the piece before's, free again."""
         cursor, ahead = list(carry[:5]), list(carry[5:10])
-        flat = carry[10:]
+        flat, scores = carry[10:10 + 16 * s.tiles], list(carry[10 + 16 * s.tiles:])
         group, state = ([list(flat[8 * k:8 * k + 8]) for k in range(first, first + s.tiles)] for first in (0, s.tiles))
-        mg.asm(f"cp.async.wait_group {s.stages - 2};", outputs="")
-        mg.asm(BARRIER, outputs="")  # all warps' loads, and the last use of the piece before
+        arrived(2 if s.overlapped else 1)
         ahead = _advance(thread, ahead)
         _issue(thread, thread.ring + behind, ahead)
-        here = thread.ring + stage
-        scores = _scores(thread, here, _query_place(thread, cursor[0]), cursor)
-        sums_of_piece = _values(thread, here, _weights(thread, here, scores))
+        here, after = thread.ring + stage, stage + s.stage
+        after = mg.select(after == s.stages * s.stage, 0, after)
+        if s.overlapped:
+            following = _advance(thread, cursor)
+        else:
+            scores = scores_at(stage, cursor)
+        maxima = _weights(thread, here, [[scores[4 * i + 2 * h:4 * i + 2 * h + 2] for h in range(2)] for i in range(s.tiles)])
+        scores = scores_at(after, following) if s.overlapped else []
+        sums_of_piece = _values(thread, here, maxima)
 
         fresh = cursor[3] == mg.asm("ld.shared.b32 $0,[$1+8];", [cursor[0]])
         starts_group = sums.bit_or(fresh, cursor[3] % GROUP == 0)
@@ -347,12 +366,15 @@ def _program(refs, s: Shape):
         state = merge.choose(fresh, before, state)
         state = merge.choose(done, merge.fold(thread, state, group), state)
         merge.deliver(thread, cursor, sums_of_piece, group, state)
-        behind, stage = stage, stage + s.stage
-        stage = mg.select(stage == s.stages * s.stage, 0, stage)
-        return stage, behind, *_advance(thread, cursor), *ahead, *(x for tile in (*group, *state) for x in tile)
+        following = following if s.overlapped else _advance(thread, cursor)
+        return after, stage, *following, *ahead, *(x for tile in (*group, *state) for x in tile), *scores
 
     nothing = [x for tile in merge.nothing(thread) for x in tile]
-    mg.loop(0, pieces, 1, [mg.i32(0), mg.i32((s.stages - 1) * s.stage), *first, *ahead, *nothing, *nothing], piece)
+    scores = []
+    if s.overlapped:
+        arrived(1)
+        scores = scores_at(mg.i32(0), first)
+    mg.loop(0, pieces, 1, [mg.i32(0), mg.i32((s.stages - 1) * s.stage), *first, *ahead, *nothing, *nothing, *scores], piece)
     mg.asm("cp.async.wait_all;", outputs="")
     merge.join(thread)
 
