@@ -90,6 +90,27 @@ def test_rows_that_share():
     assert cache.put(made(2, 6, 1), jnp.asarray([2, 3]), made(1, 6, 2)).slots.tolist() == [128, 128, 256, 256]
 
 
+@pytest.mark.parametrize("depths", [(None, None), (3, 2)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float8_e4m3fn])
+def test_what_one_row_holds_begins_all(depths, dtype):
+    """A row's slots behind a place, of codes and scales alike, become the first ones of each row of a longer cache, whose others stay."""
+    rng = np.random.default_rng()
+    size, place = int(rng.integers(5, 12)), int(rng.integers(1, 5))
+    row, others = (cache.init_cache(SHAPES, depths, rows, slots, dtype) for rows, slots in ((1, size), (3, 12)))
+    row, others = (jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)).astype(x.dtype), kv) for kv in (row, others))
+    front, behind = jax.jit(cache.split, static_argnums=1)(row, place)
+    found = jax.jit(cache.begun)(others, behind)
+    assert cache.length(front) == place and cache.length(behind) == size - place and jax.tree.structure(found) == jax.tree.structure(others)
+    slots_first = lambda x: np.moveaxis(np.asarray(x.value, np.float32), (x.value.ndim + x.slots, x.value.ndim + x.batch), (0, 1))
+    for whole, a, b, old, new in zip(*map(cache.arrays, (row, front, behind, others, found)), strict=True):
+        assert a.value.dtype == b.value.dtype == new.value.dtype == whole.value.dtype
+        whole, a, b, old, new = map(slots_first, (whole, a, b, old, new))
+        np.testing.assert_array_equal(a, whole[:place])
+        np.testing.assert_array_equal(b, whole[place:])
+        np.testing.assert_array_equal(new, np.concatenate([np.repeat(whole[place:], 3, 1), old[size - place :]]))
+    assert cache.split(row, size) == (row, None) and cache.split((), size) == ((), None)
+
+
 def test_refusals():
     kv = cache.init_cache(SHAPES, (None, None), 1, 4, jnp.float32)
     with pytest.raises(ValueError, match="4 slots already, it cannot be extended to 3"):

@@ -468,6 +468,18 @@ def test_buckets():
     assert len(set(sizes.tolist())) < 60
 
 
+def test_the_first_columns_of_packed_prompts():
+    """As packed in so many columns; as they were where there are no more."""
+    rng = np.random.default_rng()
+    ids, mask = rng.integers(1, 99, (4, 23)), rng.random((4, 23)) < 0.5
+    mask[:, 0] = True
+    longest = int(mask.sum(1).max())
+    whole = pack(ids, mask, 32)
+    for columns in (longest, int(rng.integers(longest, 32)), 32, 50):
+        for a, b in zip(whole.first(columns), pack(ids, mask, min(columns, 32)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_raw_keys_and_masks_of_pads():
     """A legacy uint32 key samples as the typed key does; the ids under the mask are never looked at."""
     ids, mask = prompts("qwen3-tiny")

@@ -20,6 +20,7 @@ import nvfp4jax
 from nvfp4jax import models
 from nvfp4jax.models import cache
 from nvfp4jax.rollout import generate, generate_text, queue
+from nvfp4jax.rollout.prompts import bucket
 
 decoding = importlib.import_module("nvfp4jax.rollout.decoding")
 TOKENS, FEATURES = 40, 4
@@ -142,6 +143,32 @@ def test_what_is_held_once(samples, common, repeated):
         assert_bits(generate(integers(), ids, mask, rows_in_flight=samples, **options), plain)
 
 
+def unshared(*args, **options):
+    """Rows that hold all of theirs, prompts that run whole."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Integers, "takes_shared_cache", False)
+        return generate(*args, **options)
+
+
+@pytest.mark.parametrize("samples, temperature, in_flight", [(1, 1.0, None), (1, 0.0, 3), (3, 1.0, 6), (2, 0.0, None)])
+def test_any_number_of_tokens_in_common(samples, temperature, in_flight, monkeypatch):
+    """They run once, by whole steps of 16, and of each prompt what lies behind them alone."""
+    rng = np.random.default_rng()
+    common, own = int(rng.choice([n for n in range(150, 300) if n % 16 and n % 128 > 16])), rng.integers(1, 70, 7)
+    ids, mask = prompts(common + own, common)
+    ids[np.arange(7), mask.argmax(1) + common] = np.arange(7)  # no token more is in common
+    options = dict(max_new_tokens=5, stop_tokens=STOP, temperature=temperature, key=jax.random.key(3), num_samples=samples, return_experts=True)
+    plain, called, call = unshared(integers(), ids, mask, **options), [], Integers.__call__
+    monkeypatch.setattr(Integers, "__call__", lambda self, tokens, *args, **more: called.append(tokens.shape) or call(self, tokens, *args, **more))
+    begin, behind = common // 16 * 16, (common + own - common // 16 * 16).tolist()
+    for length in (None,) if in_flight else (None, int((common + own).max()) + 5):
+        called.clear()
+        assert_bits(generate(integers(), ids, mask, rows_in_flight=in_flight, cache_length=length, **options), plain)
+        widths = map(bucket, behind) if in_flight else [max(behind) if length else bucket(max(behind))]
+        assert called[0] == (1, begin) and {columns for _, columns in called} == {begin, *widths, 1}
+        assert all(columns != begin or rows == 1 for rows, columns in called)
+
+
 @pytest.mark.parametrize("samples, common", [(1, 0), pytest.param(1, 130, marks=pytest.mark.slow), pytest.param(2, 130, marks=pytest.mark.slow)])
 def test_the_pool_shrinks_in_the_end(samples, common, monkeypatch):
     """32 places and answers of very different lengths: the later pool is a quarter, the rows are the same."""
@@ -231,7 +258,11 @@ def test_weights_that_come_between_chunks():
 
 @pytest.mark.parametrize("samples", [1, 2])
 def test_new_weights_run_the_prefix_again(samples):
-    ids, mask = prompts(np.arange(260, 266), 130)
+    """Also the part of it that each row has a copy of."""
+    rng = np.random.default_rng()
+    common = int(rng.integers(146, 250))
+    ids, mask = prompts(common + rng.integers(1, 40, 6), common)
+    ids[np.arange(6), mask.argmax(1) + common] = np.arange(6)  # no token more is in common
     new = nnx.state(Integers(1))
     options = dict(max_new_tokens=4, temperature=1.0, key=jax.random.key(0), num_samples=samples)
     found = generate(nnx.clone(integers()), ids, mask, weights=Scripted({2: (5, new)}), rows_in_flight=2 * samples, **options)
@@ -239,6 +270,54 @@ def test_new_weights_run_the_prefix_again(samples):
     assert begun.sum() >= 3 * samples
     expected = generate(nnx.merge(nnx.graphdef(integers()), new), ids, mask, **options)
     np.testing.assert_array_equal(np.asarray(found.tokens)[begun], np.asarray(expected.tokens)[begun])
+
+
+class Heard(Integers):
+    """Says what it is called with."""
+
+    said: list = []
+
+    def __call__(self, tokens, positions, kv, *, valid=None, **options):
+        jax.debug.callback(lambda *given: self.said.append(tuple(map(np.asarray, given))), positions, valid, ordered=True)
+        return super().__call__(tokens, positions, kv, valid=valid, **options)
+
+
+def heard(*args, **options):
+    """(what `generate` gives, (positions, valid) of each step)."""
+    Heard.said.clear()
+    found = generate(Heard(), *args, **options)
+    jax.effects_barrier()
+    return found, [(positions[:, 0], valid[:, 0]) for positions, valid in Heard.said if positions.shape[1] == 1]
+
+
+@pytest.mark.parametrize("shares, samples, common", [(False, 2, 140), (True, 1, 150), (True, 2, 0), (True, 2, 150)])
+def test_where_finished_rows_stand(shares, samples, common, monkeypatch):
+    """On the first slot of their own and not valid; the others on their tokens' slots. Rows end by their number of tokens, a stop token, or
+    because `on_tokens` says so."""
+    monkeypatch.setattr(Heard, "takes_shared_cache", shares)
+    lengths = common + np.random.default_rng().integers(1, 150, 5)
+    lengths[0] = common + 150  # a prompt of a step of 128 at least
+    ids, mask = prompts(lengths, common)
+    ends = lambda tokens, counts: (np.arange(5 * samples) == 2 * samples) & (counts > 2)
+    options = dict(max_new_tokens=[9, 2, 8, 6, 1], stop_tokens=STOP, temperature=1.0, key=jax.random.key(5), num_samples=samples, swap_every=2)
+    found, steps = heard(ids, mask, on_tokens=ends, **options)
+    read, made = np.repeat(lengths, samples), np.asarray(found.lengths)
+    shared = read if samples > 1 else np.full(5, common)
+    assert len(steps) >= made.max() - 1 and made[2 * samples] < 8
+    for n, (positions, valid) in enumerate(steps):
+        np.testing.assert_array_equal(valid, n + 1 < made)
+        np.testing.assert_array_equal(positions, np.where(n + 1 < made, read + n, shared // 128 * 128 if shares else 0))
+
+
+def test_where_the_places_of_a_queue_stand_empty(monkeypatch):
+    """Behind the prefix that all share; each row that lives reads its tokens but the last, once."""
+    lengths = 150 + np.random.default_rng().integers(1, 40, 5)
+    for shares in (True, False):
+        monkeypatch.setattr(Heard, "takes_shared_cache", shares)
+        found, steps = heard(*prompts(lengths, 150), max_new_tokens=[9, 2, 8, 6, 1], rows_in_flight=3)
+        positions, valid = (np.concatenate(x) for x in zip(*steps, strict=True))
+        assert sorted(positions[valid]) == sorted(int(n) + t for n, made in zip(lengths, found.lengths, strict=True) for t in range(made - 1))
+        assert set(positions[~valid].tolist()) == {128 if shares else 0}
 
 
 def test_on_tokens_sees_all_rows_and_ends_them():
@@ -435,10 +514,10 @@ def test_bad_arguments(options, message, unchecked):
 @pytest.mark.slow
 @pytest.mark.parametrize("samples", [1, 2])
 def test_an_fp8_cache_and_telemetry(samples):
-    """Behind a prefix that all share, held decoded; the counts are of all calls."""
+    """Behind a prefix that all share, held decoded, and a part of which each has a copy; the counts are of all calls."""
     model = loading.load("qwen3-tiny", scan_layers=True)
     model = nvfp4jax.quantize_model(model, nvfp4jax.Rule("layers/.*_proj", scaling="token"))
-    ids, mask = prompts([150, 133, 140, 131, 170], common=130)
+    ids, mask = prompts([170, 153, 160, 151, 190], common=150)
     options = dict(max_new_tokens=6, num_samples=samples, cache_dtype=jnp.float8_e4m3fn)
     plain = generate(model, ids, mask, **options)
     queued = generate(model, ids, mask, rows_in_flight=2 * samples, telemetry=True, **options)

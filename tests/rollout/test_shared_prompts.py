@@ -128,13 +128,13 @@ def assert_near(a, b):
     np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
 
 
-@pytest.mark.parametrize("samples, weights, common, lengths, held", [
-    (1, None, 150, (190, 151, 160), 128), *(pytest.param(*x, marks=pytest.mark.slow) for x in (
-        (2, NothingNew(), 150, (190, 151, 160), 128), (3, None, 256, (256, 257, 300), 128), (2, None, 256, (257, 258), 256),
+@pytest.mark.parametrize("samples, weights, common, lengths, begin", [
+    (1, None, 150, (190, 151, 160), 144), *(pytest.param(*x, marks=pytest.mark.slow) for x in (
+        (2, NothingNew(), 150, (190, 151, 160), 144), (3, None, 256, (256, 257, 300), 240), (2, None, 256, (257, 258), 256),
         (2, None, 100, (190, 151, 160), 0)))])  # fmt: skip
-def test_what_all_prompts_begin_with_runs_once(monkeypatch, samples, weights, common, lengths, held):
-    """Of the tokens in common whole steps of 128 are, one prompt's last token none of them; padding on the left, which the prompts' own
-    lengths do not follow."""
+def test_what_all_prompts_begin_with_runs_once(monkeypatch, samples, weights, common, lengths, begin):
+    """Whole steps of 16 of the tokens in common, where they are 128 at least, one prompt's last token none of them; padding on the left,
+    which the prompts' own lengths do not follow."""
     model = loading.load("qwen3-moe-tiny", scan_layers=True)
     rng, longest = np.random.default_rng(), max(lengths)
     ids = rng.integers(1, 500, (len(lengths), longest))
@@ -148,8 +148,23 @@ def test_what_all_prompts_begin_with_runs_once(monkeypatch, samples, weights, co
     inner = type(model).__call__
     monkeypatch.setattr(type(model), "__call__", lambda self, tokens, *a, **k: calls.append(tokens.shape) or inner(self, tokens, *a, **k))
     assert_near(nvfp4jax.generate(model, ids, mask, weights=weights, **options), plain)
-    expected = [(1, held), (len(ids), bucket(longest) - held)] if held else [(len(ids), bucket(longest))]
+    expected = [(1, begin), (len(ids), bucket(longest - begin))] if begin else [(len(ids), bucket(longest))]
     assert calls[:len(expected)] == expected and (np.asarray(plain.prompt_experts)[:, mask] >= 0).all()
+
+
+@pytest.mark.parametrize("samples, temperature", [(1, 1.0), (2, 0.0)])
+def test_an_fp8_cache_behind_any_number_of_tokens_in_common(monkeypatch, samples, temperature):
+    """Those behind the last step of 128 are copied, codes and scales, into each row; of several samples they end in the prompts' steps."""
+    model, rng = loading.load("qwen3-tiny", scan_layers=True), np.random.default_rng()
+    common, lengths = int(rng.choice([n for n in range(150, 300) if n % 128 >= 16])), rng.integers(1, 60, 4)
+    ids = rng.integers(1, 500, (4, common + lengths.max()))
+    ids[:, :common], ids[:, common] = ids[0, :common], np.arange(1, 5)
+    mask = np.arange(ids.shape[1]) < common + lengths[:, None]
+    options = dict(max_new_tokens=5, temperature=temperature, key=jax.random.key(1), num_samples=samples, cache_dtype=jnp.float8_e4m3fn)
+    plain = unshared(model, monkeypatch, ids, mask, **options)
+    found = nvfp4jax.generate(model, ids, mask, **options)
+    np.testing.assert_array_equal(found.tokens, plain.tokens)
+    np.testing.assert_allclose(found.logprobs, plain.logprobs, atol=1e-3)
 
 
 @pytest.mark.slow
