@@ -26,7 +26,7 @@ def show(directory: Path) -> None:
 
 
 def plot_scales(directory: Path, file: Path) -> None:
-    """Draws three histograms of log2: block scales (from evenly spread blocks of each tensor), global scales, input scales.
+    """Draws histograms of log2: block scales (from evenly spread blocks of each tensor), global scales, input scales where there are any.
 
     ValueError where the folder has no NVFP4 weight, where matplotlib is missing, and for a file that cannot be written.
     """
@@ -42,15 +42,16 @@ def plot_scales(directory: Path, file: Path) -> None:
     scales = _orbax_scales(directory) if orbax.exists(directory) else _huggingface_scales(directory)
     if not len(scales["block scales"]):
         raise ValueError(f"{directory}: no NVFP4 weight, so there is no scale to draw")
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3))
-    for axis, (what, values) in zip(axes, scales.items(), strict=True):
-        values = values[values > 0]
+    drawn = {what: values[values > 0] for what, values in scales.items() if what == "block scales" or (values > 0).any()}
+    figure, axes = plt.subplots(1, len(drawn), figsize=(10, 3), squeeze=False)
+    for axis, (what, values) in zip(axes[0], drawn.items(), strict=True):
         axis.set(title=f"{what} ({len(values):,})", xlabel="log2")
         if len(values):
             axis.hist(np.log2(values), bins=40)
-    axes[0].axvspan(-9, -6, alpha=0.2, color="tab:red", label="E4M3 subnormal")
-    axes[0].legend(loc="upper center", fontsize=8)
-    axes[0].set_ylabel("how many")
+    blocks = axes[0, 0]
+    blocks.axvspan(-9, -6, alpha=0.2, color="tab:red", label="E4M3 subnormal")
+    blocks.legend(loc="upper center", fontsize=8)
+    blocks.set_ylabel("how many")
     figure.tight_layout()
     figure.savefig(file)
     plt.close(figure)
@@ -178,7 +179,8 @@ def _inspect_orbax(directory: Path) -> None:
         inputs = [name for name in inputs if name in shapes] + [part for part in parts if part.endswith("_input_scale")]
         globals_ = [v for part in parts if part.endswith("_global_scale") for v in values[part]]
         nbytes = sum(shapes[name].size * shapes[name].dtype.itemsize for name in {*names, *parts, *inputs})
-        elements += sum(shapes[name].size for name in names) * (2 if packed else 1)
+        if names != [orbax.EXTRAS]:  # scales of inputs, by the names in the metadata
+            elements += sum(shapes[name].size for name in names) * (2 if packed else 1)
         shape = (*leaf.shape[:-1], 2 * leaf.shape[-1]) if packed else leaf.shape
         kind = "nvfp4" if packed else str(leaf.dtype)
         rows.append([pattern, str(len(names)), kind, str(list(shape)), _range(globals_), _range([v for n in inputs for v in values[n]]), f"{nbytes:,}"])

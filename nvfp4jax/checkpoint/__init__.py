@@ -45,7 +45,8 @@ def load_model(
     """A model from a Hugging Face folder or an Orbax folder of ours, on the default device.
 
     dtype: of the activations and of weights in floating point. None: bfloat16, or as stored in an Orbax folder.
-    scaling: the mode of layers stored in NVFP4: see `huggingface.load_model`; of an Orbax folder, as stored where it is None.
+    scaling: the mode of layers that are stored in NVFP4; "static" takes the folder's input scales. None: weights only for those of a
+        Hugging Face folder, as stored for those of an Orbax folder.
     scan_layers: stack layers of equal structure, so that compile time does not grow with depth.
     rules: for Hugging Face folders: quantize while loading.
     like: for the Orbax folder of a model of your own, which no config builds: the same model, float or swapped as the one saved,

@@ -204,7 +204,7 @@ def refuse_existing(path: Path) -> None:
     except OSError as error:  # a name that is too long
         raise failure(f"{path}: cannot be looked at", error) from None
     if there:
-        raise CheckpointError(f"{path}: exists already; give a new save-dir, or remove this one")
+        raise CheckpointError(f"{path}: exists already; give the name of a new folder, or remove this one")
 
 
 def save(path: str | Path, state: Any, metadata: Mapping[str, Any]) -> None:

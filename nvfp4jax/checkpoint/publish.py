@@ -136,7 +136,7 @@ def publish(
         present = _present(directory)
         # A later step may have come while this one waited for its turn: then nobody needs this one, but it is no mistake.
         if step in present and not rewind:
-            raise CheckpointError(f"{path}: step {step} is not after step {step}, which is published already")
+            raise CheckpointError(f"{path}: step {step} is not after step {step}, which is published already; publish a larger one")
         if step not in present:
             orbax.refuse_existing(path)
         era = _newest_generation(directory, present)
@@ -169,7 +169,7 @@ def publish(
 
 def _refuse_old(directory: Path, step: int, present: Sequence[int], rewind: bool) -> None:
     if present and step <= present[-1] and not rewind:
-        way_out = "" if step == present[-1] else "; a trainer that goes back says so: rewind=True"
+        way_out = "; publish a larger one" if step == present[-1] else "; a trainer that goes back says so: rewind=True"
         raise CheckpointError(f"{directory}: step {step} is not after step {present[-1]}, which is published already{way_out}")
 
 

@@ -170,8 +170,8 @@ def generate(
 ) -> Rollout:
     """Samples `num_samples` continuations of each prompt.
 
-    A prompt that has several, or that is given several times in a row, is run once, and its keys and values are held once. So is what all
-    prompts begin with, by steps of 128 tokens. A row's tokens and logprobs are the same as without it, to the bit on Hopper where no scale
+    A prompt that has several, or that is given several times in a row, is run once, and its keys and values are held once. What all prompts
+    begin with, 128 tokens or more, is run once, by steps of 16 tokens, and held once, by steps of 128. A row's tokens and logprobs are the same as without it, to the bit on Hopper where no scale
     spans rows; what cannot share is logged once.
 
     model: a `models.Decoder`, any nnx.Module with that call and `init_cache`; NVFP4 layers or none. Its weights are an
