@@ -151,8 +151,12 @@ def nan_behind_the_groups(monkeypatch):
 
     def backward(saved, dy):
         rows, kernel, sizes = saved
-        drows, dkernel = jax.vjp(lambda rows, kernel: plain(rows, kernel, sizes), rows, kernel)[1](dy)
-        return poisoned(drows, sizes), dkernel, None
+        drows, _ = jax.vjp(lambda rows, kernel: plain(rows, kernel, sizes), rows, kernel)[1](dy)
+        ends = jnp.cumsum(sizes)
+        row = jnp.arange(len(rows))[None]
+        own = (row >= (ends - sizes)[:, None]) & (row < ends[:, None])  # [E, M]
+        masked = jnp.where(own[:, :, None], 1.0, 0.0) * rows[None]  # a product: what is NaN stays, in dy anyway
+        return poisoned(drows, sizes), jnp.einsum("emk,mn->ekn", masked, dy), None
 
     ragged_dot.defvjp(lambda *args: (ragged_dot(*args), args), backward)
     monkeypatch.setattr(xla, "ragged_dot", ragged_dot)
@@ -185,6 +189,26 @@ def test_valid_tokens_keep_their_bits_and_the_others_get_nothing(key, kind, toke
         added = given_route(valid, loud, ids, weights, residual=residual)
         np.testing.assert_array_equal(added, np.where(valid[:, None], want + residual, residual))
     assert np.asarray(want).any()  # the last mask has all
+
+
+def test_rows_of_no_expert_are_in_no_amax(key, monkeypatch):
+    """Neither where the sort alone knows of them, nor where an id is no expert's: the second quantization sees what a kernel left there."""
+    _, packed = made(key, "tensor")
+    x, ids, weights, _ = map(jnp.asarray, drawn(11))
+    swiglu = xla.grouped_swiglu
+
+    def loud(a, w, sizes, dtype):
+        y = swiglu(a, w, sizes, dtype)
+        return jnp.where((jnp.arange(len(y), dtype=jnp.int32) < sizes.sum())[:, None], y, jnp.full((), 1e6, y.dtype))
+
+    run = lambda ids, route: ops.experts(x, ids, weights, *packed.weights(), scaling="tensor", route=route)
+    valid = masks(11)[0]
+    cases = [(ids, xla.route(ids, EXPERTS, valid)), (jnp.where(valid[:, None], ids, jnp.int32(EXPERTS)), None)]
+    want = [run(*case) for case in cases]
+    monkeypatch.setattr(xla, "grouped_swiglu", loud)
+    for case, plain in zip(cases, want, strict=True):
+        np.testing.assert_array_equal(run(*case), plain)
+        assert np.asarray(plain)[valid].any()
 
 
 @pytest.mark.parametrize("kind, tokens, way", [("raw", 11, 0), ("token", 11, 0), ("token", 1, 0), ("tensor", 11, 1)])

@@ -3,7 +3,8 @@
 A program owns whole rows and keeps them in registers. An amax that spans rows (a tensor's, a matrix's, an expert's) takes a launch that
 leaves each row's amax, and XLA's maximum over them; "token" takes one launch.
 
-The matmuls read an activation as its operand: code * scale in float16, exact, with K in the order that `permute_k` defines. A lane of the matmul holds 64-bit words of the checkpoint's codes: a word is one block of 16.
+The matmuls read an activation as its operand: code * scale in float16, exact, with K in the order that `permute_k` defines. A lane of
+the matmul holds 64-bit words of the checkpoint's codes: a word is one block of 16.
 """
 
 import math

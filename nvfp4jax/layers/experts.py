@@ -71,10 +71,12 @@ class Experts(nnx.Module):
             arguments.array("experts: residual", residual, "float", x.shape)
         dtype = self.dtype if self.dtype is not None else jnp.promote_types(x.dtype, self.gate_proj.dtype)
         route = routing.route(expert_ids, self.num_experts, valid) if route is None else route
-        rows = x.astype(dtype)[route.token_of_row]
-        if valid is not None:  # what a kernel leaves in rows of no expert, in a gradient too, reaches no token
-            inside = jnp.arange(len(rows), dtype=jnp.int32) < route.group_sizes.sum(dtype=jnp.int32)
-            rows = jnp.where(inside[:, None], rows, jnp.zeros((), dtype))
+        inside = jnp.arange(len(route.token_of_row), dtype=jnp.int32) < route.group_sizes.sum(dtype=jnp.int32)
+
+        def kept(rows):  # what a kernel leaves in rows of no expert reaches no token and no weight, in a gradient either
+            return rows if valid is None else jnp.where(inside[:, None], rows, jnp.zeros((), dtype))
+
+        rows = kept(x.astype(dtype)[route.token_of_row])
         if self.gate_up_input_amax is not None:
             valid = modes.current_valid(x, "experts") if valid is None else valid
             valid = None if valid is None else valid[route.token_of_row]
@@ -83,7 +85,7 @@ class Experts(nnx.Module):
             return ops.ragged_dot(rows, w.get_value().astype(dtype), route.group_sizes)
 
         watch(self, "gate_up_input", rows, valid)
-        h = numerics.silu_mul(product(rows, self.gate_proj), product(rows, self.up_proj))
+        h = numerics.silu_mul(*(kept(product(rows, w)) for w in (self.gate_proj, self.up_proj)))
         watch(self, "down_input", h, valid)
         return routing.combine(product(h, self.down_proj), route, weights, out_dtype=dtype, residual=residual)
 

@@ -178,8 +178,8 @@ def experts(
 
     expert_ids: i32 [T, k]; weights: f32 [T, k]. gate_up [E, 2, I, H], gate first, one global scale an expert; down [E, H, I].
     scaling: of both activations, x and the SwiGLU output, or a pair, one each. valid: bool [T]; a token where it is False counts in no
-    amax and goes to no expert: its sum is zero. The sum runs in slot order, in float32. residual: out_dtype [T, H], added to the rounded sum. route: of these expert_ids, where
-    `choose_and_route` gave them; otherwise they are sorted here.
+    amax and goes to no expert: its sum is zero. The sum runs in slot order, in float32. residual: out_dtype [T, H], added to the
+    rounded sum. route: of these expert_ids and this mask, where `choose_and_route` gave them; otherwise they are sorted here.
     """
     options = dict(out_dtype=out_dtype, implementation=implementation, name=name)
     return experts_carrying(x, expert_ids, weights, gate_up, down, valid, scaling=scaling, counted=valid, residual=residual, route=route,
@@ -234,7 +234,8 @@ def experts_carrying(
     residual = flat_residual(residual, x.shape, how)
     if route is None:
         route = first_of(name, how.implementation, lambda backend: backend.route(expert_ids.astype(jnp.int32), gate_up.shape[0], valid))
-    of_rows = None if counted is None else counted[route.token_of_row]
+    of_rows = jnp.arange(route.token_of_row.size, dtype=jnp.int32) < route.group_sizes.sum(dtype=jnp.int32)  # the others hold anything
+    of_rows = of_rows if counted is None else of_rows & counted[route.token_of_row]
     options = dict(implementation=how.implementation, name=name, group_sizes=route.group_sizes)
     if scaling_modes.by_group(modes[0]):
         first = quantize_activation(x[route.token_of_row], modes[0], valid=of_rows, **options)

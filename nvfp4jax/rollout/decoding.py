@@ -4,8 +4,8 @@
     decode(graphdef, params, state, ...)   -> DecodeState   tokens until a limit or until all have stopped
 
 `rollout` is both in one program. `generate(weights=...)` runs them as two and swaps weights between chunks of `decode`:
-params of the same shapes, so nothing is traced again. In a queue (see queue.py) `prefill` fills places of rows in flight between chunks. The graphdef is an ordinary argument: a static pytree, which jit
-compares and never hashes, so a model may hold what cannot be hashed.
+params of the same shapes, so nothing is traced again. In a queue (see queue.py) `prefill` fills places of rows in flight between chunks.
+The graphdef is an ordinary argument: a static pytree, which jit compares and never hashes, so a model may hold what cannot be hashed.
 """
 
 import dataclasses
@@ -61,6 +61,11 @@ class Settings:
     def begin(self) -> int:
         """The tokens that run once for all prompts."""
         return max(self.prefix, self.common)
+
+    @property
+    def of_decode(self) -> "Settings":
+        """What decoding reads: the same for prompts that have more tokens in common, so that these compile nothing there."""
+        return dataclasses.replace(self, common=0)
 
 
 @jax.tree_util.register_dataclass
@@ -175,8 +180,8 @@ def prefill(
     """Runs the prompts (padded on the right) and samples each row's first token. keys: [B * samples].
 
     seen: the nnx.State of the model's InputAmax, where `params` does not hold them (those of a `reload.Reader` do not).
-    limits: see DecodeState; a row of 0 has ended before its first token. first: what `run_prefix` gave for settings.prefix, where it has run. real: prompts that count,
-    None: all; the others fill up a batch, are in no amax and in no count, and what is sampled for them is to be dropped.
+    limits: see DecodeState; a row of 0 has ended before its first token. first: what `run_prefix` gave, where it has run. real: prompts
+    that count, None: all; the others fill up a batch, are in no amax and in no count, and what is sampled for them is to be dropped.
     """
     model = _merge(graphdef, params, seen or {})
     batch, steps = prompt.shape
@@ -203,7 +208,7 @@ def prefill(
         cache=_for_samples(out.cache, lengths, settings),
         keys=keys,
         token=jnp.zeros(total, jnp.int32),
-        position=rows(lengths) - (~done).astype(jnp.int32),  # behind the prompt, once the first token is accepted
+        position=rows(lengths) - jnp.int32(1),  # behind the prompt, once the first token is accepted
         step=jnp.int32(0),
         done=done,
         tokens=jnp.full((total, new), settings.pad_id, jnp.int32),

@@ -125,7 +125,7 @@ def _rollout_in_chunks(
             state = _prefill(graphdef, params, prompt, lengths, keys, controls, settings, seen, limits)
         else:
             end = jnp.int32(min(start + visits.every, limit)) if limits is None else state.step + jnp.int32(visits.every)
-            state = _decode(graphdef, params, state, end, controls, settings)
+            state = _decode(graphdef, params, state, end, controls, settings.of_decode)
         if visits.on_tokens is not None:
             ended = visits.on_tokens(np.asarray(state.tokens[:, :limit]), np.asarray(state.lengths))
             if ended is not None:
@@ -170,9 +170,9 @@ def generate(
 ) -> Rollout:
     """Samples `num_samples` continuations of each prompt.
 
-    A prompt that has several, or that is given several times in a row, is run once, and its keys and values are held once. What all prompts
-    begin with, 128 tokens or more, is run once, by steps of 16 tokens, and held once, by steps of 128. A row's tokens and logprobs are the same as without it, to the bit on Hopper where no scale
-    spans rows; what cannot share is logged once.
+    A prompt that has several, or that is given several times in a row, is run once, and its keys and values are held once. What all
+    prompts begin with, 128 tokens or more, is run once, by steps of 16 tokens, and held once, by steps of 128. A row's tokens and
+    logprobs are the same as without it, to the bit on Hopper where no scale spans rows; what cannot share is logged once.
 
     model: a `models.Decoder`, any nnx.Module with that call and `init_cache`; NVFP4 layers or none. Its weights are an
         argument of the compiled program: new ones of equal shape compile nothing. Layers in mode "delayed" go on from
@@ -202,11 +202,11 @@ def generate(
     rows_in_flight: how many rows are decoded at a time; None: all. With a number, prompts wait in a queue, in their order, and take
         the places of rows that have ended, some at a time (`queue.REFILLS`), so that short answers do not wait for long ones, and any number
         of prompts fits: those of one filling run together, not all. A place is a prompt with all its samples, and all its repetitions in
-        a row where they fit: the number is rounded down to a multiple of that, to one place at least. A row's tokens are the same as without; so are the logprobs' bits on Hopper
-        where no scale spans rows. Newer weights are also taken when places are filled, and run what all prompts begin with again:
+        a row where they fit: the number is rounded down to a multiple of that, to one place at least. A row's tokens are the same as
+        without; so are the logprobs' bits on Hopper where no scale spans rows. Newer weights are also taken when places are filled, and run what all prompts begin with again:
         rows in flight go on behind that, too. `on_tokens` is also called then, sees rows that wait with a length of 0, and may end them, too:
-        then they have no token, and a prompt whose rows have all been ended does not run. Layers in mode "delayed" have one call for each filling, for all its prompts. Results
-        are gathered on the host.
+        then they have no token, and a prompt whose rows have all been ended does not run. Layers in mode "delayed" have one call for
+        each filling, for all its prompts. Results are gathered on the host.
     progress: a bar on stderr, of rows that have ended and tokens a second; brought up to date as `on_tokens` is called.
 
     ValueError, naming the argument, for what does not fit: also a batch whose cache is more than a GPU has free, with the number of
@@ -248,7 +248,7 @@ def generate(
         times = max(n for n in range(1, times + 1) if times % n == 0 and (n == 1 or n * ask.num_samples <= rows_in_flight))
     sharing = _sharing(model, packed, times, ask.num_samples)
     if cache_length is None and sharing:  # what runs is what lies behind the common tokens
-        packed = packed.first(sharing["common"] + bucket(longest - sharing["common"]))
+        packed = packed.cut(sharing["common"] + bucket(longest - sharing["common"]))
     settings = Settings(
         new_tokens=new_tokens,
         cache_length=packed.ids.shape[1] + new_tokens,

@@ -24,7 +24,7 @@ class Packed(NamedTuple):
     lengths: np.ndarray
     columns: np.ndarray
 
-    def first(self, columns: int) -> "Packed":
+    def cut(self, columns: int) -> "Packed":
         """The same in so many columns, at least the longest prompt's; as it is where it has no more."""
         return self._replace(ids=self.ids[:, :columns], valid=self.valid[:, :columns], columns=self.columns[:, :columns])
 

@@ -137,10 +137,9 @@ def _empty(
     keys = jnp.broadcast_to(key.reshape(-1)[:1], (rows,))
     pool = jax.tree.unflatten(trees[0], [keys if x.dtype == key.dtype else jnp.zeros(x.shape, x.dtype) for x in shapes])
     if first is not None:
-        # All rows share as many slots at least and write behind them, in an empty place too.
+        # All rows share as many slots at least, in an empty place too.
         held = jnp.full(rows, settings.prefix, jnp.int32)
-        kv = dataclasses.replace(_with_prefix(pool.cache, first, settings), slots=held)
-        pool = dataclasses.replace(pool, cache=kv, position=jnp.copy(held))
+        pool = dataclasses.replace(pool, cache=dataclasses.replace(_with_prefix(pool.cache, first, settings), slots=held))
     seen = jax.tree.unflatten(jax.tree.structure(pool.seen), [jnp.copy(x) for x in jax.tree.leaves(seen)])
     return dataclasses.replace(pool, done=jnp.ones(rows, bool), prompt_experts=None, seen=seen)
 
@@ -320,7 +319,7 @@ def run(
         largest = max((x.nbytes for x in jax.tree.leaves(pool.cache)), default=0)
         smaller = _smaller(params, largest, len(unit), settings)
         wanted = min(job.few, len(waiting)) if len(waiting) else len(unit) - smaller
-        pool = _chunk(graphdef, params, pool, every, np.int32(wanted), controls, settings)
+        pool = _chunk(graphdef, params, pool, every, np.int32(wanted), controls, settings.of_decode)
         _copy(job, found)
         _book(job, found, pool, unit, version)
         if visits.on_tokens is not None:
@@ -414,7 +413,7 @@ def _harvest(job: _Job, found: _Found, pool: DecodeState, unit: np.ndarray) -> N
     over = at[found.done[job.rows(unit[at])].reshape(-1, job.settings.samples).all(1)]
     for start in range(0, len(over), job.few):
         some = over[start : start + job.few]
-        values = _answers(pool, np.resize(some, job.few).astype(np.int32), job.settings)
+        values = _answers(pool, np.resize(some, job.few).astype(np.int32), job.settings.of_decode)
         found.late.append((job.rows(unit[some]), values))
     unit[over] = -1
 

@@ -476,7 +476,7 @@ def test_the_first_columns_of_packed_prompts():
     longest = int(mask.sum(1).max())
     whole = pack(ids, mask, 32)
     for columns in (longest, int(rng.integers(longest, 32)), 32, 50):
-        for a, b in zip(whole.first(columns), pack(ids, mask, min(columns, 32)), strict=True):
+        for a, b in zip(whole.cut(columns), pack(ids, mask, min(columns, 32)), strict=True):
             np.testing.assert_array_equal(a, b)
 
 

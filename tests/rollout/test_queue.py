@@ -388,6 +388,18 @@ def test_a_second_call_compiles_nothing():
     assert [f._cache_size() for f in programs] == sizes
 
 
+def test_more_tokens_in_common_compile_no_decoding():
+    """What fills the places is of their number; what runs for each token is not."""
+    def run(common):
+        ids, mask = prompts([common + 10, common + 9, common + 16], common)
+        ids[np.arange(3), mask.argmax(1) + common] = np.arange(3)
+        generate(integers(), ids, mask, max_new_tokens=3, rows_in_flight=2, cache_length=256, temperature=1.0, key=jax.random.key(0))
+        return [f._cache_size() for f in (queue._refill, queue._chunk, queue._answers)]
+
+    first, later = run(144), run(160)
+    assert later[0] == first[0] + 1 and later[1:] == first[1:]
+
+
 @pytest.mark.parametrize("samples", [1, 2])
 def test_empty_places_write_behind_the_prefix(samples):
     """A row's slot in its own part of the cache is its position less what it shares, and a kernel does not look whether that is negative."""
@@ -396,7 +408,7 @@ def test_empty_places_write_behind_the_prefix(samples):
     controls = decoding.Controls(jnp.float32(1), jnp.float32(1), jnp.zeros(0, jnp.int32))
     first, _ = queue._run_prefix(graphdef, params, jnp.zeros((1, 128), jnp.int32), settings, nnx.State({}))
     pool = queue._empty(graphdef, params, first, nnx.State({}), jax.random.key(0), controls, 5, 160, settings)
-    assert pool.cache.slots.tolist() == pool.position.tolist() == [128] * 5 * samples and pool.done.all()
+    assert pool.cache.slots.tolist() == [128] * 5 * samples and pool.done.all()
     found = queue._chunk(graphdef, params, pool, np.int32(3), np.int32(5), controls, settings)
     assert found.step == 0  # no step without a row that lives
 
