@@ -63,6 +63,11 @@ class Settings:
         return max(self.prefix, self.common)
 
     @property
+    def prompt_slots(self) -> int:
+        """Of a row, those in front of its new tokens. Prompts may come in fewer columns."""
+        return self.cache_length - self.new_tokens
+
+    @property
     def of_decode(self) -> "Settings":
         """What decoding reads: the same for prompts that have more tokens in common, so that these compile nothing there."""
         return dataclasses.replace(self, common=0)
@@ -254,7 +259,8 @@ def _run_prompts(
     if first is None:
         kv = model.init_cache(batch, steps, dtype)
         return call(model, prompt, positions, kv, valid=valid, last=lengths - jnp.int32(1), **options)
-    room = (steps if settings.samples > 1 else settings.cache_length) - held
+    # As many slots whatever is in common, so that decoding is one program; a refill's prompts have no more than they need.
+    room = (max(steps, settings.prompt_slots) if settings.samples > 1 else settings.cache_length) - held
     own = model.init_cache(batch, room, dtype)
     own = own if first.own is None else cache.begun(own, first.own)
     kv = cache.SharedCache(own, first.shared, jnp.full((batch,), held, jnp.int32))

@@ -247,8 +247,6 @@ def generate(
     if rows_in_flight is not None:  # a place holds as many repetitions as fit
         times = max(n for n in range(1, times + 1) if times % n == 0 and (n == 1 or n * ask.num_samples <= rows_in_flight))
     sharing = _sharing(model, packed, times, ask.num_samples)
-    if cache_length is None and sharing:  # what runs is what lies behind the common tokens
-        packed = packed.cut(sharing["common"] + bucket(longest - sharing["common"]))
     settings = Settings(
         new_tokens=new_tokens,
         cache_length=packed.ids.shape[1] + new_tokens,
@@ -261,6 +259,8 @@ def generate(
         **sharing,
         top_logprobs=ask.top_logprobs,
     )
+    if cache_length is None:  # what runs is what lies behind the common tokens
+        packed = packed.cut(settings.common + bucket(longest - settings.common))
     parts, rows = (graphdef, params, seen), ids.shape[0] * ask.num_samples
     with progress_bar(rows, progress) as show:
         visits = queue.Visits(
@@ -315,7 +315,7 @@ def _all_at_once(
     prompt_experts as packed."""
     graphdef, params, seen = parts
     times, new = settings.repeats, ask.max_new_tokens
-    memory.check(model, params, len(packed.ids) // times, packed.ids.shape[1], settings, vocabulary)
+    memory.check(model, params, len(packed.ids) // times, settings.prompt_slots, settings, vocabulary)
     versions = None
     prompt, lengths = jnp.asarray(packed.ids[::times]), jnp.asarray(packed.lengths[::times])
     limits = None if ask.limits is None else jnp.asarray(np.repeat(ask.limits, ask.num_samples))
@@ -351,7 +351,7 @@ def _queued(
 ) -> tuple[Rollout, Any]:
     """So many rows in flight, the other prompts in a queue; and what the layers noted. prompt_experts as packed."""
     graphdef, params, seen = parts
-    times, new, steps = settings.repeats, ask.max_new_tokens, packed.ids.shape[1]
+    times, new, steps = settings.repeats, ask.max_new_tokens, settings.prompt_slots
     size = queue.places(rows_in_flight, len(packed.ids) // times, settings)
     few = queue.refill_size(size)
     memory.check(model, params, size, steps, settings, vocabulary, queue.refill_settings(settings, steps), few)

@@ -388,12 +388,13 @@ def test_a_second_call_compiles_nothing():
     assert [f._cache_size() for f in programs] == sizes
 
 
-def test_more_tokens_in_common_compile_no_decoding():
+@pytest.mark.parametrize("samples", [1, 2])
+def test_more_tokens_in_common_compile_no_decoding(samples):
     """What fills the places is of their number; what runs for each token is not."""
     def run(common):
-        ids, mask = prompts([common + 10, common + 9, common + 16], common)
+        ids, mask = prompts([170, 172, 176], common)
         ids[np.arange(3), mask.argmax(1) + common] = np.arange(3)
-        generate(integers(), ids, mask, max_new_tokens=3, rows_in_flight=2, cache_length=256, temperature=1.0, key=jax.random.key(0))
+        generate(integers(), ids, mask, max_new_tokens=3, rows_in_flight=2 * samples, num_samples=samples, temperature=1.0, key=jax.random.key(0))
         return [f._cache_size() for f in (queue._refill, queue._chunk, queue._answers)]
 
     first, later = run(144), run(160)
