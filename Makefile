@@ -1,6 +1,6 @@
 # make demo, make test: each sets up .venv by itself (Python >= 3.12, no GPU needed). make test draws the same
-# examples each time; make test-all adds what takes long and draws new ones, by the SEED that pytest prints. make test-slow SHARE=3
-# runs a third of those that take long.
+# examples each time; make test-all adds what takes long and draws new ones, by the SEED that pytest prints. make test-slow SHARE=6
+# runs a sixth of those that take long.
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt

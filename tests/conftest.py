@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 # The same examples in each run; NVFP4JAX_SEED=NUMBER (make test-all draws one, CI takes the commit's) draws others, the same again for it.
 SEED = os.environ.get("NVFP4JAX_SEED", "")
-# NVFP4JAX_SHARE=3 (CI) runs a third of the slow tests, which third says the seed; and these files whole.
+# NVFP4JAX_SHARE=6 (CI) runs a sixth of the slow tests, which sixth says the seed; and these files whole.
 SHARE = int(os.environ.get("NVFP4JAX_SHARE", "1"))
 ALWAYS = "test_notebooks.py", "test_soak.py"
 
