@@ -71,9 +71,9 @@ class Decoder(Protocol):
         positions: row b's are positions[b, 0] + (0, 1, ..., T - 1). Token t is written to slot positions[b, t] and sees
             the slots 0 to positions[b, t].
         cache: what `init_cache` or the last call gave.
-        valid: False at padding and in finished rows: such a token takes no part in an activation's amax and need go to no
-            expert, and what is computed for it is read by nobody; it must be finite. None: all are valid. A finished row comes with the position of the
-            first slot that is its own, which may be overwritten.
+        valid: False at padding and in finished rows: such a token takes no part in an activation's amax and need not go to
+            an expert, and what is computed for it is read by nobody; it must be finite. None: all are valid. A finished row
+            comes with the position of the first slot that is its own, which may be overwritten.
         last: the logits of that one of the T tokens in each row are wanted, the others' are not.
         A mixture of experts may take `return_experts=True` and then fill `Output.experts`. A model with an attribute
         `takes_shared_cache` that is true may be given a `models.cache.SharedCache` too, with a prefix or without,

@@ -187,7 +187,8 @@ def generate(
     stop_tokens: a row ends with the first of them it draws. pad_id: fills what follows.
     top_logprobs: how many of the likeliest tokens to return at each place. Logprobs of the prompts: see `logprobs`.
     cache_length: slots of a row's cache, at least the longest prompt's tokens and max_new_tokens; without it, both are
-        rounded up (see `bucket`), so that near lengths share a program. cache_dtype: the model's where it is None;
+        rounded up (see `bucket`), so that near lengths share a program, where what all prompts begin with does not cross a step of 16
+        tokens. cache_dtype: the model's where it is None;
         float8_e4m3fn halves what attention reads, with a scale for each slot and head (see `nvfp4jax.fp8`).
     weights: a `checkpoint.reload.Reader` of this model, or the like. It is asked for newer weights before the prompts and
         then at most every `swap_every` tokens, and never waited for. Weights that it hands over serve from the next
@@ -203,8 +204,8 @@ def generate(
         the places of rows that have ended, some at a time (`queue.REFILLS`), so that short answers do not wait for long ones, and any number
         of prompts fits: those of one filling run together, not all. A place is a prompt with all its samples, and all its repetitions in
         a row where they fit: the number is rounded down to a multiple of that, to one place at least. A row's tokens are the same as
-        without; so are the logprobs' bits on Hopper where no scale spans rows. Newer weights are also taken when places are filled, and run what all prompts begin with again:
-        rows in flight go on behind that, too. `on_tokens` is also called then, sees rows that wait with a length of 0, and may end them, too:
+        without; so are the logprobs' bits on Hopper where no scale spans rows. Newer weights are also taken when places are filled, and
+        run what all prompts begin with again: rows in flight go on behind the part that is held once, too. `on_tokens` is also called then, sees rows that wait with a length of 0, and may end them, too:
         then they have no token, and a prompt whose rows have all been ended does not run. Layers in mode "delayed" have one call for
         each filling, for all its prompts. Results are gathered on the host.
     progress: a bar on stderr, of rows that have ended and tokens a second; brought up to date as `on_tokens` is called.

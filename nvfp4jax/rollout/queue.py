@@ -5,8 +5,8 @@
     chunk    tokens, until as many units have ended as a refill takes, or the host has something to do (see `Visits`)
     shrink   once nothing waits and few live, they move to a smaller pool: no step pays for rows that have ended
 
-Each is a program of the pool's size; a refill's is also one of its prompts' width. The pool is donated from one to the
-next and written in place. The host looks at a chunk's ends alone, and copies results while the next chunk runs. A row's
+Each is a program of the pool's size; a refill's is also one of its prompts' width and of the tokens that all have in common. The pool is
+donated from one to the next and written in place. The host looks at a chunk's ends alone, and copies results while the next chunk runs. A row's
 tokens depend on its prompt and its key, as everywhere: not on its place, nor on when its turn comes.
 """
 
@@ -297,8 +297,8 @@ def run(
     host; the version of the weights of each token where visits.take may change them; the layers' InputAmax at the end).
 
     size: places of the pool. Prompts begin in their order. Weights that are taken run the shared prefix again, so that
-    a prompt that begins behind it is answered by them alone; rows in flight go on behind the new prefix with what older
-    weights made of their own tokens.
+    a prompt that begins behind it is answered by them alone; rows in flight go on behind the part that is held once with
+    what older weights made of the rest.
     """
     job, version = _Job(graphdef, prompts, refill_size(size), controls, settings), visits.version
     first, seen = _first(job, params, seen)
