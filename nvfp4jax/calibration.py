@@ -135,7 +135,8 @@ def _scale(layer: str, name: str, amax: jax.Array, headroom: float, four_over_si
         where = f"{layer}: {name}" + (f", layer {index[0]} of the stack" if index else "")
         if value < numerics.AMAX_MIN:
             raise ValueError(f"{where}: no token of the prompts reached it (its amax is {value}), so it gets no input scale; "
-                             "calibrate on prompts that reach it, or use an online mode")
+                             "calibrate on prompts that reach it, or give it a rule of its own in front of the others: an online mode, or "
+                             "scaling=None (weights only) for a layer that the model reads as a matrix")
         if not np.isfinite(value):
             raise ValueError(f"{where}: headroom={headroom} takes its amax beyond float32")
     _, scale, _ = numerics.global_scales(amax, four_over_six=four_over_six is not None)
