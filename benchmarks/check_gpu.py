@@ -134,8 +134,9 @@ def main():
     lines = [f"{device.device_kind}, compute capability {getattr(device, 'compute_capability', '-')}, jax {jax.__version__}, nvfp4jax "
              f"{getattr(nvfp4jax, '__version__', '')}, python {platform.python_version()}"]
     works = []
-    lines.append(f"backends taken by default: {', '.join(choice._default_order())}; checked: {', '.join(backends(device))}")
-    for backend in backends(device):
+    checked = backends(device)
+    lines.append(f"backends taken by default: {', '.join(choice._default_order())}; checked: {', '.join(checked)}")
+    for backend in checked:
         wrong = 0
         for what, check in checks(backend):
             try:

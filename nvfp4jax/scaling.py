@@ -313,7 +313,7 @@ def expert_amax(
 ) -> Float[Array, "M 1"]:
     """One amax a group of rows, given back to each of its rows."""
     rows = row_amax(x)[:, 0]
-    inside = jnp.arange(x.shape[0]) < group_sizes.sum()
+    inside = in_groups(group_sizes, x.shape[0])
     rows = jnp.where(inside if valid is None else inside & valid, rows, jnp.float32(0))
     ids = group_ids(group_sizes, x.shape[0])
     return jax.ops.segment_max(rows, ids, num_segments=group_sizes.shape[0])[ids][:, None]
@@ -324,6 +324,16 @@ def group_ids(group_sizes: Int[Array, "E"], rows: int) -> Int[Array, "M"]:
     ends = jnp.cumsum(group_sizes)
     ids = jnp.searchsorted(ends, jnp.arange(rows, dtype=ends.dtype), side="right")
     return jnp.minimum(ids, group_sizes.shape[0] - 1).astype(jnp.int32)
+
+
+def in_groups(group_sizes: Int[Array, "E"], rows: int) -> Bool[Array, "M"]:
+    """Which of `rows` sorted rows belong to a group: those past the last one hold what a backend left there."""
+    return jnp.arange(rows, dtype=jnp.int32) < group_sizes.sum(dtype=jnp.int32)
+
+
+def within(y: Array, group_sizes: Int[Array, "E"]) -> Array:
+    """y [M, N] with zeros past the last group; neither a value nor a gradient passes from there."""
+    return jnp.where(in_groups(group_sizes, y.shape[0])[:, None], y, jnp.zeros((), y.dtype))
 
 
 # --- the mask of a model that does not pass it -------------------------------------------------------------------------

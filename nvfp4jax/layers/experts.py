@@ -71,11 +71,8 @@ class Experts(nnx.Module):
             arguments.array("experts: residual", residual, "float", x.shape)
         dtype = self.dtype if self.dtype is not None else jnp.promote_types(x.dtype, self.gate_proj.dtype)
         route = routing.route(expert_ids, self.num_experts, valid) if route is None else route
-        inside = jnp.arange(len(route.token_of_row), dtype=jnp.int32) < route.group_sizes.sum(dtype=jnp.int32)
-
-        def kept(rows):  # what a kernel leaves in rows of no expert reaches no token and no weight, in a gradient either
-            return rows if valid is None else jnp.where(inside[:, None], rows, jnp.zeros((), dtype))
-
+        # What a kernel leaves in rows of no expert reaches no token and no weight, in a gradient either.
+        kept = (lambda rows: rows) if valid is None else lambda rows: modes.within(rows, route.group_sizes)
         rows = kept(x.astype(dtype)[route.token_of_row])
         if self.gate_up_input_amax is not None:
             valid = modes.current_valid(x, "experts") if valid is None else valid

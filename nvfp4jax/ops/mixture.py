@@ -234,7 +234,7 @@ def experts_carrying(
     residual = flat_residual(residual, x.shape, how)
     if route is None:
         route = first_of(name, how.implementation, lambda backend: backend.route(expert_ids.astype(jnp.int32), gate_up.shape[0], valid))
-    of_rows = jnp.arange(route.token_of_row.size, dtype=jnp.int32) < route.group_sizes.sum(dtype=jnp.int32)  # the others hold anything
+    of_rows = scaling_modes.in_groups(route.group_sizes, route.token_of_row.size)
     of_rows = of_rows if counted is None else of_rows & counted[route.token_of_row]
     options = dict(implementation=how.implementation, name=name, group_sizes=route.group_sizes)
     if scaling_modes.by_group(modes[0]):

@@ -125,11 +125,10 @@ def _grouped_cotangents(a, w: NVFP4Array, source: Array | None, group_sizes, dy:
 def _grouped_dw(dy: Array, rows: Array, group_sizes: Array) -> Array:
     """f32 [E, N, K]: sum over a group's rows of dy^T x."""
     ids = scaling_modes.group_ids(group_sizes, dy.shape[0])
-    inside = jnp.arange(dy.shape[0], dtype=ids.dtype) < group_sizes.sum().astype(ids.dtype)
-    rows = jnp.where(inside[:, None], rows, jnp.float32(0))  # those of no group may hold NaN
+    dy, rows = (scaling_modes.within(y, group_sizes) for y in (dy, rows))
 
     def group(e):
-        mine = jnp.where(((ids == e) & inside)[:, None], dy, jnp.float32(0))
+        mine = jnp.where((ids == e)[:, None], dy, jnp.float32(0))
         return xla.dot(mine.T, rows.T)
 
     return lax.map(group, jnp.arange(group_sizes.shape[0], dtype=ids.dtype))
@@ -297,11 +296,6 @@ def _swiglu_weight(w: NVFP4Array | Array, how: How) -> NVFP4Array:
     return NVFP4Array(split(q.packed), split(q.scale), q.global_scale[..., None], source=traced(w))
 
 
-def _within(y: Array, group_sizes: Array) -> Array:
-    """Zeros past the last group, where a backend leaves what it found."""
-    return jnp.where((jnp.arange(y.shape[0], dtype=jnp.int32) < group_sizes.sum())[:, None], y, jnp.zeros((), y.dtype))
-
-
 def grouped_matmul(
     x: Activation,
     w: NVFP4Array | Float[Array, "E N K"],
@@ -322,7 +316,7 @@ def grouped_matmul(
     how = how_of(x, out_dtype, implementation, name)
     w, source = split_source(_weight(w, how))
     a = _read(x, scaling, valid, how.implementation, name, group_sizes)
-    return _within(grouped_product(how, _flat(a), w, source, group_sizes), group_sizes)
+    return scaling_modes.within(grouped_product(how, _flat(a), w, source, group_sizes), group_sizes)
 
 
 def grouped_swiglu(
@@ -346,7 +340,7 @@ def grouped_swiglu(
     how = how_of(x, out_dtype, implementation, name)
     w, source = split_source(_swiglu_weight(w, how))
     a = _read(x, scaling, valid, how.implementation, name, group_sizes)
-    return _within(swiglu_product(how, _flat(a), w, source, group_sizes), group_sizes)
+    return scaling_modes.within(swiglu_product(how, _flat(a), w, source, group_sizes), group_sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -69,7 +69,7 @@ class Settings:
 
     @property
     def of_decode(self) -> "Settings":
-        """What decoding reads: the same for prompts that have more tokens in common, within a step of 128, which then compile nothing there."""
+        """What decoding reads: the same for prompts that have more tokens in common, within a step of 128, so that no program is compiled."""
         return dataclasses.replace(self, common=0)
 
 

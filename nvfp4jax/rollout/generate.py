@@ -205,9 +205,10 @@ def generate(
         of prompts fits: those of one filling run together, not all. A place is a prompt with all its samples, and all its repetitions in
         a row where they fit: the number is rounded down to a multiple of that, to one place at least. A row's tokens are the same as
         without; so are the logprobs' bits on Hopper where no scale spans rows. Newer weights are also taken when places are filled, and
-        run what all prompts begin with again: rows in flight go on behind the part that is held once, too. `on_tokens` is also called then, sees rows that wait with a length of 0, and may end them, too:
-        then they have no token, and a prompt whose rows have all been ended does not run. Layers in mode "delayed" have one call for
-        each filling, for all its prompts. Results are gathered on the host.
+        run what all prompts begin with again: rows in flight go on behind the part that is held once, too. `on_tokens` is also called
+        then, sees rows that wait with a length of 0, and may end them, too: then they have no token, and a prompt whose rows have all
+        been ended does not run. Layers in mode "delayed" have one call for each filling, for all its prompts. Results are gathered on
+        the host.
     progress: a bar on stderr, of rows that have ended and tokens a second; brought up to date as `on_tokens` is called.
 
     ValueError, naming the argument, for what does not fit: also a batch whose cache is more than a GPU has free, with the number of

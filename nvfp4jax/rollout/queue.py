@@ -5,9 +5,10 @@
     chunk    tokens, until as many units have ended as a refill takes, or the host has something to do (see `Visits`)
     shrink   once nothing waits and few live, they move to a smaller pool: no step pays for rows that have ended
 
-Each is a program of the pool's size; a refill's is also one of its prompts' width and of the tokens that all have in common. The pool is
-donated from one to the next and written in place. The host looks at a chunk's ends alone, and copies results while the next chunk runs. A row's
-tokens depend on its prompt and its key, as everywhere: not on its place, nor on when its turn comes.
+Each is a program of the pool's size; a refill's is also one of its prompts' width and of the tokens that all have in
+common. The pool is donated from one to the next and written in place. The host looks at a chunk's ends alone, and copies
+results while the next chunk runs. A row's tokens depend on its prompt and its key, as everywhere: not on its place, nor
+on when its turn comes.
 """
 
 import dataclasses
