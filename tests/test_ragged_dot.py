@@ -125,7 +125,7 @@ def test_experts_and_their_gradients(key, tokamax, monkeypatch):
 
 @pytest.mark.aot
 @pytest.mark.skipif(not aot.available() or importlib.util.find_spec("tokamax") is None, reason="needs the extra `aot` and tokamax")
-@pytest.mark.parametrize("tokens, gradients", [(3, False), (3, True), (200, False)])
+@pytest.mark.parametrize("tokens, gradients", [(3, False), (3, True), (200, False), (300, True)])
 def test_tokamax_compiles_for_a_hopper(tokens, gradients):
     """Its kernels, gradients too, and no product of XLA's."""
     device, sharding = aot._device("h200")
@@ -141,7 +141,7 @@ def test_tokamax_compiles_for_a_hopper(tokens, gradients):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="needs tokamax")
-@pytest.mark.parametrize("rows", [[4, 0, 5], [0, 0, 1], [700, 3, 256]])
+@pytest.mark.parametrize("rows", [[4, 0, 5], [0, 0, 1], [700, 3, 256], [40, 0, 31]])
 def test_tokamax_against_float64(key, rows):
     """Values and both gradients, not tuned."""
     sizes, m = jnp.array(rows, jnp.int32), sum(rows)

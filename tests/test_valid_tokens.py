@@ -1,6 +1,7 @@
 """Tokens that are not valid go to no expert: the choice and its sort against loops, the mixture, and its gradients, against itself without
 them."""
 
+import importlib.util
 import types
 
 import jax
@@ -252,3 +253,31 @@ def test_a_models_mixture_masks_its_sort(key):
     np.testing.assert_array_equal(ids, plain_ids)
     np.testing.assert_array_equal(y, np.where(valid[..., None], plain, x))
     assert (np.asarray(plain) != x).any((1, 2)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="needs tokamax")
+@pytest.mark.parametrize("tokens", [7, 300])
+def test_padding_in_bfloat16_on_a_gpu(key, tokens):
+    """tokamax' kernels, which leave anything behind the last group: values and gradients are those of the valid tokens alone."""
+    graphdef, state = nnx.split(nvfp4jax.Experts(EXPERTS, 192, 320, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(key)))
+    rng = np.random.default_rng()
+    ids = np.argsort(rng.random((tokens, EXPERTS)), 1)[:, :K].astype(np.int32)
+    x, ct = (jnp.asarray(v, jnp.bfloat16) for v in rng.normal(size=(2, tokens, 192)))
+    weights, valid = rng.random((tokens, K)).astype(np.float32), rng.random(tokens) < 0.6
+    valid[:2] = True, False
+
+    def loss(state, x, weights, ids, ct, valid):
+        y = nnx.merge(graphdef, state)(x, ids, weights, valid=valid)
+        return (y.astype(jnp.float32) * ct.astype(jnp.float32)).sum(), y
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # tokamax' gradients are traced here
+        (experts, dx, dweights), y = run(state, jnp.where(valid[:, None], x, 1e6), weights, ids, ct, valid)
+        (experts_alone, *alone), y_alone = run(state, x[valid], weights[valid], ids[valid], ct[valid], None)
+    for found in (y, dx, dweights):
+        assert not np.asarray(found, np.float32)[~valid].any()
+    pairs = [(y[valid], y_alone), (dx[valid], alone[0]), (dweights[valid], alone[1])]
+    for a, b in [*pairs, *zip(jax.tree.leaves(experts), jax.tree.leaves(experts_alone), strict=True)]:
+        a, b = (np.asarray(v, np.float64) for v in (a, b))
+        assert np.linalg.norm(b) > 0 and np.linalg.norm(a - b) < 1e-2 * np.linalg.norm(b)

@@ -247,7 +247,7 @@ def ragged_dot(rows: jax.Array, kernel: jax.Array, group_sizes: jax.Array) -> ja
     (m, k), n = rows.shape, kernel.shape[-1]
     if {rows.dtype, kernel.dtype} != {jnp.dtype(jnp.bfloat16)} or k % 64 or n % 64 or not m:
         raise NotImplementedError(f"rows {rows.dtype}{rows.shape} times {kernel.dtype}{kernel.shape}: bfloat16, K and N multiples of 64 are supported")
-    rows = jnp.pad(rows, ((0, -m % 8), (0, 0)))  # its gradient of the kernel takes groups of 8 rows
+    rows = jnp.pad(rows, ((0, -m % (8 if m <= 64 else 64)), (0, 0)))  # its gradient of the kernel takes groups of 8 rows, and tiles of 64
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # tokamax asks for both, whatever its caller does
         return _tokamax().ragged_dot(rows, kernel, group_sizes, implementation="mosaic")[:m]
 
