@@ -202,7 +202,7 @@ def generate(
         XLA reads each activation once more beside the kernels; False, nothing of it is in the program.
     rows_in_flight: how many rows are decoded at a time; None: all. With a number, prompts wait in a queue, in their order, and take
         the places of rows that have ended, some at a time (`queue.REFILLS`), so that short answers do not wait for long ones, and any number
-        of prompts fits: those of one filling run together, not all. A place is a prompt with all its samples, and all its repetitions in
+        of prompts fits: those of one filling run together, near lengths where several begin, not all. A place is a prompt with all its samples, and all its repetitions in
         a row where they fit: the number is rounded down to a multiple of that, to one place at least. A row's tokens are the same as
         without; so are the logprobs' bits on Hopper where no scale spans rows. Newer weights are also taken when places are filled, and
         run what all prompts begin with again: rows in flight go on behind the part that is held once, too. `on_tokens` is also called

@@ -25,7 +25,6 @@ from nvfp4jax.models import cache
 from nvfp4jax.rollout import decoding, memory
 from nvfp4jax.rollout.decoding import Beginning, Controls, DecodeState, Settings
 from nvfp4jax.rollout.progress import Show
-from nvfp4jax.rollout.prompts import bucket
 from nvfp4jax.rollout.sampling import row_keys
 
 REFILLS = 8  # a refill takes this part of the places: fewer stand empty, or more prompts run in one pass
@@ -297,8 +296,8 @@ def run(
     """(the answers by their names in DecodeState, with the prompts' experts, of all rows in the caller's order, on the
     host; the version of the weights of each token where visits.take may change them; the layers' InputAmax at the end).
 
-    size: places of the pool. Prompts begin in their order. Weights that are taken run the shared prefix again, so that
-    a prompt that begins behind it is answered by them alone; rows in flight go on behind the part that is held once with
+    size: places of the pool. Prompts begin in their order, those that begin together by their length (`_beginning`).
+    Weights that are taken run the shared prefix again, so that a prompt that begins behind it is answered by them alone; rows in flight go on behind the part that is held once with
     what older weights made of the rest.
     """
     job, version = _Job(graphdef, prompts, refill_size(size), controls, settings), visits.version
@@ -314,9 +313,10 @@ def run(
             pool = dataclasses.replace(pool, seen=noted)
             if first is not None:
                 pool = dataclasses.replace(pool, cache=_with_prefix(pool.cache, first, settings))
-        while len(waiting) and (unit < 0).sum() >= min(job.few, len(waiting)):
-            pool = _begin(job, params, pool, first, waiting[: job.few], unit, found)
-            waiting = waiting[job.few :]
+        begin = _beginning(waiting, int((unit < 0).sum()), job.few, job.prompts.lengths)
+        waiting = waiting[len(begin) :]
+        for start in range(0, len(begin), job.few):
+            pool = _begin(job, params, pool, first, begin[start : start + job.few], unit, found)
         largest = max((x.nbytes for x in jax.tree.leaves(pool.cache)), default=0)
         smaller = _smaller(params, largest, len(unit), settings)
         wanted = min(job.few, len(waiting)) if len(waiting) else len(unit) - smaller
@@ -347,6 +347,20 @@ def _first(job: _Job, params: Any, seen: Any) -> tuple[Beginning | None, Any]:
     return _run_prefix(job.graphdef, params, job.prompts.ids[:1, :begin], job.settings, seen) if begin else (None, seen)
 
 
+def _beginning(waiting: np.ndarray, free: int, few: int, lengths: np.ndarray) -> np.ndarray:
+    """Those of the units that wait which fill free places now: whole refills of the first, or all that are left. Near lengths come
+    together, so that a refill has no more columns than it needs."""
+    begin = waiting[: len(waiting) if len(waiting) <= free else free // few * few]
+    return begin[np.argsort(lengths[begin], kind="stable")]
+
+
+def _columns(longest: int, most: int) -> int:
+    """Those of a refill whose longest prompt has so many tokens, where no prompt has more than `most`: at most eight different numbers,
+    each of which is a program."""
+    step = max(16, 1 << max(0, most.bit_length() - 3))
+    return min(most, -(-longest // step) * step)
+
+
 def _begin(
     job: _Job, params: Any, pool: DecodeState, first: Beginning | None, group: np.ndarray, unit: np.ndarray, found: _Found
 ) -> DecodeState:
@@ -357,7 +371,7 @@ def _begin(
     places = np.concatenate([free, len(unit) + np.arange(missing)]).astype(np.int32)
     filled, prompts = np.pad(group, (0, missing), mode="edge"), job.prompts
     begin = job.settings.begin
-    width = min(prompts.ids.shape[1], begin + bucket(int(prompts.lengths[filled].max()) - begin))
+    width = begin + _columns(int(prompts.lengths[filled].max()) - begin, prompts.ids.shape[1] - begin)
     callers, key = (filled[:, None] * job.settings.repeats + np.arange(job.settings.repeats)).reshape(-1), prompts.key
     if key.ndim:  # on the host: a gather on the device would be a program for each number of prompts
         data = np.asarray(jax.random.key_data(key))[callers]

@@ -562,3 +562,18 @@ def test_bits_on_a_gpu(cache_dtype, common, samples):
         alone, made, rows = run(slice(row, row + 1)), slice(0, limits[row]), slice(row * samples, (row + 1) * samples)
         np.testing.assert_array_equal(alone.tokens[:, made], queued.tokens[rows, made])
         np.testing.assert_array_equal(alone.logprobs[:, made], queued.logprobs[rows, made])
+
+
+@pytest.mark.parametrize("free, waiting, few, wanted", [(10, 9, 4, 9), (9, 10, 4, 8), (3, 10, 4, 0), (1, 1, 4, 1), (4, 4, 4, 4), (5, 0, 2, 0)])
+def test_who_begins_together(free, waiting, few, wanted):
+    """Whole refills of the first that wait, or all that are left, by their length."""
+    lengths = np.random.default_rng().integers(1, 100, 50).astype(np.int32)
+    begin = queue._beginning(np.arange(20, 20 + waiting), free, few, lengths)
+    assert sorted(begin) == list(range(20, 20 + wanted)) and (np.diff(lengths[begin]) >= 0).all()
+
+
+@pytest.mark.parametrize("most", [1, 16, 144, 1000, 16384])
+def test_columns_of_a_refill(most):
+    """Enough, never more than all have, and few different numbers."""
+    columns = {longest: queue._columns(longest, most) for longest in range(1, most + 1)}
+    assert all(longest <= n <= most for longest, n in columns.items()) and len(set(columns.values())) <= 8
